@@ -1,0 +1,1 @@
+"""The GPU engine: Triton kernels, imported as ``fastattn.kernels``."""
