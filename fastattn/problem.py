@@ -7,12 +7,18 @@ validated once, by :func:`make_problem`; backends trust it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 #: ``Problem.causal`` values, in the order of the engines' enumeration (0 = none).
 CAUSAL_MODES = (None, "upper_left", "lower_right")
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +39,18 @@ class Problem:
     of -inf forbids the key as a False does; a finite one, finfo.min included, never does.
     """
 
-    query: torch.Tensor  # [B, Hq, Lq, D], last stride 1
-    key: torch.Tensor  # [B, Hkv, Lk, D], last stride 1
-    value: torch.Tensor  # [B, Hkv, Lk, Dv], last stride 1
+    query: Tensor  # [B, Hq, Lq, D], last stride 1
+    key: Tensor  # [B, Hkv, Lk, D], last stride 1
+    value: Tensor  # [B, Hkv, Lk, Dv], last stride 1
     scale: float
     causal: str | None = None  # one of CAUSAL_MODES
     window_left: int | None = None  # keys kept before the position, None = open
     window_right: int | None = None  # keys kept after the position, None = open
-    key_lengths: torch.Tensor | None = None  # int64 [B], contiguous, on query's device, 0..Lk
-    attn_mask: torch.Tensor | None = None  # bool [B, Hq, Lq, Lk], a stride-0 view where it broadcasts
-    bias: torch.Tensor | None = None  # float [B, Hq, Lq, Lk], likewise; query's dtype, or float32
+    key_lengths: Tensor | None = None  # int64 [B], contiguous, on query's device, 0..Lk
+    attn_mask: Tensor | None = None  # bool [B, Hq, Lq, Lk], a stride-0 view where it broadcasts
+    bias: Tensor | None = None  # float [B, Hq, Lq, Lk], likewise; query's dtype, or float32
     dropout_p: float = 0.0
-    rng_state: torch.Tensor | None = None  # int64 [2] = (seed, offset), on query's device; with dropout
+    rng_state: Tensor | None = None  # int64 [2] = (seed, offset), on query's device; with dropout
 
     @property
     def group_size(self) -> int:
@@ -55,3 +61,348 @@ class Problem:
     def lse_dtype(self) -> torch.dtype:
         """float64 for a float64 problem, else float32."""
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+
+class Arguments(NamedTuple):
+    """The arguments of a call, checked and in 4-D form, as the registered operators take them.
+
+    Unlike in :class:`Problem`, masks keep size 1 where they broadcast, so that their gradient has
+    that size too, and the values in ``key_lengths`` are not checked yet.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None  # bool [B|1, Hq|1, Lq|1, Lk|1]
+    bias: Tensor | None  # float [B|1, Hq|1, Lq|1, Lk|1]
+    key_lengths: Tensor | None  # int64 [B]
+    scale: float | None
+    causal: str | None
+    window_left: int | None
+    window_right: int | None
+    dropout_p: float
+
+
+def make_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal: str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | list[int] | None = None,
+    rng_state: Tensor | None = None,
+) -> Problem:
+    """Check the arguments of a call and describe it.
+
+    The arguments are those of :func:`fastattn.scaled_dot_product_attention`; ``rng_state``, int64
+    [2] = (seed, offset), is drawn from PyTorch's generator of the device where it is not given.
+
+    Raises TypeError or ValueError, naming the argument, what was given and what would be right.
+    """
+    arguments = check_arguments(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal, window, key_lengths
+    )
+    if rng_state is None and arguments.dropout_p > 0.0:
+        rng_state = draw_rng_state(query.device)
+    return problem_from_arguments(*arguments, rng_state)
+
+
+def draw_rng_state(device: torch.device) -> Tensor:
+    """(seed, offset), int64 [2], from PyTorch's generator of the device, without synchronising."""
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+def problem_from_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float | None,
+    causal: str | None,
+    window_left: int | None,
+    window_right: int | None,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> Problem:
+    """The problem of checked arguments: masks expanded, last strides 1, key lengths in range.
+
+    Key lengths on a GPU are clamped to 0..Lk rather than checked, because reading them would wait
+    for the device.
+    """
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    score_shape = (batch, heads, queries, keys)
+    if key_lengths is not None:
+        if key_lengths.device.type == "cpu":
+            _check_length_values(key_lengths, keys)
+        else:
+            key_lengths = key_lengths.clamp(0, keys)
+    return Problem(
+        query if query.stride(3) == 1 else _with_unit_last_stride(query),
+        key if key.stride(3) == 1 else _with_unit_last_stride(key),
+        value if value.stride(3) == 1 else _with_unit_last_stride(value),
+        1.0 / math.sqrt(head_dim) if scale is None else scale,
+        causal,
+        window_left,
+        window_right,
+        key_lengths,
+        None if attn_mask is None else attn_mask.expand(score_shape),
+        None if bias is None else bias.expand(score_shape),
+        dropout_p,
+        rng_state,
+    )
+
+
+def check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    causal: str | None,
+    window: tuple[int | None, int | None] | None,
+    key_lengths: Tensor | list[int] | None,
+) -> Arguments:
+    """Check everything that can be checked without reading data; bring the tensors to 4-D."""
+    _check_tensors(query, key, value)
+    if query.dim() == 4 and key.dim() == 4 and value.dim() == 4:
+        leading = None
+        batch_shape = query.shape[:1]
+        if key.shape[0] != batch_shape[0] or value.shape[0] != batch_shape[0]:
+            leading = _broadcast_batch(query, key, value)
+    else:
+        query, key, value = _with_equal_ranks(query, key, value)
+        leading = _broadcast_batch(query, key, value)
+    if leading is not None:
+        batch_shape = leading
+        query, key, value = (_flatten_batch(tensor, leading) for tensor in (query, key, value))
+    query, key, value = _match_heads(query, key, value, enable_gqa)
+
+    if is_causal:
+        if causal is None:
+            causal = "upper_left"
+        elif causal != "upper_left":
+            raise ValueError(
+                f"is_causal=True means causal='upper_left', but causal={causal!r} was given: pass only one of them"
+            )
+    if causal is not None and causal not in CAUSAL_MODES:
+        raise ValueError(f"causal must be None, 'upper_left' or 'lower_right', got {causal!r}")
+    window_left, window_right = (None, None) if window is None else _check_window(window)
+    if type(dropout_p) is not float or not 0.0 <= dropout_p < 1.0:
+        dropout_p = _check_dropout(dropout_p)
+    if scale is not None:
+        scale = _check_scale(scale)
+    bias = None
+    if attn_mask is not None:
+        attn_mask, bias = _check_mask(attn_mask, query, key, batch_shape)
+    if key_lengths is not None:
+        key_lengths = _check_lengths(key_lengths, query, batch_shape)
+    return Arguments(
+        query, key, value, attn_mask, bias, key_lengths, scale, causal, window_left, window_right, dropout_p
+    )
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Types, ranks, dtypes, devices and the sizes that must agree whatever the rank."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() < 2:
+            raise ValueError(
+                f"{name} must be [..., heads, length, head_dim], [batch, length, head_dim] or "
+                f"[length, head_dim], got shape {list(tensor.shape)}"
+            )
+    dtype, device = query.dtype, query.device
+    if dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {dtype}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must have query's dtype {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on query's device {device}, got {tensor.device}")
+    head_dim = query.shape[-1]
+    if head_dim == 0:
+        raise ValueError(f"query must have a head_dim of at least 1, got shape {list(query.shape)}")
+    if key.shape[-1] != head_dim:
+        raise ValueError(
+            f"key must have query's head_dim {head_dim} as its last size, got shape {list(key.shape)}"
+        )
+    if value.shape[-1] == 0:
+        raise ValueError(f"value must have a head_dim of at least 1, got shape {list(value.shape)}")
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            f"value must have key's length {key.shape[-2]} as its second to last size, "
+            f"got shape {list(value.shape)}"
+        )
+
+
+def _with_equal_ranks(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sizes of 1 prepended up to the highest rank; a head dimension of 1 where there is none."""
+    rank = max(query.dim(), key.dim(), value.dim())
+    tensors = [t[(None,) * (rank - t.dim())] for t in (query, key, value)]
+    if rank < 4:
+        tensors = [t.unsqueeze(-3) for t in tensors]
+    if rank == 2:
+        tensors = [t.unsqueeze(0) for t in tensors]
+    return tuple(tensors)
+
+
+def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    """The common sizes of the dimensions before the heads."""
+    shapes = [tuple(tensor.shape[:-3]) for tensor in (query, key, value)]
+    common = []
+    for sizes in zip(*shapes, strict=True):
+        wide = [size for size in sizes if size != 1]
+        if any(size != wide[0] for size in wide):
+            raise ValueError(
+                "query, key and value must have batch sizes that are equal or 1, got "
+                f"{list(shapes[0])}, {list(shapes[1])} and {list(shapes[2])}"
+            )
+        common.append(wide[0] if wide else 1)
+    return tuple(common)
+
+
+def _flatten_batch(tensor: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
+    """[*batch or 1s, H, L, D] -> [B, H, L, D], a view where strides permit."""
+    rest = tensor.shape[-3:]
+    return tensor.expand(*batch_shape, *rest).reshape(math.prod(batch_shape), *rest)
+
+
+def _match_heads(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads made to fit: a single head broadcasts; groups of query heads need ``enable_gqa``."""
+    heads, key_heads, value_heads = query.shape[1], key.shape[1], value.shape[1]
+    if heads == key_heads == value_heads:
+        return query, key, value
+    if key_heads != value_heads:
+        if 1 not in (key_heads, value_heads):
+            raise ValueError(f"value must have key's {key_heads} heads or 1, got {value_heads}")
+        key_heads = value_heads if key_heads == 1 else key_heads
+        key, value = (tensor.expand(-1, key_heads, -1, -1) for tensor in (key, value))
+    if heads == 1 and key_heads != 1:
+        return query.expand(-1, key_heads, -1, -1), key, value
+    if key_heads == 0 or heads % key_heads != 0:
+        raise ValueError(
+            f"query's heads must be a multiple of key's and value's heads, got {heads} query heads and "
+            f"{key_heads} key heads"
+        )
+    if key_heads not in (1, heads) and not enable_gqa:
+        raise ValueError(
+            f"query has {heads} heads and key {key_heads}: pass enable_gqa=True to share each key head "
+            f"among {heads // key_heads} query heads, or give as many key heads as query heads"
+        )
+    return query, key, value
+
+
+def _check_window(window: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be a pair (left, right) of ints or None, got {window!r}")
+    for side, size in zip(("left", "right"), window, strict=True):
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+            raise TypeError(f"window's {side} must be an int or None (open), got {size!r}")
+        if size < 0:
+            raise ValueError(f"window's {side} must be at least 0, or None for open, got {size}")
+    return window[0], window[1]
+
+
+def _check_dropout(dropout_p: float) -> float:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float, torch.SymFloat)):
+        raise TypeError(f"dropout_p must be a float, got {dropout_p!r}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
+    return float(dropout_p)
+
+
+def _check_scale(scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale must be a float or None (1 / sqrt(head_dim)), got {scale!r}")
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return scale if isinstance(scale, torch.SymFloat) else float(scale)
+
+
+def _check_mask(
+    attn_mask: Tensor, query: Tensor, key: Tensor, batch_shape: tuple[int, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(bool mask, bias): one of them, 4-D, sizes 1 where it broadcasts."""
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
+    dtype = attn_mask.dtype
+    if dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(
+            f"attn_mask must be bool (True = attend), float32 or query's dtype {query.dtype} (added to "
+            f"the scores), got {dtype}"
+        )
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask must be on query's device {query.device}, got {attn_mask.device}")
+    given = list(attn_mask.shape)
+    score_shape = (*batch_shape, query.shape[1], query.shape[2], key.shape[2])
+    without_heads = len(batch_shape) == 1 and query.shape[1] == 1 and attn_mask.dim() == 3
+    if without_heads and given[0] not in (1, query.shape[1]):
+        attn_mask = attn_mask.unsqueeze(1)  # [N, Lq, Lk] of a call on [N, L, D]
+    rank = len(score_shape)
+    mask_shape = (1,) * (rank - attn_mask.dim()) + tuple(attn_mask.shape)
+    if len(mask_shape) > rank or any(
+        size not in (1, full) for size, full in zip(mask_shape, score_shape, strict=True)
+    ):
+        raise ValueError(
+            f"attn_mask must broadcast to the scores' shape {list(score_shape)} "
+            f"(batch, heads, queries, keys), got {given}"
+        )
+    attn_mask = attn_mask[(None,) * (rank - attn_mask.dim())]
+    if any(size != 1 for size in mask_shape[:-3]):
+        attn_mask = _flatten_batch(attn_mask, batch_shape)
+    else:
+        attn_mask = attn_mask.reshape(1, *mask_shape[-3:])
+    if dtype == torch.bool:
+        return attn_mask, None
+    if query.dtype == torch.float64:
+        attn_mask = attn_mask.double()
+    return None, attn_mask
+
+
+def _check_lengths(key_lengths: Tensor | list[int], query: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
+    """int64 [B] on query's device."""
+    if not isinstance(key_lengths, Tensor):
+        try:
+            key_lengths = torch.tensor(key_lengths)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"key_lengths must be an integer tensor or a list of ints, got {key_lengths!r}"
+            ) from None
+    if key_lengths.dtype not in INTEGER_DTYPES and key_lengths.numel() > 0:
+        raise TypeError(f"key_lengths must be integers, got {key_lengths.dtype}")
+    if tuple(key_lengths.shape) != tuple(batch_shape):
+        raise ValueError(
+            f"key_lengths must have one length per sequence, shape {list(batch_shape)}, "
+            f"got {list(key_lengths.shape)}"
+        )
+    return key_lengths.to(device=query.device, dtype=torch.int64).reshape(-1).contiguous()
+
+
+def _check_length_values(key_lengths: Tensor, keys: int) -> None:
+    if key_lengths.numel() == 0:
+        return
+    shortest, longest = torch.aminmax(key_lengths)
+    if shortest.item() < 0 or longest.item() > keys:
+        raise ValueError(
+            f"key_lengths must be between 0 and the number of keys {keys}, got {key_lengths.tolist()}"
+        )
+
+
+def _with_unit_last_stride(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
