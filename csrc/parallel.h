@@ -1,0 +1,46 @@
+// Work distribution: items are drawn one by one from a shared counter by a team of OpenMP threads.
+//
+// What an item computes never depends on the number of threads or on who draws it, so results are
+// bitwise equal for any team.  Callers number the items heaviest first, so that the last ones drawn are
+// small and the threads finish together.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace fastattn {
+
+// Calls body(context, item, scratch) for every item in [0, items) on at most `threads` threads.
+//
+// scratch is a cache-line-aligned block of scratch_bytes, private to the thread and not initialised.
+// All memory is allocated before the team starts: std::bad_alloc leaves from here, in the calling
+// thread.  body must not throw.  Runs serially inside another parallel region and in a child process
+// forked from one that had loaded this library: the runtime's worker threads do not survive fork().
+void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, int64_t, void*),
+               void* context);
+
+template <class Body>
+void parallel_for(int64_t items, int threads, size_t scratch_bytes, Body&& body) {
+    using Function = std::remove_reference_t<Body>;
+    run_items(
+        items, threads, scratch_bytes,
+        [](void* context, int64_t item, void* scratch) { (*static_cast<Function*>(context))(item, scratch); },
+        const_cast<void*>(static_cast<const void*>(std::addressof(body))));
+}
+
+// Memory aligned to cache lines that frees itself; throws std::bad_alloc.
+class AlignedBuffer {
+  public:
+    explicit AlignedBuffer(size_t bytes);
+    ~AlignedBuffer();
+    AlignedBuffer(const AlignedBuffer&) = delete;
+    AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+    void* data() const { return data_; }
+
+  private:
+    void* data_;
+};
+
+}  // namespace fastattn
