@@ -1,0 +1,64 @@
+"""Attention pooling: a learned query summarises a padded sequence as one vector."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastattn.additive import additive_attention, additive_weights
+from fastattn.models.attention import IMPLEMENTATIONS, attend, naive_weights
+
+SCORES = ("dot", "additive")
+
+
+class AttentionPooling(nn.Module):
+    """``[B, L, E]`` to ``[B, E]``: a softmax over the positions, scored against a learned query.
+
+    Args:
+        embed_dim: E.
+        score: "dot" (scaled dot product of query and key) or "additive" (Bahdanau).
+        attention: the implementation of the dot-product form ("fastattn", "torch", "naive"); the
+            additive form is fused for "fastattn" and written out for the other two.
+
+    Only the keys are projected; the values are the inputs themselves, so a position's weight says how
+    much of it is in the result.
+    """
+
+    def __init__(self, embed_dim: int, score: str = "dot", attention: str = "fastattn"):
+        super().__init__()
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {SCORES}, got {score!r}")
+        if attention not in IMPLEMENTATIONS:
+            raise ValueError(f"attention must be one of {IMPLEMENTATIONS}, got {attention!r}")
+        self.score, self.attention = score, attention
+        self.query = nn.Parameter(torch.empty(embed_dim))
+        self.key_proj = nn.Linear(embed_dim, embed_dim)
+        nn.init.normal_(self.query, std=embed_dim**-0.5)
+        if score == "additive":
+            self.weight = nn.Parameter(torch.empty(embed_dim))
+            nn.init.uniform_(self.weight, -(embed_dim**-0.5), embed_dim**-0.5)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """``[B, E]`` from x ``[B, L, E]``; positions at or past ``lengths`` int ``[B]`` are padding."""
+        query, key = self.query.expand(x.shape[0], 1, -1), self.key_proj(x)  # [B, 1, E], [B, L, E]
+        if self.score == "additive":
+            if self.attention == "fastattn":
+                return additive_attention(query, key, x, self.weight, lengths)[:, 0]
+            return (self._naive_additive(query, key, lengths) @ x)[:, 0]
+        heads = (y.unsqueeze(1) for y in (query, key, x))  # one head: [B, 1, L, E]
+        return attend(*heads, key_lengths=lengths, implementation=self.attention)[:, 0, 0]
+
+    @torch.no_grad()
+    def weights(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """The share of each position in the result, ``[B, L]``; 0 for padding."""
+        query, key = self.query.expand(x.shape[0], 1, -1), self.key_proj(x)
+        if self.score == "additive":
+            return additive_weights(query, key, self.weight, lengths)[:, 0]
+        return naive_weights(query.unsqueeze(1), key.unsqueeze(1), lengths)[:, 0, 0]
+
+    def _naive_additive(self, query, key, lengths):
+        score = torch.tanh(query[:, :, None] + key[:, None]) @ self.weight  # [B, 1, L]
+        if lengths is not None:
+            padding = torch.arange(key.shape[1], device=key.device) >= lengths[:, None, None]
+            score = score.masked_fill(padding, float("-inf"))
+        return score.softmax(-1)
