@@ -1,0 +1,81 @@
+# Each target works from a fresh clone: the virtual environment, the pinned dependencies and the
+# build of the extension are prerequisites, made once and renewed when what they depend on changes.
+#
+#   make test                 the whole test suite
+#   make lint                 ruff and clang-format, over the whole tree
+#   make bench                the benchmark report: tables, benchmarks/results/*.json, docs/*.png
+#   make bench-micro          the C++ micro-benchmark of the CPU engine's kernels
+#   make gpu-compile-report   registers, spills and instruction mix of every GPU configuration
+#   make readme               the README's tables, from benchmarks/results/
+#   make format               let the formatters rewrite the sources
+#   make clean
+
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+PIP    := $(RUN) -m pip --disable-pip-version-check
+# The version of torch that is there; nothing may change it.
+PINS   := $(VENV)/torch-pin.txt
+
+CPP_SOURCES   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc')
+BUILD_SOURCES := $(CPP_SOURCES) setup.py pyproject.toml $(shell find csrc -name CMakeLists.txt)
+
+.PHONY: test lint format bench bench-micro gpu-compile-report readme clean
+
+test: $(VENV)/installed.stamp
+	$(RUN) -m pytest tests
+
+bench: $(VENV)/installed.stamp
+	$(RUN) -m benchmarks.report run
+
+readme: $(VENV)/installed.stamp
+	$(RUN) -m benchmarks.report readme
+
+bench-micro: $(VENV)/packages.stamp
+	$(VENV)/bin/cmake -S csrc -B build/micro -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTATTN_BENCH=ON \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) -DPython_EXECUTABLE=$(abspath $(RUN))
+	$(VENV)/bin/cmake --build build/micro --target bench_micro
+	build/micro/bench_micro
+
+gpu-compile-report: $(VENV)/installed.stamp
+	$(RUN) -m kernels.compile_report
+
+lint: $(VENV)/packages.stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_SOURCES)
+
+format: $(VENV)/packages.stamp
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
+
+# A python3 that has torch (a GPU image) lends it: --system-site-packages, or, where python3 is itself
+# a virtual environment, a .pth file. Only where there is none is torch installed.
+$(VENV)/torch.stamp: requirements-torch.txt requirements-triton.txt
+	if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages $(VENV) && \
+		{ $(RUN) -c 'import torch' 2>/dev/null || $(PYTHON) -c 'import pathlib, sys, torch; \
+			site, = pathlib.Path(sys.argv[1]).glob("lib/python*/site-packages"); \
+			home = pathlib.Path(torch.__file__).parents[1]; \
+			(site / "torch-home.pth").write_text(f"{home}\n")' $(VENV); }; \
+	else \
+		$(PYTHON) -m venv $(VENV) && $(PIP) install -r requirements-torch.txt; \
+	fi
+	$(RUN) -c 'import torch; print("torch==" + torch.__version__)' > $(PINS)
+	$(RUN) -c 'import triton' 2>/dev/null || $(PIP) install -c $(PINS) -r requirements-triton.txt
+	touch $@
+
+$(VENV)/packages.stamp: $(VENV)/torch.stamp requirements.txt
+	$(PIP) install -c $(PINS) -r requirements.txt
+	touch $@
+
+# FASTATTN_BUILD_EMULATED adds a software model of the bf16 dot product, so that its kernels are
+# tested on machines without the instruction; it is never chosen by itself.
+$(VENV)/installed.stamp: $(VENV)/packages.stamp $(BUILD_SOURCES)
+	FASTATTN_BUILD_EMULATED=1 $(PIP) install --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist fastattn.egg-info fastattn/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
