@@ -1,0 +1,127 @@
+// The one micro-kernel: C[rows, vectors] += A[rows, depth] B[depth, vectors].
+//
+// A is read one element at a time and broadcast, straight from memory in whatever layout it has; B is rows
+// of contiguous vectors; C stays in registers. With 6 x 4 AVX-512 accumulators, a step is 24 multiply-adds
+// (12 cycles on two ports) against 10 loads (5 cycles on two ports) and 36 of 48 issue slots, so only the
+// multiply-adds bind. Broadcasts come from memory, which costs a load port and no arithmetic one.
+#pragma once
+
+#include "simd_common.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+// A stored with consecutive depth: A(i, k) = data[i * stride + k]. Scores (rows of K against Q^T), and
+// rows of P^T and dS^T against dO and Q.
+template <class E>
+struct DepthContiguous {
+  const E* data;
+  long stride;
+  INLINE DepthContiguous rows_from(long row) const { return {data + row * stride, stride}; }
+  template <int rows>
+  struct Cursor {
+    const E* row[rows];
+    INLINE explicit Cursor(const DepthContiguous& a) {
+      UNROLL for (int i = 0; i < rows; i++) row[i] = a.data + i * a.stride;
+    }
+    INLINE const E* at(int i, long k) const { return row[i] + k; }
+  };
+};
+
+// A stored with consecutive rows: A(i, k) = data[k * stride + i]. Columns of V against P^T, and columns
+// of dS^T against K.
+template <class E>
+struct RowsContiguous {
+  const E* data;
+  long stride;
+  INLINE RowsContiguous rows_from(long row) const { return {data + row, stride}; }
+  template <int rows>
+  struct Cursor {
+    const E* data;
+    long stride;
+    INLINE explicit Cursor(const RowsContiguous& a) : data(a.data), stride(a.stride) {}
+    INLINE const E* at(int i, long k) const { return data + k * stride + i; }
+  };
+};
+
+template <class V, int rows, int vectors, class A>
+INLINE void multiply(typename V::vector (&c)[rows][vectors], A a, const typename V::element* b, long b_stride,
+                     long depth) {
+  const typename A::template Cursor<rows> cursor(a);
+  for (long k = 0; k < depth; k++) {
+    typename V::vector column[vectors];
+    UNROLL for (int j = 0; j < vectors; j++) column[j] = V::load(b + k * b_stride + j * V::lanes);
+    UNROLL for (int i = 0; i < rows; i++) {
+      const typename V::vector x = V::broadcast(cursor.at(i, k));
+      UNROLL for (int j = 0; j < vectors; j++) c[i][j] = V::multiply_add(x, column[j], c[i][j]);
+    }
+  }
+}
+
+// What becomes of a finished tile. Products are summed from zero and C is added at the end: a third of the
+// rounding error of summing onto C, and no wait for C before the first product.
+struct Store {
+  template <class V>
+  INLINE static void apply(typename V::scalar* c, typename V::vector product) {
+    V::store(c, product);
+  }
+};
+struct Accumulate {
+  template <class V>
+  INLINE static void apply(typename V::scalar* c, typename V::vector product) {
+    V::store(c, V::add(V::load(c), product));
+  }
+};
+
+template <class V, int rows, int vectors, class Finish, class A>
+INLINE void gemm_tile(A a, const typename V::element* b, long b_stride, long depth, typename V::scalar* c,
+                      long c_stride) {
+  typename V::vector sum[rows][vectors];
+  UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = V::zero();
+  multiply<V, rows, vectors>(sum, a, b, b_stride, depth);
+  UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < vectors; j++)
+      Finish::template apply<V>(c + i * c_stride + j * V::lanes, sum[i][j]);
+}
+
+template <class V, int rows, int vectors, class Finish, class A>
+inline void gemm_tail(long count, A a, const typename V::element* b, long b_stride, long depth,
+                      typename V::scalar* c, long c_stride) {
+  if constexpr (rows > 0) {
+    if (count == rows)
+      gemm_tile<V, rows, vectors, Finish>(a, b, b_stride, depth, c, c_stride);
+    else
+      gemm_tail<V, rows - 1, vectors, Finish>(count, a, b, b_stride, depth, c, c_stride);
+  }
+}
+
+// C[rows, vectors * lanes] (=, +=) A B for any number of rows. Rows that do not fill a tile are shared with
+// the last full one, so that no tile is too small to hide the latency of the multiply-adds.
+template <class V, int vectors, class Finish, class A>
+inline void gemm(long rows, A a, const typename V::element* b, long b_stride, long depth,
+                 typename V::scalar* c, long c_stride) {
+  constexpr int full = V::tile_rows;
+  long row = 0;
+  while (rows - row >= 2 * full || rows - row == full) {
+    gemm_tile<V, full, vectors, Finish>(a.rows_from(row), b, b_stride, depth, c + row * c_stride, c_stride);
+    row += full;
+  }
+  while (row < rows) {
+    const long left = rows - row, count = left > full ? (left + 1) / 2 : left;
+    gemm_tail<V, full, vectors, Finish>(count, a.rows_from(row), b, b_stride, depth, c + row * c_stride,
+                                        c_stride);
+    row += count;
+  }
+}
+
+// The same with the number of vectors known at run time, 1 <= vectors <= V::tile_vectors.
+template <class V, class Finish, class A, int vectors = V::tile_vectors>
+inline void gemm_columns(int count, long rows, A a, const typename V::element* b, long b_stride, long depth,
+                         typename V::scalar* c, long c_stride) {
+  if (count == vectors)
+    gemm<V, vectors, Finish>(rows, a, b, b_stride, depth, c, c_stride);
+  else if constexpr (vectors > 1)
+    gemm_columns<V, Finish, A, vectors - 1>(count, rows, a, b, b_stride, depth, c, c_stride);
+}
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn

@@ -1,0 +1,196 @@
+// Vectors of 128 bits written on the compiler's vector extensions: any machine that GCC or Clang knows.
+// See simd_avx512.h for what the operations mean.
+#pragma once
+
+#include "problem.h"
+#include "simd_common.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+// The operations that need no instruction of their own, for a scalar type S and an integer I of its size.
+template <class S, class I>
+struct Extension {
+  using scalar = S;
+  using element = S;
+  static constexpr int lanes = 16 / sizeof(S);
+  // 12 accumulators + 2 of B + 1 broadcast = 15 of SSE's 16 registers.
+  static constexpr int tile_rows = 6, tile_vectors = 2;
+  static constexpr int depth = 1;
+  typedef S vector __attribute__((vector_size(16)));
+  typedef I mask __attribute__((vector_size(16)));
+
+  INLINE static vector zero() { return vector{}; }
+  INLINE static vector set1(S x) { return x - vector{}; }
+  INLINE static mask first_lanes(long n) {
+    mask m;
+    UNROLL for (int i = 0; i < lanes; i++) m[i] = i < n ? -1 : 0;
+    return m;
+  }
+  INLINE static mask lanes_from(long n) { return ~first_lanes(n); }
+  INLINE static vector load(const S* p) {
+    vector v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  INLINE static vector load(const S* p, long n) {
+    vector v = zero();
+    memcpy(&v, p, sizeof(S) * count(n));
+    return v;
+  }
+  INLINE static void store(S* p, vector v) { memcpy(p, &v, sizeof v); }
+  INLINE static void store(S* p, vector v, long n) { memcpy(p, &v, sizeof(S) * count(n)); }
+
+  INLINE static vector add(vector a, vector b) { return a + b; }
+  INLINE static vector sub(vector a, vector b) { return a - b; }
+  INLINE static vector mul(vector a, vector b) { return a * b; }
+  INLINE static vector div(vector a, vector b) { return a / b; }
+  INLINE static vector fma(vector a, vector b, vector c) { return a * b + c; }
+  INLINE static vector fms(vector a, vector b, vector c) { return a * b - c; }
+  INLINE static vector max(vector a, vector b) { return a > b ? a : b; }
+  INLINE static vector min(vector a, vector b) { return a < b ? a : b; }
+  INLINE static S sum(vector v) {
+    S total = v[0];
+    UNROLL for (int i = 1; i < lanes; i++) total += v[i];
+    return total;
+  }
+  INLINE static S maximum(vector v) {
+    S largest = v[0];
+    UNROLL for (int i = 1; i < lanes; i++) largest = v[i] > largest ? v[i] : largest;
+    return largest;
+  }
+
+  INLINE static mask greater(vector a, vector b) { return a > b; }
+  INLINE static mask not_less_equal(vector a, vector b) { return ~(a <= b); }
+  INLINE static mask nonzero(const uint8_t* p) {
+    mask m;
+    UNROLL for (int i = 0; i < lanes; i++) m[i] = p[i] ? -1 : 0;
+    return m;
+  }
+  INLINE static bool any(mask m) {
+    uint64_t halves[2];
+    memcpy(halves, &m, sizeof halves);
+    return (halves[0] | halves[1]) != 0;
+  }
+  INLINE static vector select(mask m, vector yes, vector no) { return m ? yes : no; }
+  INLINE static vector zero_unless(mask m, vector v) { return (vector)((mask)v & m); }
+
+  INLINE static vector broadcast(const S* p) { return set1(*p); }
+  INLINE static vector multiply_add(vector a, vector b, vector c) { return a * b + c; }
+
+  INLINE static void transpose(vector (&r)[lanes]) {
+    S t[lanes][lanes];
+    UNROLL for (int i = 0; i < lanes; i++) store(t[i], r[i]);
+    UNROLL for (int i = 0; i < lanes; i++) UNROLL for (int j = 0; j < lanes; j++) r[i][j] = t[j][i];
+  }
+
+ protected:
+  INLINE static long count(long n) { return n > lanes ? lanes : n < 0 ? 0 : n; }
+
+  // Splits lowest <= x <= highest into the nearest integer, returned shifted into the exponent field, and a
+  // fraction in [-1/2, 1/2]. Adding 1.5 * 2^mantissa leaves the integer in the low bits of the sum.
+  template <int mantissa_bits>
+  INLINE static mask split(vector x, vector& fraction) {
+    const vector magic = set1(static_cast<S>(1.5) * static_cast<S>(I{1} << mantissa_bits));
+    const vector shifted = x + magic;
+    fraction = x - (shifted - magic);
+    return ((mask)shifted - (mask)magic) << mantissa_bits;
+  }
+};
+
+struct F32 : Extension<float, int32_t> {
+  using Extension::load;
+  using Extension::store;
+  INLINE static vector load(const bf16* p) {
+    vector v;
+    UNROLL for (int i = 0; i < lanes; i++) v[i] = widen(p[i]);
+    return v;
+  }
+  INLINE static vector load(const bf16* p, long n) {
+    vector v = zero();
+    for (long i = 0; i < count(n); i++) v[i] = widen(p[i]);
+    return v;
+  }
+  INLINE static vector load(const fp16* p) {
+    mask half;
+    UNROLL for (int i = 0; i < lanes; i++) half[i] = p[i].bits;
+    return widen_fp16(half);
+  }
+  INLINE static vector load(const fp16* p, long n) {
+    mask half = mask{};
+    for (long i = 0; i < count(n); i++) half[i] = p[i].bits;
+    return widen_fp16(half);
+  }
+  INLINE static void store(bf16* p, vector v) { store(p, v, lanes); }
+  INLINE static void store(bf16* p, vector v, long n) {
+    for (long i = 0; i < count(n); i++) p[i].bits = narrow_bf16(v[i]);
+  }
+  INLINE static void store(fp16* p, vector v) { store(p, v, lanes); }
+  INLINE static void store(fp16* p, vector v, long n) {
+    const mask half = narrow_fp16(v);
+    for (long i = 0; i < count(n); i++) p[i].bits = static_cast<uint16_t>(half[i]);
+  }
+
+  template <int degree = 5>
+  INLINE static vector exp2(vector x) {
+    // The order of the operands keeps NaN.
+    const vector clamped = min(set1(127.4f), max(set1(-126.0f), x));
+    vector fraction;
+    mask exponent = split<23>(clamped, fraction);
+    const mask below = fraction < zero();  // the polynomial holds on [0, 1)
+    fraction = fraction + (vector)(below & (mask)set1(1.0f));
+    exponent = exponent + (below << 23);
+    const vector p = exp2_fraction<F32, degree>(fraction);
+    return (vector)(((mask)p + exponent) & ~(x < set1(-126.0f)));
+  }
+
+ private:
+  // A half's exponent and mantissa, moved up, are the value times 2^-112; subnormals become normal.
+  INLINE static vector widen_fp16(mask half) {
+    const mask sign = (half & 0x8000) << 16, magnitude = half & 0x7fff;
+    const vector finite = (vector)(magnitude << 13) * set1(0x1p112f);
+    const mask special = magnitude >= 0x7c00;
+    const mask infinite = (magnitude << 13) | 0x7f800000;
+    return (vector)(sign | (special & infinite) | (~special & (mask)finite));
+  }
+  // Round to nearest even at the half's precision by adding and removing a power of two, then rebias.
+  INLINE static mask narrow_fp16(vector v) {
+    const mask bits = (mask)v, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    const vector value = (vector)magnitude;
+    const mask rounded = (magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const mask normal = rounded - (112 << 10);
+    const mask subnormal = (mask)(value + set1(0.5f)) - (mask)set1(0.5f);  // 0.5 has an ulp of 2^-24
+    const mask overflow = magnitude >= 0x477ff000, tiny = magnitude < 0x38800000,
+               nan = magnitude > 0x7f800000;
+    mask half = tiny ? subnormal : normal;
+    half = overflow ? (mask{} + 0x7c00) : half;
+    half = nan ? (mask{} + 0x7e00) : half;
+    return sign | half;
+  }
+};
+
+struct F64 : Extension<double, int64_t> {
+  using Extension::load;
+  INLINE static vector load(const float* p) {
+    vector v;
+    UNROLL for (int i = 0; i < lanes; i++) v[i] = p[i];
+    return v;
+  }
+  INLINE static vector load(const float* p, long n) {
+    vector v = zero();
+    for (long i = 0; i < count(n); i++) v[i] = p[i];
+    return v;
+  }
+
+  template <int = 0>
+  INLINE static vector exp2(vector x) {
+    const vector clamped = min(set1(1023.5), max(set1(-1022.0), x));
+    vector fraction;
+    const mask nearest = split<52>(clamped, fraction);
+    const vector p = exp2_fraction_f64<F64>(fraction);
+    return (vector)(((mask)p + nearest) & ~(x < set1(-1022.0)));
+  }
+};
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn
