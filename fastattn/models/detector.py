@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .attention import make_attention
+from .attention import Attention
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,14 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(config.embed_dim), nn.LayerNorm(config.embed_dim)
-        self.attention = make_attention(config.attention, config.embed_dim, config.num_heads, config.dropout)
+        self.attention = Attention(config.embed_dim, config.num_heads, config.dropout, config.attention)
         self.feed_forward = feed_forward(config)
 
     def forward(self, x: Tensor, position: Tensor, padding: Tensor) -> Tensor:
         # x, position [B, N, E]; padding [B, N] bool, True = padding
         y = self.norm1(x)
         located = y + position
-        x = x + self.attention(located, located, y, key_padding_mask=padding, need_weights=False)[0]
+        x = x + self.attention(located, located, y, key_padding_mask=padding)
         return x + self.feed_forward(self.norm2(x))
 
 
@@ -113,8 +113,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.self_attention = make_attention(config.attention, dim, config.num_heads, config.dropout)
-        self.cross_attention = make_attention(config.attention, dim, config.num_heads, config.dropout)
+        self.self_attention = Attention(dim, config.num_heads, config.dropout, config.attention)
+        self.cross_attention = Attention(dim, config.num_heads, config.dropout, config.attention)
         self.feed_forward = feed_forward(config)
 
     def forward(
@@ -124,17 +124,15 @@ class DecoderLayer(nn.Module):
         memory: Tensor,  # [B, N, E]
         memory_position: Tensor,  # [B, N, E]
         padding: Tensor,  # [B, N] bool
-        query_mask: Tensor | None,  # [Q, Q] bool, True = may not attend
+        query_mask: Tensor | None,  # [Q, Q] bool, True = attend
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         y = self.norm1(x)
         located = y + query_position
-        x = x + self.self_attention(located, located, y, attn_mask=query_mask, need_weights=False)[0]
-        y = self.norm2(x) + query_position
-        y, weights = self.cross_attention(
-            y, memory + memory_position, memory, key_padding_mask=padding, need_weights=need_weights
-        )
-        x = x + y
+        x = x + self.self_attention(located, located, y, mask=query_mask)
+        y, key = self.norm2(x) + query_position, memory + memory_position
+        x = x + self.cross_attention(y, key, memory, key_padding_mask=padding)
+        weights = self.cross_attention.weights(y, key, key_padding_mask=padding) if need_weights else None
         return x + self.feed_forward(self.norm3(x)), weights
 
 
@@ -283,9 +281,9 @@ def initial_anchors(count: int) -> Tensor:
 
 
 def denoising_mask(groups: int, targets: int, queries: int) -> Tensor:
-    """bool [Q', Q'], True = may not attend: denoising groups see only themselves and the matching queries,
-    and the matching queries never see a denoising query, which carries the answer."""
+    """bool [Q', Q'], True = attend: denoising groups see only themselves and the matching queries, and the
+    matching queries never see a denoising query, which carries the answer."""
     group = torch.cat(
         (torch.arange(groups).repeat_interleave(targets), torch.full((queries,), -1, dtype=torch.long))
     )
-    return (group[None, :] != group[:, None]) & (group[None, :] >= 0)
+    return (group[None, :] == group[:, None]) | (group[None, :] < 0)

@@ -1,0 +1,200 @@
+"""Object-detection data in COCO's format: loading, batching, evaluation and drawing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..models.detector import Targets
+
+#: Grey levels (0 to 1) are shifted and scaled to about zero mean and unit variance.
+MEAN, STD = 0.2, 0.25
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image before batching: pixels uint8 [C, H, W], labels [T], boxes [T, 4] (x, y, w, h in pixels)."""
+
+    pixels: Tensor
+    labels: Tensor
+    boxes: Tensor
+    image_id: int
+
+
+class CocoFolder(Dataset):
+    """A folder of images with an ``annotations.json`` beside them.
+
+    Category ids may be any integers; ``categories`` maps the label used here (0, 1, ...) to (id, name).
+    Crowd annotations are left out.  Images are read as grey where ``channels`` is 1, as RGB where it is 3.
+
+    Raises:
+        FileNotFoundError: the folder or its ``annotations.json`` is missing.
+        ValueError: the annotations are no COCO JSON, an annotation names an unknown image or category or a
+            box without area, the folder describes no image, or an image cannot be read; the file and the
+            annotation are named.
+    """
+
+    def __init__(self, folder: str | Path, channels: int = 1) -> None:
+        self.folder, self.channels = Path(folder), channels
+        self.path = self.folder / "annotations.json"
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{self.path}: no such file; a COCO folder holds images and annotations.json"
+            )
+        try:
+            coco = json.loads(self.path.read_text())
+            self.images = list(coco["images"])
+            self.categories = [(int(c["id"]), str(c["name"])) for c in coco["categories"]]
+            annotations = list(coco["annotations"])
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{self.path}: not a COCO annotation file (images, annotations, categories): {error!r}"
+            ) from error
+        if not self.images:
+            raise ValueError(f"{self.path}: describes no image")
+        label_of = {category: label for label, (category, _) in enumerate(self.categories)}
+        index_of = {image["id"]: i for i, image in enumerate(self.images)}
+        self.objects: list[list[tuple[int, list[float]]]] = [[] for _ in self.images]
+        for annotation in annotations:
+            if annotation.get("iscrowd"):
+                continue
+            where = f"{self.path}: annotation {annotation.get('id')}"
+            if annotation.get("image_id") not in index_of:
+                raise ValueError(f"{where}: image_id {annotation.get('image_id')} is not among the images")
+            if annotation.get("category_id") not in label_of:
+                raise ValueError(f"{where}: category_id {annotation.get('category_id')} is not a category")
+            box = annotation.get("bbox")
+            if not (isinstance(box, list) and len(box) == 4 and box[2] > 0 and box[3] > 0):
+                raise ValueError(
+                    f"{where}: bbox must be [x, y, width, height] with a positive area, got {box}"
+                )
+            label = label_of[annotation["category_id"]]
+            self.objects[index_of[annotation["image_id"]]].append((label, [float(v) for v in box]))
+        self._pixels: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        if index not in self._pixels:
+            self._pixels[index] = self._read(self.folder / self.images[index]["file_name"])
+        objects = self.objects[index]
+        labels = torch.tensor([label for label, _ in objects], dtype=torch.long)
+        boxes = torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4)
+        return Example(self._pixels[index], labels, boxes, self.images[index]["id"])
+
+    def _read(self, path: Path) -> Tensor:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(path) as image:
+                pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+        return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+
+
+def collate(examples: list[Example]) -> tuple[Tensor, Tensor, Targets]:
+    """Pad to a batch: images [B, C, H, W] (normalised, padding 0), sizes int [B, 2], targets."""
+    height = max(e.pixels.shape[1] for e in examples)
+    width = max(e.pixels.shape[2] for e in examples)
+    most = max(len(e.labels) for e in examples)
+    batch = len(examples)
+    images = torch.zeros(batch, examples[0].pixels.shape[0], height, width)
+    sizes = torch.zeros(batch, 2, dtype=torch.long)
+    labels = torch.zeros(batch, most, dtype=torch.long)
+    boxes = torch.full((batch, most, 4), 0.5)
+    valid = torch.zeros(batch, most, dtype=torch.bool)
+    for i, example in enumerate(examples):
+        _, h, w = example.pixels.shape
+        images[i, :, :h, :w] = (example.pixels.float() / 255 - MEAN) / STD
+        sizes[i] = torch.tensor((h, w))
+        count = len(example.labels)
+        corner, size = example.boxes[:, :2], example.boxes[:, 2:]
+        boxes[i, :count] = torch.cat((corner + size / 2, size), dim=1) / torch.tensor((w, h, w, h))
+        labels[i, :count] = example.labels
+        valid[i, :count] = True
+    return images, sizes, Targets(labels, boxes, valid)
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, data: CocoFolder, batch_size: int = 50) -> dict[str, float]:
+    """COCO's average precision over a data set: ``mAP`` (IoU 0.50 to 0.95) and ``mAP50``."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    found = []
+    for start in range(0, len(data), batch_size):
+        examples = [data[i] for i in range(start, min(start + batch_size, len(data)))]
+        images, sizes, _ = collate(examples)
+        for example, prediction in zip(
+            examples, model.predict(images.to(device), sizes.to(device)), strict=True
+        ):
+            columns = (prediction[name].tolist() for name in ("scores", "labels", "boxes"))
+            found += [
+                {
+                    "image_id": example.image_id,
+                    "category_id": data.categories[label][0],
+                    "bbox": box,
+                    "score": score,
+                }
+                for score, label, box in zip(*columns, strict=True)
+            ]
+    model.train(was_training)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth = COCO(str(data.path))
+        scores = COCOeval(truth, truth.loadRes(found), "bbox")
+        scores.evaluate()
+        scores.accumulate()
+        scores.summarize()
+    return {"mAP": float(scores.stats[0]), "mAP50": float(scores.stats[1])}
+
+
+def draw(
+    pixels: Tensor,  # uint8 [C, H, W]
+    prediction: dict[str, Tensor],
+    names: list[str],
+    path: Path,
+    attention: Tensor | None = None,  # [Q, H', W'], one map per query
+    threshold: float = 0.4,
+) -> None:
+    """Save a picture of the boxes found, and beside it where each of their queries looked."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    image = pixels.permute(1, 2, 0).numpy()
+    shown = (prediction["scores"] >= threshold).nonzero()[:, 0].tolist()
+    panels = 1 + (len(shown) if attention is not None else 0)
+    figure = Figure(figsize=(3 * panels, 3.2), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    colours = [f"C{i % 10}" for i in range(max(panels, len(shown)))]
+    for axis in axes:
+        axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axis.set_axis_off()
+    for colour, i in zip(colours, shown, strict=False):
+        x, y, w, h = prediction["boxes"][i].tolist()
+        axes[0].add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=colour, linewidth=2))
+        text = f"{names[prediction['labels'][i]]} {prediction['scores'][i]:.2f}"
+        axes[0].text(x, y - 1, text, color=colour, fontsize=8, verticalalignment="bottom")
+    for axis, colour, i in zip(axes[1:], colours, shown, strict=False):
+        weights = attention[prediction["queries"][i]].float().numpy()
+        axis.imshow(
+            weights,
+            cmap="inferno",
+            alpha=0.65,
+            extent=(0, image.shape[1], image.shape[0], 0),
+            interpolation="bilinear",
+        )
+        axis.set_title(names[prediction["labels"][i]], color=colour, fontsize=9)
+    figure.savefig(path, dpi=120)
