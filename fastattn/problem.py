@@ -67,7 +67,7 @@ class Arguments(NamedTuple):
     """The arguments of a call, checked and in 4-D form, as the registered operators take them.
 
     Unlike in :class:`Problem`, masks keep size 1 where they broadcast, so that their gradient has
-    that size too, and the values in ``key_lengths`` are not checked yet.
+    that size too.
     """
 
     query: Tensor
@@ -110,7 +110,9 @@ def make_problem(
     )
     if rng_state is None and arguments.dropout_p > 0.0:
         rng_state = draw_rng_state(query.device)
-    return problem_from_arguments(*arguments, rng_state)
+    problem = problem_from_arguments(*arguments, rng_state)
+    check_length_values(problem)
+    return problem
 
 
 def draw_rng_state(device: torch.device) -> Tensor:
@@ -132,19 +134,16 @@ def problem_from_arguments(
     dropout_p: float,
     rng_state: Tensor | None,
 ) -> Problem:
-    """The problem of checked arguments: masks expanded, last strides 1, key lengths in range.
+    """The problem of checked arguments: masks expanded, last strides 1.
 
-    Key lengths on a GPU are clamped to 0..Lk rather than checked, because reading them would wait
-    for the device.
+    Key lengths on a GPU are clamped to 0..Lk, because checking them would wait for the device;
+    those on a CPU have to pass :func:`check_length_values` before anything is computed.
     """
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     score_shape = (batch, heads, queries, keys)
-    if key_lengths is not None:
-        if key_lengths.device.type == "cpu":
-            _check_length_values(key_lengths, keys)
-        else:
-            key_lengths = key_lengths.clamp(0, keys)
+    if key_lengths is not None and key_lengths.device.type != "cpu":
+        key_lengths = key_lengths.clamp(0, keys)
     return Problem(
         query if query.stride(3) == 1 else _with_unit_last_stride(query),
         key if key.stride(3) == 1 else _with_unit_last_stride(key),
@@ -159,6 +158,20 @@ def problem_from_arguments(
         dropout_p,
         rng_state,
     )
+
+
+def check_length_values(problem: Problem) -> None:
+    """Raise ValueError if a key length on the CPU is negative or beyond the keys."""
+    if problem.key_lengths is None or problem.key_lengths.device.type != "cpu":
+        return
+    lengths, keys = problem.key_lengths.tolist(), problem.key.shape[2]
+    if lengths and not (0 <= min(lengths) and max(lengths) <= keys):
+        raise ValueError(f"key_lengths must be between 0 and the number of keys {keys}, got {lengths}")
+
+
+def bias_gradient_shape(bias: Tensor) -> tuple[int, ...]:
+    """The shape in which backends reduce the gradient of ``Problem.bias``: 1 where its stride is 0."""
+    return tuple(1 if stride == 0 else size for size, stride in zip(bias.shape, bias.stride(), strict=True))
 
 
 def check_arguments(
@@ -194,7 +207,7 @@ def check_arguments(
             causal = "upper_left"
         elif causal != "upper_left":
             raise ValueError(
-                f"is_causal=True means causal='upper_left', but causal={causal!r} was given: pass only one of them"
+                f"is_causal=True means causal='upper_left', but causal={causal!r} was given: pass one of them"
             )
     if causal is not None and causal not in CAUSAL_MODES:
         raise ValueError(f"causal must be None, 'upper_left' or 'lower_right', got {causal!r}")
@@ -392,16 +405,6 @@ def _check_lengths(key_lengths: Tensor | list[int], query: Tensor, batch_shape: 
             f"got {list(key_lengths.shape)}"
         )
     return key_lengths.to(device=query.device, dtype=torch.int64).reshape(-1).contiguous()
-
-
-def _check_length_values(key_lengths: Tensor, keys: int) -> None:
-    if key_lengths.numel() == 0:
-        return
-    shortest, longest = torch.aminmax(key_lengths)
-    if shortest.item() < 0 or longest.item() > keys:
-        raise ValueError(
-            f"key_lengths must be between 0 and the number of keys {keys}, got {key_lengths.tolist()}"
-        )
 
 
 def _with_unit_last_stride(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.problem import Problem, make_problem
+from fastattn.problem import Problem, bias_gradient_shape, make_problem
 
 #: How the tensors of a case lie in memory.
 #:   contiguous  [B, H, L, D]
@@ -284,11 +284,6 @@ SMOKE_CASES: tuple[Case, ...] = tuple(
 #: What a run of a problem yields, by name: out, lse, then the gradients.
 Results = dict[str, Tensor]
 GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_bias")
-
-
-def bias_gradient_shape(bias: Tensor) -> tuple[int, ...]:
-    """The shape in which a backend reduces the gradient: 1 where the bias has stride 0."""
-    return tuple(1 if stride == 0 else size for size, stride in zip(bias.shape, bias.stride(), strict=True))
 
 
 def run_reference(

@@ -1,0 +1,114 @@
+"""Which backend computes a problem: the only place that decides it, and that can say why.
+
+A backend is a module in :mod:`fastattn.backends`.  It states why it cannot be used at all
+(``unavailable()``) and why it cannot take a problem (``reasons(problem)``); nothing is a boolean,
+so that errors, warnings and :func:`explain` can tell the same story.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+from fastattn.problem import Problem
+
+#: Every backend by name, the best first.
+BACKENDS = ("cpu", "triton", "reference")
+
+#: What "auto" tries, by device type. An interpreter or a device without an engine is never chosen.
+AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a call, and for each other one why it does not."""
+
+    backend: str | None
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}"]
+        for name, why in self.reasons.items():
+            lines += [f"  {name}: {reason}" for reason in why]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+@cache
+def load(name: str) -> ModuleType | ImportError:
+    """The backend's module, or the error that importing it raised."""
+    try:
+        return importlib.import_module(f"fastattn.backends.{name}")
+    except ImportError as error:
+        return error
+
+
+def check_backend_name(backend: str) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto', 'cpu', 'triton' or 'reference', got {backend!r}")
+
+
+def backend_reasons(name: str, problem: Problem) -> list[str]:
+    """Why the named backend cannot compute the problem; empty if it can."""
+    module = load(name)
+    if isinstance(module, ImportError):
+        return [f"could not be imported: {module}"]
+    missing = module.unavailable()
+    return [missing] if missing is not None else module.reasons(problem)
+
+
+def select(problem: Problem, backend: str = "auto") -> ModuleType:
+    """The module that computes the problem.
+
+    An explicit backend that cannot raises ValueError with its reasons. "auto" takes the engine of
+    the device, else the reference, and warns once for each reason.
+    """
+    if backend != "auto":
+        why = backend_reasons(backend, problem)
+        if why:
+            raise ValueError(f"backend={backend!r} cannot compute this call: {'; '.join(why)}")
+        return load(backend)
+    refusals = []
+    for name in AUTO.get(problem.query.device.type, ("reference",)):
+        why = backend_reasons(name, problem)
+        if not why:
+            break
+        refusals.append(f"{name}: {'; '.join(why)}")
+    if refusals:
+        _warn_once(
+            "fastattn computes with the dense reference, slowly and in O(Lq * Lk) memory, because "
+            + " and ".join(refusals)
+        )
+    return load(name)
+
+
+def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
+    """What :func:`select` would choose for the problem, without warning or raising."""
+    candidates = AUTO.get(problem.query.device.type, ("reference",)) if backend == "auto" else (backend,)
+    refusals = {name: backend_reasons(name, problem) for name in BACKENDS}
+    chosen = next((name for name in candidates if not refusals[name]), None)
+    reasons = {}
+    for name in BACKENDS:
+        if name == chosen:
+            continue
+        if refusals[name]:
+            reasons[name] = refusals[name]
+        elif backend != "auto":
+            reasons[name] = [f"backend={backend!r} was asked for"]
+        elif name not in candidates:
+            reasons[name] = [f"not chosen automatically for {problem.query.device.type} tensors"]
+        else:
+            reasons[name] = [f"{chosen} comes first"]
+    return Explanation(chosen, reasons)
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,177 @@
+"""The public function: :func:`scaled_dot_product_attention`, and :func:`explain` for its calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastattn import dispatch, ops
+from fastattn.problem import (
+    Arguments,
+    check_arguments,
+    check_length_values,
+    draw_rng_state,
+    problem_from_arguments,
+)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal: str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | list[int] | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * Q K^T + mask) V, fused: the score matrix is never stored.
+
+    A call of :func:`torch.nn.functional.scaled_dot_product_attention` works unchanged. The method
+    is that of FlashAttention (Dao et al., arXiv:2205.14135).
+
+    Args:
+        query: [..., Hq, Lq, D]; float32, bfloat16, float16 or float64. Three dimensions are
+            [batch, Lq, D].
+        key: [..., Hkv, Lk, D]. Batch sizes of 1 broadcast.
+        value: [..., Hkv, Lk, Dv].
+        attn_mask: broadcastable to [..., Hq, Lq, Lk]. bool: True = attend. float: added to the
+            scores, differentiable; -inf forbids.
+        dropout_p: probability in [0, 1) to drop a weight. Which are dropped depends on PyTorch's
+            generator of the device and on the position in the score matrix alone.
+        is_causal: the same as ``causal="upper_left"``. With ``attn_mask``, both apply.
+        scale: of the scores; None is 1 / sqrt(D).
+        enable_gqa: let Hq be a multiple of Hkv.
+        causal: "upper_left": query i attends to keys up to i. "lower_right": up to i + n - Lq, n
+            being the sequence's number of keys, so that the last query sees the last key.
+        window: (left, right): only keys from ``left`` before the query's position to ``right``
+            after it. None is open.
+        key_lengths: int [batch]; the keys of a sequence at and past its length are padding, and
+            cost nothing. On a GPU they are clamped to the valid range rather than checked.
+        backend: "auto", "cpu", "triton" or "reference". An explicit backend never falls back.
+        return_lse: also return log(sum(exp(scores))), float32 (float64 for float64) [..., Hq, Lq].
+
+    Returns:
+        [..., Hq, Lq, Dv] in query's dtype (the autocast dtype under autocast), or with
+        ``return_lse`` a pair. A query that may attend to nothing yields 0, its lse is -inf, and no
+        gradient passes.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what would be right.
+    """
+    if backend != "auto":
+        dispatch.check_backend_name(backend)
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    arguments = check_arguments(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal, window, key_lengths
+    )
+    out, lse = attend(arguments, backend)
+    if arguments.query is not query or query.dim() != 4:
+        out, lse = _with_given_rank(out, lse, query, key, value)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal: str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | list[int] | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> dispatch.Explanation:
+    """Which backend :func:`scaled_dot_product_attention` would use for these arguments, and why.
+
+    Returns an object with ``backend`` (None if an explicit one cannot compute the call) and
+    ``reasons``, for each other backend a list of why it does not run. Computes nothing.
+    """
+    dispatch.check_backend_name(backend)
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    arguments = check_arguments(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal, window, key_lengths
+    )
+    rng_state = torch.zeros(2, dtype=torch.int64, device=query.device) if arguments.dropout_p > 0.0 else None
+    problem = problem_from_arguments(*arguments, rng_state)
+    check_length_values(problem)
+    return dispatch.explain_problem(problem, backend)
+
+
+def attend(arguments: Arguments, backend: str) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq] of checked arguments."""
+    rng_state = draw_rng_state(arguments.query.device) if arguments.dropout_p > 0.0 else None
+    if _needs_no_operator(arguments):
+        return ops.compute_forward(problem_from_arguments(*arguments, rng_state), backend)
+    return ops.attention_forward(*arguments, rng_state, backend)
+
+
+def _needs_no_operator(arguments: Arguments) -> bool:
+    """Plain eager inference: nothing watches the call, so it need not pass PyTorch's dispatcher."""
+    if torch.compiler.is_compiling():
+        return False
+    query, key, value, _, bias = arguments[:5]
+    if torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return False
+    return (
+        type(query) in _PLAIN_TENSORS
+        and type(key) in _PLAIN_TENSORS
+        and type(value) in _PLAIN_TENSORS
+        and query.device.type in dispatch.AUTO
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _autocast(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The floating tensors in the autocast dtype, where autocast is on; float64 stays, as in torch."""
+    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+        return query, key, value, attn_mask
+    dtype = torch.get_autocast_dtype(query.device.type)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+            return tensor.to(dtype)
+        return tensor
+
+    return cast(query), cast(key), cast(value), cast(attn_mask)
+
+
+def _with_given_rank(
+    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[B, H, Lq, Dv] and [B, H, Lq] in the rank that was given, with its batch dimensions."""
+    rank = max(query.dim(), key.dim(), value.dim())
+    if rank == 4:
+        return out, lse
+    if rank == 2:
+        return out[0, 0], lse[0, 0]
+    if rank == 3:
+        return out.squeeze(1), lse.squeeze(1)
+    padded = ((1,) * (rank - tensor.dim()) + tuple(tensor.shape) for tensor in (query, key, value))
+    batch_shape = torch.broadcast_shapes(*(shape[:-3] for shape in padded))
+    return out.unflatten(0, batch_shape), lse.unflatten(0, batch_shape)

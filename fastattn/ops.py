@@ -1,0 +1,401 @@
+"""The operators that PyTorch sees: ``torch.ops.fastattn.attention_{forward,backward,weights}``.
+
+They are registered with shape functions for ``torch.compile`` and ``torch.export``, derivatives,
+and ``vmap`` rules. Their arguments are the fields of :class:`fastattn.problem.Arguments`, then the
+dropout's ``rng_state`` and the backend's name.
+
+Second derivatives are computed densely: the gradient of ``attention_backward`` differentiates
+:func:`fastattn.reference.gradients`, which takes O(Lq * Lk) memory. So does the gradient of
+returned attention weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch, reference
+from fastattn.problem import (
+    Arguments,
+    Problem,
+    bias_gradient_shape,
+    check_length_values,
+    problem_from_arguments,
+)
+
+_LIBRARY = torch.library.Library("fastattn", "DEF")
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
+)
+_PROBLEM_SCHEMA = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias, Tensor? key_lengths, "
+    "float? scale, str? causal, SymInt? window_left, SymInt? window_right, float dropout_p, "
+    "Tensor? rng_state, str backend"
+)
+#: Where the differentiable ones stand among these arguments.
+_QUERY, _KEY, _VALUE, _BIAS = (Arguments._fields.index(name) for name in ("query", "key", "value", "bias"))
+_DROPOUT = Arguments._fields.index("dropout_p")
+
+
+def empty_laid_out_like(tensor: Tensor, last_size: int) -> Tensor:
+    """Uninitialised [B, H, L, last_size] that lies in memory in the order of ``tensor``'s dimensions.
+
+    A query that is a view of [B, L, H, D] or of [L, B, H, D], as the projections of a multi-head
+    attention layer are, gets an output that merges back into [B, L, H * D] without a copy.
+    """
+    batch, heads, length, _ = tensor.shape
+    batch_stride, head_stride, length_stride, _ = tensor.stride()
+    if head_stride >= length_stride:
+        return tensor.new_empty((batch, heads, length, last_size))
+    if batch_stride >= length_stride or batch_stride == 0:
+        return tensor.new_empty((batch, length, heads, last_size)).permute(0, 2, 1, 3)
+    return tensor.new_empty((length, batch, heads, last_size)).permute(1, 2, 0, 3)
+
+
+# The computations on real tensors.
+
+
+def compute_forward(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Lq, Dv] in query's layout and lse [B, Hq, Lq]."""
+    check_length_values(problem)
+    engine = dispatch.select(problem, backend)
+    query = problem.query
+    out = empty_laid_out_like(query, problem.value.shape[3])
+    lse = torch.empty(query.shape[:3], dtype=problem.lse_dtype, device=query.device)
+    engine.forward(problem, out, lse)
+    return out, lse
+
+
+def _forward(*arguments) -> tuple[Tensor, Tensor]:
+    return compute_forward(problem_from_arguments(*arguments[:-1]), arguments[-1])
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *rest,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments, backend, needs = list(rest[:-5]), rest[-5], rest[-4:]
+    bias = arguments[_BIAS]
+    if needs[3] and _has_repeated_elements(bias):
+        # A caller's own expanded view: each of its elements has a gradient of its own.
+        arguments[_BIAS] = bias = bias.contiguous()
+    problem = problem_from_arguments(*arguments)
+    engine = dispatch.select(problem, backend)
+    if grad_out.stride(3) != 1:
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    inputs = (problem.query, problem.key, problem.value)
+    grads = [
+        empty_laid_out_like(tensor, tensor.shape[3]) if needed else None
+        for tensor, needed in zip(inputs, needs[:3], strict=True)
+    ]
+    grad_bias = None
+    if needs[3]:
+        shape = bias_gradient_shape(problem.bias)
+        grad_bias = torch.zeros(shape, dtype=problem.lse_dtype, device=bias.device)
+    engine.backward(problem, out, lse, grad_out, grad_lse, *grads, grad_bias)
+    if needs[3]:
+        grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
+    return tuple(problem.query.new_empty(0) if grad is None else grad for grad in (*grads, grad_bias))
+
+
+def _weights(lse: Tensor, average: bool, *arguments) -> Tensor:
+    problem = problem_from_arguments(*arguments[:-1])
+    engine = dispatch.select(problem, arguments[-1])
+    weights = _empty_weights(lse, average, problem.query, problem.key)
+    engine.weights(problem, lse, weights, average)
+    return weights
+
+
+def _empty_weights(lse: Tensor, average: bool, query: Tensor, key: Tensor) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    leading = (batch,) if average else (batch, heads)
+    return lse.new_empty((*leading, queries, key.shape[2]))
+
+
+def _has_repeated_elements(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+# Shapes, dtypes and strides without data.
+
+
+def _fake_forward(*arguments) -> tuple[Tensor, Tensor]:
+    query, value = arguments[_QUERY], arguments[_VALUE]
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return empty_laid_out_like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
+def _fake_backward(grad_out, grad_lse, out, lse, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments, needs = rest[:-5], rest[-4:]
+    bias = arguments[_BIAS]
+    grads = [
+        empty_laid_out_like(_with_unit_last_stride(tensor), tensor.shape[3]) if needed else None
+        for tensor, needed in zip(
+            (arguments[_QUERY], arguments[_KEY], arguments[_VALUE]), needs, strict=False
+        )
+    ]
+    grads.append(bias.new_empty(bias.shape) if needs[3] else None)
+    return tuple(out.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _fake_weights(lse, average, *arguments) -> Tensor:
+    return _empty_weights(lse, average, arguments[_QUERY], arguments[_KEY])
+
+
+# Derivatives.
+
+
+def _remember_forward(ctx, inputs, output) -> None:
+    *arguments, rng_state, backend = inputs
+    ctx.save_for_backward(*arguments[: _BIAS + 2], rng_state, *output)
+    ctx.options = (*arguments[_BIAS + 2 :], backend)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_forward(ctx, grad_out, grad_lse):
+    *tensors, rng_state, out, lse = ctx.saved_tensors
+    *options, backend = ctx.options
+    needs = [ctx.needs_input_grad[index] for index in (_QUERY, _KEY, _VALUE, _BIAS)]
+    grads = [None] * len(ctx.needs_input_grad)
+    if grad_out is None and grad_lse is None:
+        return tuple(grads)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    results = attention_backward(grad_out, grad_lse, out, lse, *tensors, *options, rng_state, backend, *needs)
+    for index, needed, result in zip((_QUERY, _KEY, _VALUE, _BIAS), needs, results, strict=True):
+        if needed:
+            grads[index] = result
+    return tuple(grads)
+
+
+def _remember_backward(ctx, inputs, output) -> None:
+    grad_out, grad_lse, _, _, *rest = inputs
+    *arguments, rng_state = rest[:-5]
+    ctx.save_for_backward(grad_out, grad_lse, *arguments[: _BIAS + 2], rng_state)
+    ctx.options = tuple(arguments[_BIAS + 2 :])
+    ctx.needs = tuple(rest[-4:])
+
+
+def _differentiate_backward(ctx, *grads_of_gradients):
+    """The derivative of the gradients: they are recomputed densely from query, key, value and bias.
+
+    ``out`` and ``lse`` receive no gradient, because the recomputation does not read them.
+    """
+    grad_out, grad_lse, *tensors, rng_state = ctx.saved_tensors
+    bias = tensors[_BIAS]
+
+    def gradients(grad_out, grad_lse, query, key, value, bias):
+        arguments = [query, key, value, tensors[_BIAS - 1], bias, tensors[_BIAS + 1], *ctx.options]
+        problem = problem_from_arguments(*arguments, rng_state)
+        precise = reference.in_dtype(problem, problem.lse_dtype)
+        results = list(reference.gradients(precise, grad_out.to(problem.lse_dtype), grad_lse))
+        if ctx.needs[3]:
+            results[3] = results[3].sum_to_size(bias.shape).to(bias.dtype)
+        results[:3] = [result.to(query.dtype) for result in results[:3]]
+        return tuple(result for result, needed in zip(results, ctx.needs, strict=True) if needed)
+
+    primals = [grad_out, grad_lse, tensors[_QUERY], tensors[_KEY], tensors[_VALUE], bias]
+    results = _vector_jacobian_product(
+        gradients,
+        primals,
+        tuple(grad for grad, needed in zip(grads_of_gradients, ctx.needs, strict=True) if needed),
+    )
+    grads = [None] * len(ctx.needs_input_grad)
+    for index, result in zip((0, 1, 4 + _QUERY, 4 + _KEY, 4 + _VALUE, 4 + _BIAS), results, strict=True):
+        grads[index] = result
+    return tuple(grads)
+
+
+def _remember_weights(ctx, inputs, output) -> None:
+    _, ctx.average, *arguments, rng_state, _ = inputs
+    ctx.save_for_backward(*arguments[: _BIAS + 2], rng_state)
+    ctx.options = tuple(arguments[_BIAS + 2 :])
+
+
+def _differentiate_weights(ctx, grad_weights):
+    """Dense: the weights are recomputed, from query, key and bias alone."""
+    *tensors, rng_state = ctx.saved_tensors
+
+    def weights(query, key, bias):
+        arguments = [query, key, tensors[_VALUE], tensors[_BIAS - 1], bias, tensors[_BIAS + 1], *ctx.options]
+        problem = problem_from_arguments(*arguments, rng_state)
+        return reference.weights(reference.in_dtype(problem, problem.lse_dtype), ctx.average)
+
+    primals = [tensors[_QUERY], tensors[_KEY], tensors[_BIAS]]
+    results = _vector_jacobian_product(weights, primals, grad_weights)
+    grads = [None] * len(ctx.needs_input_grad)
+    for index, result in zip((2 + _QUERY, 2 + _KEY, 2 + _BIAS), results, strict=True):
+        grads[index] = result
+    return tuple(grads)
+
+
+def _vector_jacobian_product(function, primals: list, cotangents) -> list:
+    """The gradients of ``function`` at ``primals``, of which any may be None and then has none."""
+    given = [index for index, primal in enumerate(primals) if primal is not None]
+
+    def of_given(*values):
+        arguments = list(primals)
+        for index, value in zip(given, values, strict=True):
+            arguments[index] = value
+        return function(*arguments)
+
+    _, pullback = torch.func.vjp(of_given, *(primals[index] for index in given))
+    results = [None] * len(primals)
+    for index, gradient in zip(given, pullback(cotangents), strict=True):
+        results[index] = gradient
+    return results
+
+
+# vmap: the mapped dimension joins the batch.
+
+
+def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """[B, ...], mapped over ``dim`` or shared by all -> [size * B, ...]."""
+    if tensor is None:
+        return None
+    mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return mapped.flatten(0, 1)
+
+
+def _fold_mask(tensor: Tensor | None, dim: int | None, size: int, batch: int, keep_shared: bool):
+    """The same for masks, whose batch may have size 1; one that all share can stay as it is."""
+    if tensor is None or (dim is None and tensor.shape[0] == 1 and keep_shared):
+        return tensor
+    mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return mapped.expand(size, batch, *mapped.shape[2:]).flatten(0, 1)
+
+
+def _fold_arguments(arguments: tuple, dims: tuple, size: int, keep_shared: bool = True) -> tuple[list, int]:
+    """The folded problem arguments and the batch size before folding."""
+    folded = list(arguments)
+    query, dim = arguments[_QUERY], dims[_QUERY]
+    batch = (query if dim is None else query.movedim(dim, 0)[0]).shape[0]
+    for index in (_QUERY, _KEY, _VALUE, _BIAS + 1):
+        folded[index] = _fold(arguments[index], dims[index], size)
+    for index in (_BIAS - 1, _BIAS):
+        folded[index] = _fold_mask(arguments[index], dims[index], size, batch, keep_shared)
+    return folded, batch
+
+
+def _one_by_one(operator, info, dims: tuple, arguments: tuple):
+    """Map by a loop: with dropout, each example has the mask that its own seed and indices give."""
+    results = []
+    for example in range(info.batch_size):
+        results.append(
+            operator(
+                *(
+                    argument if dim is None else argument.select(dim, example)
+                    for argument, dim in zip(arguments, dims, strict=True)
+                )
+            )
+        )
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def _map_forward(info, dims, *arguments):
+    operator = attention_forward
+    if arguments[_DROPOUT] > 0.0:
+        return _one_by_one(operator, info, dims, arguments)
+    folded, batch = _fold_arguments(arguments, dims, info.batch_size)
+    results = operator(*folded)
+    return tuple(result.unflatten(0, (info.batch_size, batch)) for result in results), (0, 0)
+
+
+def _map_backward(info, dims, *arguments):
+    operator = attention_backward
+    if arguments[4 + _DROPOUT] > 0.0:
+        return _one_by_one(operator, info, dims, arguments)
+    size, needs = info.batch_size, arguments[-4:]
+    # A shared bias has one gradient for each example, so it may not stay shared.
+    folded, batch = _fold_arguments(arguments[4:], dims[4:], size, keep_shared=not needs[3])
+    results = operator(
+        *(_fold(tensor, dim, size) for tensor, dim in zip(arguments[:4], dims[:4], strict=True)), *folded
+    )
+    unfolded = [
+        result.unflatten(0, (size, batch)) if needed else result.expand(size, 0)
+        for result, needed in zip(results, needs, strict=True)
+    ]
+    bias, bias_dim = arguments[4 + _BIAS], dims[4 + _BIAS]
+    if needs[3] and (bias if bias_dim is None else bias.movedim(bias_dim, 0)[0]).shape[0] == 1:
+        unfolded[3] = unfolded[3].sum(dim=1, keepdim=True)
+    return tuple(unfolded), (0, 0, 0, 0)
+
+
+def _map_weights(info, dims, *arguments):
+    operator = attention_weights
+    if arguments[2 + _DROPOUT] > 0.0:
+        return _one_by_one(operator, info, dims, arguments)
+    folded, batch = _fold_arguments(arguments[2:], dims[2:], info.batch_size)
+    result = operator(_fold(arguments[0], dims[0], info.batch_size), arguments[1], *folded)
+    return result.unflatten(0, (info.batch_size, batch)), 0
+
+
+def _with_unit_last_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(3) == 1 else tensor.new_empty(tensor.shape)
+
+
+def _register(name: str, signature: str, compute, fake, differentiate, remember, map_rule):
+    """Register the operator; return the function that calls it from eager code.
+
+    Under functorch transforms the operator is called through an autograd.Function with the same
+    rules, because the formulas of ``torch.library.register_autograd`` do not nest in transforms.
+    """
+    qualified = f"fastattn::{name}"
+    _LIBRARY.define(f"{name}{signature}", tags=_TAGS)
+    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    torch.library.register_autograd(qualified, differentiate, setup_context=remember, lib=_LIBRARY)
+    torch.library.register_vmap(qualified, map_rule, lib=_LIBRARY)
+    operator = getattr(torch.ops.fastattn, name).default
+    rules = {
+        "forward": staticmethod(operator),
+        "setup_context": staticmethod(remember),
+        "backward": staticmethod(differentiate),
+        "vmap": staticmethod(map_rule),
+    }
+    function = type(name, (torch.autograd.Function,), rules)
+
+    def call(*arguments):
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return function.apply(*arguments)
+        return operator(*arguments)
+
+    return call
+
+
+attention_forward = _register(
+    "attention_forward",
+    f"({_PROBLEM_SCHEMA}) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    _differentiate_forward,
+    _remember_forward,
+    _map_forward,
+)
+attention_backward = _register(
+    "attention_backward",
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_PROBLEM_SCHEMA}, "
+    "bool need_query, bool need_key, bool need_value, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    _differentiate_backward,
+    _remember_backward,
+    _map_backward,
+)
+attention_weights = _register(
+    "attention_weights",
+    f"(Tensor lse, bool average, {_PROBLEM_SCHEMA}) -> Tensor",
+    _weights,
+    _fake_weights,
+    _differentiate_weights,
+    _remember_weights,
+    _map_weights,
+)
