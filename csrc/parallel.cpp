@@ -25,46 +25,46 @@ bool forked = false;
 // Flushes denormal numbers to zero while it lives: softmax weights underflow by nature, and one
 // denormal operand costs an FMA some 150 cycles on Intel cores.
 class FlushDenormals {
-  public:
+ public:
 #if defined(__SSE2__)
-    FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
-    ~FlushDenormals() { _mm_setcsr(saved_); }
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
 
-  private:
-    unsigned saved_;
+ private:
+  unsigned saved_;
 #endif
 };
 
 }  // namespace
 
 AlignedBuffer::AlignedBuffer(size_t bytes) : data_(nullptr) {
-    if (bytes && posix_memalign(&data_, kCacheLine, bytes)) throw std::bad_alloc();
+  if (bytes && posix_memalign(&data_, kCacheLine, bytes)) throw std::bad_alloc();
 }
 
 AlignedBuffer::~AlignedBuffer() { std::free(data_); }
 
 void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, int64_t, void*),
                void* context) {
-    if (items <= 0) return;
-    int team = static_cast<int>(std::min<int64_t>(std::max(threads, 1), items));
-    if (forked || omp_in_parallel()) team = 1;
-    const size_t block = (scratch_bytes + kCacheLine - 1) / kCacheLine * kCacheLine + kThreadSkew;
-    const AlignedBuffer scratch(scratch_bytes ? block * static_cast<size_t>(team) : 0);
-    char* const base = static_cast<char*>(scratch.data());
+  if (items <= 0) return;
+  int team = static_cast<int>(std::min<int64_t>(std::max(threads, 1), items));
+  if (forked || omp_in_parallel()) team = 1;
+  const size_t block = (scratch_bytes + kCacheLine - 1) / kCacheLine * kCacheLine + kThreadSkew;
+  const AlignedBuffer scratch(scratch_bytes ? block * static_cast<size_t>(team) : 0);
+  char* const base = static_cast<char*>(scratch.data());
 
-    if (team == 1) {
-        const FlushDenormals flush;
-        for (int64_t item = 0; item < items; ++item) body(context, item, base);
-        return;
-    }
-    std::atomic<int64_t> next{0};
+  if (team == 1) {
+    const FlushDenormals flush;
+    for (int64_t item = 0; item < items; ++item) body(context, item, base);
+    return;
+  }
+  std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(team)
-    {
-        const FlushDenormals flush;
-        char* const mine = base ? base + block * static_cast<size_t>(omp_get_thread_num()) : nullptr;
-        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
-            body(context, item, mine);
-    }
+  {
+    const FlushDenormals flush;
+    char* const mine = base ? base + block * static_cast<size_t>(omp_get_thread_num()) : nullptr;
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
+      body(context, item, mine);
+  }
 }
 
 }  // namespace fastattn

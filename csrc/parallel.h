@@ -23,24 +23,24 @@ void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(vo
 
 template <class Body>
 void parallel_for(int64_t items, int threads, size_t scratch_bytes, Body&& body) {
-    using Function = std::remove_reference_t<Body>;
-    run_items(
-        items, threads, scratch_bytes,
-        [](void* context, int64_t item, void* scratch) { (*static_cast<Function*>(context))(item, scratch); },
-        const_cast<void*>(static_cast<const void*>(std::addressof(body))));
+  using Function = std::remove_reference_t<Body>;
+  run_items(
+      items, threads, scratch_bytes,
+      [](void* context, int64_t item, void* scratch) { (*static_cast<Function*>(context))(item, scratch); },
+      const_cast<void*>(static_cast<const void*>(std::addressof(body))));
 }
 
 // Memory aligned to cache lines that frees itself; throws std::bad_alloc.
 class AlignedBuffer {
-  public:
-    explicit AlignedBuffer(size_t bytes);
-    ~AlignedBuffer();
-    AlignedBuffer(const AlignedBuffer&) = delete;
-    AlignedBuffer& operator=(const AlignedBuffer&) = delete;
-    void* data() const { return data_; }
+ public:
+  explicit AlignedBuffer(size_t bytes);
+  ~AlignedBuffer();
+  AlignedBuffer(const AlignedBuffer&) = delete;
+  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+  void* data() const { return data_; }
 
-  private:
-    void* data_;
+ private:
+  void* data_;
 };
 
 }  // namespace fastattn
