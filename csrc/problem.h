@@ -37,7 +37,7 @@ struct Tensor4 {
 struct Problem {
   DType dtype = DType::f32;
   int64_t batch = 0, query_heads = 0, kv_heads = 0, queries = 0, keys = 0, head_dim = 0, value_dim = 0;
-  Tensor4<const uint8_t> query, key, value;  // strides in elements of `dtype`: read through as<T>()
+  Tensor4<const uint8_t> query, key, value;  // strides count elements of `dtype`: read through as<const T>()
   double scale = 1;
 
   Causal causal = Causal::none;
@@ -59,6 +59,25 @@ struct Problem {
 struct ForwardOutput {
   Tensor4<uint8_t> out;
   void* lse = nullptr;
+};
+
+// What a backward call reads and writes. grad_lse may be null, and so may every gradient that is not asked
+// for; those have the problem's dtype and a unit last stride. grad_bias is fp32 (fp64 for fp64), zeroed by
+// the caller, with stride 0 in the dimensions where the bias broadcasts.
+struct BackwardArgs {
+  Tensor4<const uint8_t> out;
+  const void* lse = nullptr;  // [B, Hq, Lq] contiguous, as forward wrote it
+  Tensor4<const uint8_t> grad_out;
+  const void* grad_lse = nullptr;  // [B, Hq, Lq] contiguous
+  Tensor4<uint8_t> grad_query, grad_key, grad_value, grad_bias;
+};
+
+// The softmax weights, recomputed from lse: contiguous fp32 (fp64 for fp64) [B, Hq, Lq, Lk], or their mean
+// over the heads, [B, Lq, Lk].
+struct WeightsOutput {
+  const void* lse = nullptr;
+  void* weights = nullptr;
+  bool average = false;
 };
 
 }  // namespace fastattn

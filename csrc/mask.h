@@ -1,0 +1,170 @@
+// The two questions every kernel asks: which keys can a block of queries see, and is a tile of scores
+// empty, full or mixed. Everything that restricts attention is decided here, for all kernels alike.
+#pragma once
+
+#include "problem.h"
+#include "simd_common.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+// Half-open.
+struct Range {
+  long begin, end;
+  INLINE long size() const { return end - begin; }
+  INLINE bool empty() const { return end <= begin; }
+};
+
+INLINE Range intersect(Range a, Range b) { return {max(a.begin, b.begin), min(a.end, b.end)}; }
+
+// Causality, window and key length of one batch entry: query i sees keys [first(i), last(i)), and both
+// ends never decrease with i.
+class Band {
+ public:
+  Band(const Problem& problem, long batch) : queries_(problem.queries), keys_(problem.key_length(batch)) {
+    if (problem.causal == Causal::lower_right) shift_ = keys_ - problem.queries;
+    before_ = problem.window_left < 0 ? unlimited : problem.window_left;
+    after_ = problem.window_right < 0 ? unlimited : problem.window_right;
+    if (problem.causal != Causal::none) after_ = 0;
+  }
+
+  INLINE Range row(long i) const {
+    const long position = i + shift_;
+    const long end = max(0L, min(keys_, position + after_ + 1));
+    return {min(max(0L, position - before_), end), end};
+  }
+  // Keys that some query of [begin, end) sees; a superset where the rows' ranges leave gaps.
+  INLINE Range seen_by_any(Range queries) const {
+    const long end = row(queries.end - 1).end;
+    return {min(row(queries.begin).begin, end), end};
+  }
+  // Keys that every query of [begin, end) sees; empty() when there are none.
+  INLINE Range seen_by_all(Range queries) const {
+    return {row(queries.end - 1).begin, row(queries.begin).end};
+  }
+  // Queries that see some key of [begin, end); a superset likewise.
+  INLINE Range queries_of(Range keys) const {
+    if (keys.begin >= keys_) return {0, 0};
+    const long begin = min(queries_, max(0L, keys.begin - after_ - shift_));
+    return {begin, max(begin, min(queries_, keys.end + before_ - shift_))};
+  }
+
+ private:
+  static constexpr long unlimited = 1L << 60;
+  long queries_, keys_, shift_ = 0, before_, after_;
+};
+
+enum class TileKind { empty, full, mixed };
+
+// A block of the score matrix: some queries of one head against some keys.
+struct Tile {
+  long batch, head;  // query head
+  Range queries, keys;
+};
+
+// Transposes 8 rows of 8 bytes: byte j of word i <-> byte i of word j.
+INLINE void transpose_bytes(uint64_t (&x)[8]) {
+  const auto swap = [&x](int distance, int shift, uint64_t low) {
+    UNROLL for (int i = 0; i < 8; i++) {
+      if (i & distance) continue;
+      const uint64_t t = ((x[i] >> shift) ^ x[i + distance]) & low;
+      x[i + distance] ^= t;
+      x[i] ^= t << shift;
+    }
+  };
+  swap(1, 8, 0x00ff00ff00ff00ffull);
+  swap(2, 16, 0x0000ffff0000ffffull);
+  swap(4, 32, 0x00000000ffffffffull);
+}
+
+// Copies the bool mask's tile into bytes [keys][width], queries across; lanes past the last query are 0.
+// Says whether all, none or some of its elements are true.
+template <int width>
+inline TileKind transpose_mask(const Problem& problem, const Tile& tile, uint8_t* bytes) {
+  const Tensor4<const uint8_t>& mask = problem.mask;
+  const long query_stride = mask.stride[2], key_stride = mask.stride[3];
+  const uint8_t* source = mask.at(tile.batch, tile.head, tile.queries.begin, tile.keys.begin);
+  const long queries = tile.queries.size(), keys = tile.keys.size();
+  uint64_t some = 0, every = ~0ull;
+  if (query_stride == 0) {
+    for (long k = 0; k < keys; k++) {
+      const uint8_t value = source[k * key_stride] != 0;
+      some |= value;
+      every &= value ? ~0ull : 0;
+      memset(bytes + k * width, value, queries);
+      memset(bytes + k * width + queries, 0, width - queries);
+    }
+  } else {
+    const long blocked_keys = key_stride == 1 ? keys / 8 * 8 : 0, blocked_queries = queries / 8 * 8;
+    const auto one = [&](long q, long k) {
+      const uint8_t value = source[q * query_stride + k * key_stride] != 0;
+      some |= value;
+      every &= value ? ~0ull : 0;
+      bytes[k * width + q] = value;
+    };
+    for (long q = 0; q < blocked_queries; q += 8) {
+      for (long k = 0; k < blocked_keys; k += 8) {
+        uint64_t block[8];
+        UNROLL for (int i = 0; i < 8; i++) {
+          memcpy(&block[i], source + (q + i) * query_stride + k, 8);
+          some |= block[i];
+          every &= block[i] * 0xff;
+        }
+        transpose_bytes(block);
+        UNROLL for (int i = 0; i < 8; i++) memcpy(bytes + (k + i) * width + q, &block[i], 8);
+      }
+      for (long k = blocked_keys; k < keys; k++)
+        for (long i = q; i < q + 8; i++) one(i, k);
+    }
+    for (long q = blocked_queries; q < queries; q++)
+      for (long k = 0; k < keys; k++) one(q, k);
+    if (queries < width)
+      for (long k = 0; k < keys; k++) memset(bytes + k * width + queries, 0, width - queries);
+  }
+  return !some ? TileKind::empty : every == ~0ull ? TileKind::full : TileKind::mixed;
+}
+
+// Classifies a tile; only when it is mixed, bytes [keys][width] tell for each key (row) and query (lane)
+// whether the query may attend to it.
+template <int width>
+inline TileKind classify(const Problem& problem, const Band& band, const Tile& tile, uint8_t* bytes) {
+  TileKind kind = TileKind::full;
+  if (problem.mask.data) {
+    kind = transpose_mask<width>(problem, tile, bytes);
+    if (kind == TileKind::empty) return kind;
+  }
+  const Range all = band.seen_by_all(tile.queries);
+  if (all.begin <= tile.keys.begin && tile.keys.end <= all.end) return kind;
+
+  const bool blank = kind == TileKind::full;
+  bool some = false;
+  // Keys see an interval of queries whose ends move with the key: two cursors, no search.
+  long begin = tile.queries.begin, end = tile.queries.begin;
+  for (long key = tile.keys.begin; key < tile.keys.end; key++) {
+    while (begin < tile.queries.end && band.row(begin).end <= key) begin++;
+    end = max(end, begin);
+    while (end < tile.queries.end && band.row(end).begin <= key) end++;
+    uint8_t* row = bytes + (key - tile.keys.begin) * width;
+    const long first = begin - tile.queries.begin, last = end - tile.queries.begin;
+    if (blank) memset(row, 1, width);
+    memset(row, 0, first);
+    memset(row + last, 0, width - last);
+    some |= first < last;
+  }
+  return some ? TileKind::mixed : TileKind::empty;
+}
+
+// True when no query of the tile may attend to the key in this row of bytes.
+template <int width>
+INLINE bool is_dead(const uint8_t* row) {
+  uint64_t any = 0;
+  for (int i = 0; i < width; i += 8) {
+    uint64_t word = 0;
+    memcpy(&word, row + i, width - i < 8 ? width - i : 8);
+    any |= word;
+  }
+  return any == 0;
+}
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn
