@@ -91,7 +91,7 @@ class AdditiveAttention(nn.Module):
         key_padding_mask: torch.Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``([B, Lq, Dv], weights [B, Lq, Lk] or None)`` from query ``[B, Lq, query_dim]``, key ``[B, Lk, key_dim]``.
+        """``([B, Lq, Dv], weights [B, Lq, Lk] or None)`` from ``[B, Lq, query_dim]`` and ``[B, Lk, key_dim]``.
 
         ``value`` ``[B, Lk, Dv]`` defaults to the key.  ``key_padding_mask`` bool ``[B, Lk]``, True = padding.
         """
@@ -110,7 +110,8 @@ def _call(query, key, value, weight, key_lengths, key_mask):
 
 def _checked_mask(query, key, value, weight, key_lengths, key_mask):
     """Validate the call; the mask of the keys, bool ``[B, Lk]``, or None."""
-    for name, tensor, dims in (("query", query, 3), ("key", key, 3), ("value", value, 3), ("weight", weight, 1)):
+    inputs = {"query": (query, 3), "key": (key, 3), "value": (value, 3), "weight": (weight, 1)}
+    for name, (tensor, dims) in inputs.items():
         if tensor.dim() != dims:
             raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -121,12 +122,13 @@ def _checked_mask(query, key, value, weight, key_lengths, key_mask):
         raise ValueError(f"query [B, Lq, D], key [B, Lk, D] and value [B, Lk, Dv] do not fit: {shapes}")
     if weight.shape[0] != query.shape[2]:
         raise ValueError(f"weight must have the {query.shape[2]} features of query, got {weight.shape[0]}")
-    if key_mask is not None:
-        if key_mask.dtype != torch.bool or key_mask.shape != (batch, length):
-            raise ValueError(f"key_mask must be bool {(batch, length)}, got {key_mask.dtype} {tuple(key_mask.shape)}")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, length)):
+        given = f"{key_mask.dtype} {tuple(key_mask.shape)}"
+        raise ValueError(f"key_mask must be bool {(batch, length)}, got {given}")
     if key_lengths is not None:
-        if key_lengths.dim() != 1 or key_lengths.shape[0] != batch or key_lengths.is_floating_point():
-            raise ValueError(f"key_lengths must be int [{batch}], got {key_lengths.dtype} {tuple(key_lengths.shape)}")
+        if key_lengths.shape != (batch,) or key_lengths.is_floating_point():
+            given = f"{key_lengths.dtype} {tuple(key_lengths.shape)}"
+            raise ValueError(f"key_lengths must be int [{batch}], got {given}")
         valid = torch.arange(length, device=key.device) < key_lengths[:, None]
         key_mask = valid if key_mask is None else valid & key_mask
     return key_mask

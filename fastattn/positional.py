@@ -1,4 +1,4 @@
-"""Positional encodings: sinusoidal and learned (added to the embeddings), rotary (applied to queries and keys)."""
+"""Positional encodings: sinusoidal and learned (added to embeddings), rotary (applied to queries and keys)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LearnedPositions(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    """Rotary embeddings (Su et al., 2021): turns each pair of features by an angle that grows with the position.
+    """Rotary embeddings (Su et al., 2021): turns each pair of features by an angle proportional to the position.
 
     The score of a rotated query and a rotated key depends on their distance only.  The pairs are
     ``(x[i], x[i + head_dim / 2])``, the layout of GPT-NeoX and Llama.

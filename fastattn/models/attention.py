@@ -23,7 +23,7 @@ def length_mask(key_lengths: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _dense_mask(query, key, key_lengths, mask, causal):
-    """All that forbids a key as one bool mask (True = attend) that broadcasts to ``[B, H, Lq, Lk]``, or None."""
+    """All that forbids a key as one bool mask (True = attend), broadcastable to ``[B, H, Lq, Lk]``, or None."""
     if key_lengths is not None:
         valid = length_mask(key_lengths, key.shape[2])[:, None, None, :]
         mask = valid if mask is None else mask & valid
@@ -152,16 +152,20 @@ class Attention(nn.Module):
         *,
         key_lengths: torch.Tensor | None = None,
         key_padding_mask: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
         causal: bool = False,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """``[B, Lq, E]`` from query ``[B, Lq, E]``, key and value ``[B, Lk, E]`` (default: query, key).
 
-        Padding by ``key_lengths`` int ``[B]`` or ``key_padding_mask`` bool ``[B, Lk]`` (True = padding).
+        Padding by ``key_lengths`` int ``[B]`` or ``key_padding_mask`` bool ``[B, Lk]`` (True = padding);
+        ``mask`` bool, broadcastable to ``[B, H, Lq, Lk]``, True = attend.
         With a ``cache`` (self-attention) the query is the next positions and sees all cached ones.
         """
         q, k, v = self._project(query, key, value, cache)
-        mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
+        if key_padding_mask is not None:
+            valid = ~key_padding_mask[:, None, None, :]
+            mask = valid if mask is None else mask & valid
         out = attend(
             q,
             k,
@@ -174,7 +178,7 @@ class Attention(nn.Module):
         )
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, H, Lq, D] -> [B, Lq, E]
 
-    def weights(self, query, key=None, *, key_lengths=None, key_padding_mask=None, causal=False) -> torch.Tensor:
+    def weights(self, query, key=None, *, key_lengths=None, key_padding_mask=None, causal=False):
         """The attention weights averaged over the heads, ``[B, Lq, Lk]``, for inspection."""
         q, k, _ = self._project(query, key, key, None)
         mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]

@@ -65,7 +65,7 @@ class Classifier(nn.Module):
         self.output = nn.Linear(config.embed_dim, config.num_classes)
 
     def forward(self, inputs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Logits ``[B, num_classes]`` of tokens ``[B, L]`` (or features ``[B, L, input_dim]``), lengths int ``[B]``."""
+        """Logits ``[B, num_classes]`` of tokens ``[B, L]`` or features ``[B, L, input_dim]``, lengths ``[B]``."""
         hidden = self.encode(inputs, lengths)  # [B, L, E]
         return self.output(self.dropout(self.pooling(hidden, lengths)))
 

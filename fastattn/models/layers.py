@@ -99,7 +99,10 @@ class DecoderLayer(nn.Module, FeedForward):
         memory_lengths: torch.Tensor | None = None,
         state: DecoderState | None = None,
     ) -> torch.Tensor:
-        """``[B, Lt, E]`` from x ``[B, Lt, E]`` and memory ``[B, Ls, E]``; with a ``state``, the next positions only."""
+        """``[B, Lt, E]`` from x ``[B, Lt, E]`` and memory ``[B, Ls, E]``.
+
+        With a ``state``, x holds the next positions only.
+        """
         if self.norm_first:
             x = x + self.dropout(self._attend_self(self.norm1(x), state))
             x = x + self.dropout(self._attend_memory(self.norm2(x), memory, memory_lengths, state))

@@ -49,19 +49,19 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        options = dict(
-            num_heads=config.num_heads,
-            feedforward_dim=config.feedforward_dim,
-            dropout=config.dropout,
-            activation=config.activation,
-            norm_first=config.norm_first,
-            attention=config.attention,
-            rotary=config.positions == "rotary",
-        )
+        options = {
+            "num_heads": config.num_heads,
+            "feedforward_dim": config.feedforward_dim,
+            "dropout": config.dropout,
+            "activation": config.activation,
+            "norm_first": config.norm_first,
+            "attention": config.attention,
+            "rotary": config.positions == "rotary",
+        }
         self.source_embedding = nn.Embedding(config.vocab_size, config.embed_dim)
-        self.target_embedding = (
-            self.source_embedding if config.tied_embeddings else nn.Embedding(config.vocab_size, config.embed_dim)
-        )
+        self.target_embedding = self.source_embedding
+        if not config.tied_embeddings:
+            self.target_embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         self.positions = make_positions(config.positions, config.embed_dim, config.max_length)
         self.dropout = nn.Dropout(config.dropout)
         self.encoder = Encoder(config.encoder_layers, config.embed_dim, **options)
@@ -70,8 +70,8 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 and "embedding" not in name:
                 nn.init.xavier_uniform_(parameter)
-        for embedding in {self.source_embedding, self.target_embedding}:
-            # embed() multiplies by sqrt(E): the scaled embeddings have unit variance, as the sinusoids nearly do.
+        for embedding in (self.source_embedding, self.target_embedding):
+            # embed() multiplies by sqrt(E): the scaled embeddings have unit variance, near the sinusoids' 1/2.
             nn.init.normal_(embedding.weight, std=config.embed_dim**-0.5)
         if config.tied_embeddings:
             self.output.weight = self.source_embedding.weight
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def cross_attention(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Where each target position looks in the source: ``[decoder_layers, B, Lt, Ls]``, mean over heads."""
+        """Where each target position looks in the source: ``[decoder_layers, B, Lt, Ls]``, averaged over heads."""
         memory, lengths = self.encode(source)
         x = self.embed(self.target_embedding, target)
         maps = []

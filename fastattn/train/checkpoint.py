@@ -1,0 +1,110 @@
+"""The files of a run's directory, written so that an interruption leaves the old or the new, never half.
+
+In the directory:
+
+    run.json            the task, the model's configuration, the training options
+    model.safetensors   the best weights so far
+    checkpoint.pt       all that is needed to go on exactly: weights, optimiser, RNG, position, history
+    history.jsonl, curves.png, report.json, and the task's own files (tokenizer.json, labels.json)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastattn.train.errors import CheckpointError
+
+FORMAT = "fastattn.checkpoint.1"
+RUN, WEIGHTS, CHECKPOINT = "run.json", "model.safetensors", "checkpoint.pt"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def require_new(directory: Path) -> None:
+    """Raise unless ``directory`` is absent or free of a run's files: a run never overwrites another."""
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory}: is a file; --out needs a directory")
+    for name in (RUN, WEIGHTS, CHECKPOINT):
+        if (directory / name).exists():
+            raise CheckpointError(
+                f"{directory}: already holds a run ({name}); continue it with --resume or choose another --out"
+            )
+
+
+def read_run(directory: Path, task: str | None = None) -> dict[str, Any]:
+    """The run's description, checked to be one (of this task, if given)."""
+    path = directory / RUN
+    if not path.exists():
+        raise CheckpointError(f"{directory}: holds no run ({RUN} is missing)")
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not a run's description ({error})") from error
+    if not isinstance(run, dict) or run.get("format") != FORMAT or "model" not in run:
+        raise CheckpointError(f"{path}: not written by fastattn train")
+    if task is not None and run["task"] != task:
+        raise CheckpointError(f"{path}: a run of the task {run['task']!r}, not {task!r}")
+    return run
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """The model's state dict as safetensors; tensors that are tied are stored once."""
+    from safetensors.torch import save_model
+
+    # save_model names the dropped duplicates of tied tensors in the metadata, and load_model ties them again.
+    write_atomically(path, lambda temporary: save_model(model, str(temporary)))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load :func:`save_weights`' file into a model of the same configuration."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    if not path.exists():
+        raise CheckpointError(f"{path}: missing")
+    try:
+        load_model(model, str(path))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or truncated ({error})") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: the weights are not this model's ({error})") from error
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **state}, temporary))
+
+
+def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
+    """The state that :func:`save_checkpoint` wrote.  Nothing in the file is executed (weights_only)."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: missing; the run cannot be resumed")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for what is not a checkpoint
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({first})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of fastattn train")
+    if state["task"] != task:
+        raise CheckpointError(f"{path}: a checkpoint of the task {state['task']!r}, not {task!r}")
+    return state

@@ -1,0 +1,60 @@
+"""The record of a run: one line of JSON per measurement, and its curves as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastattn.train.checkpoint import write_atomically
+
+_NOT_CURVES = ("step", "epoch", "seconds")
+
+
+class History:
+    """Rows such as ``{"step": 50, "epoch": 0.3, "loss": 1.2}``; a row holds what was measured at its step."""
+
+    def __init__(self, rows: list[dict[str, Any]] | None = None):
+        self.rows = list(rows or [])
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one measurement."""
+        points = [(row["step"], row[name]) for row in self.rows if name in row]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    def names(self) -> list[str]:
+        """What was measured, in the order of first appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row if name not in _NOT_CURVES))
+
+    def write(self, path: Path) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+
+    def draw(self, path: Path, title: str) -> None:
+        """One panel for the losses, one for the learning rate, one for the other figures, over the steps."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        names = self.names()
+        losses = [n for n in names if "loss" in n]
+        others = [n for n in names if n not in losses and n != "learning_rate"]
+        panels = [(label, group) for label, group in (("loss", losses), ("validation", others)) if group]
+        if "learning_rate" in names:
+            panels.append(("learning rate", ["learning_rate"]))
+        figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        rows = figure.subplots(1, len(panels), squeeze=False)
+        for axes, (label, group) in zip(rows[0], panels, strict=True):
+            for name in group:
+                steps, values = self.series(name)
+                marker = "." if len(steps) < 60 else None
+                axes.plot(steps, values, label=name.replace("_", " "), marker=marker)
+            axes.set(xlabel="step", title=label)
+            axes.grid(alpha=0.3)
+            if len(group) > 1:
+                axes.legend(frameon=False)
+        figure.suptitle(title)
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

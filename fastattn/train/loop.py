@@ -1,0 +1,241 @@
+"""The training loop: one for all tasks, interruptible at every step and resumed bit by bit."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn.train import checkpoint as files
+from fastattn.train.batches import epoch_batches
+from fastattn.train.errors import CheckpointError, TrainingError
+from fastattn.train.history import History
+from fastattn.train.options import TrainOptions, learning_rate_factor
+from fastattn.train.progress import Progress
+from fastattn.train.task import Task
+
+#: Steps whose mean loss makes one point of the curve.
+LOG_EVERY = 10
+
+
+class Run:
+    """A task being trained into a directory.
+
+    Construct, then :meth:`train`.  Nothing is written before the first step: a wrong argument leaves no
+    trace.  With ``resume`` the state comes from the directory's checkpoint.
+    """
+
+    def __init__(self, task: Task, options: TrainOptions, directory: Path, resume: bool = False):
+        self.task, self.options, self.directory = task, options, Path(directory)
+        self.device = resolve_device(options.device)
+        task.device = self.device
+        task.model.to(self.device)
+        decayed = [p for p in task.model.parameters() if p.dim() > 1]
+        plain = [p for p in task.model.parameters() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.98), eps=1e-9, foreach=True)
+        self.step = 0  # optimiser steps done
+        self.epoch = 0
+        self.position = 0  # batches done in this epoch
+        self.seconds = 0.0  # spent training, over all sittings
+        self.best: float | None = None
+        self.evaluations_without_gain = 0
+        self.losses: list[float] = []  # since the last point of the curve
+        self.history = History()
+        if resume:
+            self._restore(files.load_checkpoint(self.directory / files.CHECKPOINT, task.name))
+        else:
+            files.require_new(self.directory)
+            torch.manual_seed(options.seed)
+
+    def train(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Train until a limit, early stopping or Ctrl-C; the final report (``{"interrupted": True}`` after Ctrl-C)."""
+        options, task = self.options, self.task
+        progress = progress or Progress.silent()
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._describe()
+        model = torch.compile(task.model) if options.compile else task.model
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if options.bf16 else nullcontext()
+        lengths = task.lengths()
+        batches = epoch_batches(lengths, options.batch_size, options.seed, self.epoch)
+        per_epoch = len(batches)
+        total = options.epochs * per_epoch if options.steps is None else options.steps
+        evaluate_every = options.evaluate_every or per_epoch
+        checkpoint_every = options.checkpoint_every or per_epoch
+        started = time.monotonic() - self.seconds
+
+        with interruptible() as interrupted, progress.running(self.step, total):
+            while self.step < total and not self._exhausted():
+                if self.position == per_epoch:
+                    self.epoch, self.position = self.epoch + 1, 0
+                    batches = epoch_batches(lengths, options.batch_size, options.seed, self.epoch)
+                rate = options.learning_rate * learning_rate_factor(options, self.step, total)
+                self._step(model, batches[self.position], rate, autocast)
+                self.position, self.step = self.position + 1, self.step + 1
+                self.seconds = time.monotonic() - started
+                if self.step % LOG_EVERY == 0 or self.step == total:
+                    self._log_loss(rate, per_epoch)
+                progress.step(self.step, self.losses[-1] if self.losses else self.history.rows[-1]["loss"], rate)
+                if self.step % evaluate_every == 0 or self.step == total:
+                    progress.evaluated(self.step, self._evaluate(per_epoch))
+                    self.seconds = time.monotonic() - started
+                if self.step % checkpoint_every == 0 or self.step == total or interrupted.is_set():
+                    self.save()
+                if interrupted.is_set():
+                    break
+        self.save()
+        if interrupted.is_set():
+            return {"interrupted": True, "step": self.step}
+        return self._finish()
+
+    def save(self) -> None:
+        """Write the checkpoint, the history and the curves."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        files.save_checkpoint(
+            self.directory / files.CHECKPOINT,
+            {
+                "task": self.task.name,
+                "configuration": self.task.configuration(),
+                "options": asdict(self.options),
+                "data": self.task.digest(),
+                "model": self.task.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "rng": rng,
+                "step": self.step,
+                "epoch": self.epoch,
+                "position": self.position,
+                "seconds": self.seconds,
+                "best": self.best,
+                "evaluations_without_gain": self.evaluations_without_gain,
+                "losses": self.losses,
+                "history": self.history.rows,
+            },
+        )
+        self.history.write(self.directory / "history.jsonl")
+        if self.history.rows:
+            self.history.draw(self.directory / "curves.png", f"{self.task.name}: step {self.step}")
+
+    def _step(self, model, indices, rate, autocast) -> None:
+        self.task.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = self.task.collate(indices)
+        with autocast:
+            loss = self.task.loss(model, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.options.clip_norm)
+        value = loss.item()
+        if value != value:
+            raise TrainingError(f"the loss is not a number at step {self.step}: lower --learning-rate")
+        self.optimizer.step()
+        self.losses.append(value)
+
+    def _log_loss(self, rate: float, per_epoch: int) -> None:
+        self.history.add(
+            step=self.step,
+            epoch=round(self.step / per_epoch, 4),
+            seconds=round(self.seconds, 3),
+            loss=sum(self.losses) / len(self.losses),
+            learning_rate=rate,
+        )
+        self.losses = []
+
+    def _evaluate(self, per_epoch: int) -> dict[str, float]:
+        self.task.model.eval()
+        with torch.no_grad():
+            figures = self.task.evaluate()
+        self.history.add(step=self.step, epoch=round(self.step / per_epoch, 4), **figures)
+        value = figures[self.task.metric]
+        gain = self.best is None or (value > self.best if self.task.larger_is_better else value < self.best)
+        self.evaluations_without_gain = 0 if gain else self.evaluations_without_gain + 1
+        if gain:
+            self.best = value
+            files.save_weights(self.directory / files.WEIGHTS, self.task.model)
+        return figures
+
+    def _exhausted(self) -> bool:
+        patience, minutes = self.options.patience, self.options.minutes
+        if patience is not None and self.evaluations_without_gain >= patience:
+            return True
+        return minutes is not None and self.seconds >= 60 * minutes
+
+    def _finish(self) -> dict[str, Any]:
+        """Judge the best weights on the test data and write the report."""
+        if self.best is None:
+            self._evaluate(max(1, self.step))
+        files.load_weights(self.directory / files.WEIGHTS, self.task.model)
+        self.task.model.to(self.device).eval()
+        with torch.no_grad():
+            figures = self.task.report()
+        report = {"task": self.task.name, "steps": self.step, "seconds": round(self.seconds, 1)}
+        report |= {"best_" + self.task.metric: self.best, **figures}
+        files.write_json(self.directory / "report.json", report)
+        return report
+
+    def _describe(self) -> None:
+        run = {"format": files.FORMAT, "task": self.task.name}
+        run |= {"model": self.task.configuration(), "options": asdict(self.options)}
+        files.write_json(self.directory / files.RUN, run)
+        self.task.save_files(self.directory)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        path = self.directory / files.CHECKPOINT
+        if state["configuration"] != self.task.configuration():
+            raise CheckpointError(f"{path}: the model's configuration differs from this command's")
+        if state["data"] != self.task.digest():
+            raise CheckpointError(f"{path}: the run was trained on other data than these")
+        try:
+            self.task.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path}: the weights are not this model's ({error})") from error
+        for name in ("step", "epoch", "position", "seconds", "best", "evaluations_without_gain", "losses"):
+            setattr(self, name, state[name])
+        self.history = History(state["history"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device, or a :class:`TrainingError` that says why not."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TrainingError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+@contextmanager
+def interruptible():
+    """An event that Ctrl-C sets instead of raising; a second Ctrl-C raises KeyboardInterrupt.
+
+    Outside the main thread, where Python delivers no signals, the event is never set.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(signum, frame):
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
