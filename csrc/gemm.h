@@ -18,6 +18,7 @@ struct DepthContiguous {
   const E* data;
   long stride;
   INLINE DepthContiguous rows_from(long row) const { return {data + row * stride, stride}; }
+  INLINE DepthContiguous depth_from(long k) const { return {data + k, stride}; }
   template <int rows>
   struct Cursor {
     const E* row[rows];
@@ -35,6 +36,7 @@ struct RowsContiguous {
   const E* data;
   long stride;
   INLINE RowsContiguous rows_from(long row) const { return {data + row, stride}; }
+  INLINE RowsContiguous depth_from(long k) const { return {data + k * stride, stride}; }
   template <int rows>
   struct Cursor {
     const E* data;
@@ -44,16 +46,17 @@ struct RowsContiguous {
   };
 };
 
-template <class V, int rows, int vectors, class A>
+// Columns before `first` are left alone.
+template <class V, int rows, int vectors, int first = 0, class A>
 INLINE void multiply(typename V::vector (&c)[rows][vectors], A a, const typename V::element* b, long b_stride,
                      long depth) {
   const typename A::template Cursor<rows> cursor(a);
   for (long k = 0; k < depth; k++) {
     typename V::vector column[vectors];
-    UNROLL for (int j = 0; j < vectors; j++) column[j] = V::load(b + k * b_stride + j * V::lanes);
+    UNROLL for (int j = first; j < vectors; j++) column[j] = V::load(b + k * b_stride + j * V::lanes);
     UNROLL for (int i = 0; i < rows; i++) {
       const typename V::vector x = V::broadcast(cursor.at(i, k));
-      UNROLL for (int j = 0; j < vectors; j++) c[i][j] = V::multiply_add(x, column[j], c[i][j]);
+      UNROLL for (int j = first; j < vectors; j++) c[i][j] = V::multiply_add(x, column[j], c[i][j]);
     }
   }
 }
@@ -61,30 +64,61 @@ INLINE void multiply(typename V::vector (&c)[rows][vectors], A a, const typename
 // What becomes of a finished tile. Products are summed from zero and C is added at the end: a third of the
 // rounding error of summing onto C, and no wait for C before the first product.
 struct Store {
+  static constexpr bool stairs = false;
   template <class V>
   INLINE static void apply(typename V::scalar* c, typename V::vector product) {
     V::store(c, product);
   }
 };
 struct Accumulate {
+  static constexpr bool stairs = false;
   template <class V>
   INLINE static void apply(typename V::scalar* c, typename V::vector product) {
     V::store(c, V::add(V::load(c), product));
   }
 };
+struct AccumulateStairs : Accumulate {
+  static constexpr bool stairs = true;
+};
 
-template <class V, int rows, int vectors, class Finish, class A>
-INLINE void gemm_tile(A a, const typename V::element* b, long b_stride, long depth, typename V::scalar* c,
-                      long c_stride) {
-  typename V::vector sum[rows][vectors];
-  UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = V::zero();
-  multiply<V, rows, vectors>(sum, a, b, b_stride, depth);
-  UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < vectors; j++)
-      Finish::template apply<V>(c + i * c_stride + j * V::lanes, sum[i][j]);
+// How far each column of vectors reaches along the summed dimension: `vectors` ends that never decrease.
+// The same for all in a plain product; a staircase where causality ends the columns of P^T one by one.
+template <int vectors>
+struct Depth {
+  long end[vectors];
+  INLINE explicit Depth(long depth) {
+    UNROLL for (int j = 0; j < vectors; j++) end[j] = depth;
+  }
+  INLINE explicit Depth(const long* ends) {
+    UNROLL for (int j = 0; j < vectors; j++) end[j] = ends[j];
+  }
+};
+
+template <class V, int rows, int vectors, int first = 0, class A>
+INLINE void multiply_stairs(typename V::vector (&c)[rows][vectors], A a, const typename V::element* b,
+                            long b_stride, const Depth<vectors>& depth, long done = 0) {
+  multiply<V, rows, vectors, first>(c, a.depth_from(done), b + done * b_stride, b_stride,
+                                    depth.end[first] - done);
+  if constexpr (first + 1 < vectors)
+    if (depth.end[vectors - 1] > depth.end[first])
+      multiply_stairs<V, rows, vectors, first + 1>(c, a, b, b_stride, depth, depth.end[first]);
 }
 
 template <class V, int rows, int vectors, class Finish, class A>
-inline void gemm_tail(long count, A a, const typename V::element* b, long b_stride, long depth,
+INLINE void gemm_tile(A a, const typename V::element* b, long b_stride, const Depth<vectors>& depth,
+                      typename V::scalar* c, long c_stride) {
+  typename V::vector sum[rows][vectors];
+  UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = V::zero();
+  if constexpr (Finish::stairs)
+    multiply_stairs<V, rows, vectors>(sum, a, b, b_stride, depth);
+  else
+    multiply<V, rows, vectors>(sum, a, b, b_stride, depth.end[0]);
+  UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < vectors; j++)
+    Finish::template apply<V>(c + i * c_stride + j * V::lanes, sum[i][j]);
+}
+
+template <class V, int rows, int vectors, class Finish, class A>
+inline void gemm_tail(long count, A a, const typename V::element* b, long b_stride, const Depth<vectors>& depth,
                       typename V::scalar* c, long c_stride) {
   if constexpr (rows > 0) {
     if (count == rows)
@@ -97,7 +131,7 @@ inline void gemm_tail(long count, A a, const typename V::element* b, long b_stri
 // C[rows, vectors * lanes] (=, +=) A B for any number of rows. Rows that do not fill a tile are shared with
 // the last full one, so that no tile is too small to hide the latency of the multiply-adds.
 template <class V, int vectors, class Finish, class A>
-inline void gemm(long rows, A a, const typename V::element* b, long b_stride, long depth,
+inline void gemm(long rows, A a, const typename V::element* b, long b_stride, const Depth<vectors>& depth,
                  typename V::scalar* c, long c_stride) {
   constexpr int full = V::tile_rows;
   long row = 0;
@@ -112,15 +146,21 @@ inline void gemm(long rows, A a, const typename V::element* b, long b_stride, lo
     row += count;
   }
 }
+template <class V, int vectors, class Finish, class A>
+inline void gemm(long rows, A a, const typename V::element* b, long b_stride, long depth, typename V::scalar* c,
+                 long c_stride) {
+  gemm<V, vectors, Finish>(rows, a, b, b_stride, Depth<vectors>(depth), c, c_stride);
+}
 
-// The same with the number of vectors known at run time, 1 <= vectors <= V::tile_vectors.
-template <class V, class Finish, class A, int vectors = V::tile_vectors>
-inline void gemm_columns(int count, long rows, A a, const typename V::element* b, long b_stride, long depth,
+// The same with the number of vectors known at run time, 1 <= count <= V::tile_vectors. `depth` is one
+// number, or `count` ends.
+template <class V, class Finish, int vectors = V::tile_vectors, class A, class D>
+inline void gemm_columns(int count, long rows, A a, const typename V::element* b, long b_stride, D depth,
                          typename V::scalar* c, long c_stride) {
   if (count == vectors)
-    gemm<V, vectors, Finish>(rows, a, b, b_stride, depth, c, c_stride);
+    gemm<V, vectors, Finish>(rows, a, b, b_stride, Depth<vectors>(depth), c, c_stride);
   else if constexpr (vectors > 1)
-    gemm_columns<V, Finish, A, vectors - 1>(count, rows, a, b, b_stride, depth, c, c_stride);
+    gemm_columns<V, Finish, vectors - 1>(count, rows, a, b, b_stride, depth, c, c_stride);
 }
 
 }  // namespace FASTATTN_ISA_NAMESPACE

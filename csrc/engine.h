@@ -1,0 +1,18 @@
+// The entry points of one instruction set. Each engine_<isa>.cpp defines one table.
+#pragma once
+
+#include "backward.h"
+#include "problem.h"
+
+namespace fastattn {
+
+struct Engine {
+  const char* name;
+  void (*forward)(const Problem&, const ForwardOutput&, int threads);
+  void (*backward)(const Problem&, const BackwardArgs&, int threads);
+  void (*weights)(const Problem&, const WeightsOutput&, int threads);
+};
+
+extern const Engine engine_portable, engine_avx2, engine_avx512, engine_avx512_bf16, engine_avx512_bf16_emulated;
+
+}  // namespace fastattn
