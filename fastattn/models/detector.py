@@ -194,9 +194,9 @@ class Detector(nn.Module):
         outside_y = torch.arange(height, device=images.device) * self.config.stride >= sizes[:, :1]
         outside_x = torch.arange(width, device=images.device) * self.config.stride >= sizes[:, 1:]
         padding = (outside_y[:, :, None] | outside_x[:, None, :]).flatten(1)
-        grid = torch.stack(
-            (x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)), dim=-1
-        ).flatten(1, 2)  # [B, N, 2]
+        grid = torch.stack((x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)), dim=-1).flatten(
+            1, 2
+        )  # [B, N, 2]
         position = sine_embedding(grid, self.config.embed_dim // 2)
         memory = features.flatten(2).transpose(1, 2)
         for layer in self.encoder:
@@ -226,9 +226,7 @@ class Detector(nn.Module):
         for i, layer in enumerate(self.decoder):
             last = i == len(self.decoder) - 1
             query_position = self.position_mlp(sine_embedding(boxes, self.config.embed_dim // 2))
-            x, weights = layer(
-                x, query_position, memory, memory_position, padding, query_mask, need_weights and last
-            )
+            x, weights = layer(x, query_position, memory, memory_position, padding, query_mask, need_weights and last)
             y = self.output_norm(x)
             logits = self.class_head(y)
             refined = (inverse_sigmoid(boxes) + self.box_head(y)).sigmoid()
@@ -283,7 +281,5 @@ def initial_anchors(count: int) -> Tensor:
 def denoising_mask(groups: int, targets: int, queries: int) -> Tensor:
     """bool [Q', Q'], True = attend: denoising groups see only themselves and the matching queries, and the
     matching queries never see a denoising query, which carries the answer."""
-    group = torch.cat(
-        (torch.arange(groups).repeat_interleave(targets), torch.full((queries,), -1, dtype=torch.long))
-    )
+    group = torch.cat((torch.arange(groups).repeat_interleave(targets), torch.full((queries,), -1, dtype=torch.long)))
     return (group[None, :] == group[:, None]) | (group[None, :] < 0)

@@ -22,9 +22,7 @@ def corners(boxes: Tensor) -> Tensor:
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """GIoU (Rezatofighi et al. 2019, arXiv:1902.09630) of boxes given by corners, broadcasting: [..., 4]."""
-    overlap = (
-        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    )
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     area = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
     return overlap / area.clamp(min=1e-9) - (hull - area) / hull.clamp(min=1e-9)

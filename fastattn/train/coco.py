@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..models.detector import Targets
+from fastattn.models.detector import Targets
+from fastattn.train.errors import DataError
 
 #: Grey levels (0 to 1) are shifted and scaled to about zero mean and unit variance.
 MEAN, STD = 0.2, 0.25
@@ -36,46 +37,44 @@ class CocoFolder(Dataset):
     Crowd annotations are left out.  Images are read as grey where ``channels`` is 1, as RGB where it is 3.
 
     Raises:
-        FileNotFoundError: the folder or its ``annotations.json`` is missing.
-        ValueError: the annotations are no COCO JSON, an annotation names an unknown image or category or a
-            box without area, the folder describes no image, or an image cannot be read; the file and the
-            annotation are named.
+        DataError: ``annotations.json`` is missing or no COCO JSON, describes no image, or an annotation names
+            an unknown image or category or a box without area; on reading, an image that cannot be read.
     """
 
     def __init__(self, folder: str | Path, channels: int = 1) -> None:
         self.folder, self.channels = Path(folder), channels
         self.path = self.folder / "annotations.json"
         if not self.path.is_file():
-            raise FileNotFoundError(
-                f"{self.path}: no such file; a COCO folder holds images and annotations.json"
-            )
+            raise DataError(self.path, None, "no such file; a COCO folder holds images and annotations.json")
         try:
             coco = json.loads(self.path.read_text())
             self.images = list(coco["images"])
             self.categories = [(int(c["id"]), str(c["name"])) for c in coco["categories"]]
             annotations = list(coco["annotations"])
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{self.path}: not a COCO annotation file (images, annotations, categories): {error!r}"
-            ) from error
+            problem = f"not a COCO annotation file (images, annotations, categories): {error!r}"
+            raise DataError(self.path, None, problem) from error
         if not self.images:
-            raise ValueError(f"{self.path}: describes no image")
+            raise DataError(self.path, None, "describes no image")
         label_of = {category: label for label, (category, _) in enumerate(self.categories)}
         index_of = {image["id"]: i for i, image in enumerate(self.images)}
         self.objects: list[list[tuple[int, list[float]]]] = [[] for _ in self.images]
         for annotation in annotations:
             if annotation.get("iscrowd"):
                 continue
-            where = f"{self.path}: annotation {annotation.get('id')}"
+            where = f"annotation {annotation.get('id')}"
             if annotation.get("image_id") not in index_of:
-                raise ValueError(f"{where}: image_id {annotation.get('image_id')} is not among the images")
+                raise DataError(
+                    self.path, None, f"{where}: image_id {annotation.get('image_id')} is not among the images"
+                )
             if annotation.get("category_id") not in label_of:
-                raise ValueError(f"{where}: category_id {annotation.get('category_id')} is not a category")
+                raise DataError(
+                    self.path, None, f"{where}: category_id {annotation.get('category_id')} is not a category"
+                )
             box = annotation.get("bbox")
             if not (isinstance(box, list) and len(box) == 4 and box[2] > 0 and box[3] > 0):
-                raise ValueError(
-                    f"{where}: bbox must be [x, y, width, height] with a positive area, got {box}"
-                )
+                problem = f"{where}: bbox must be [x, y, width, height] with a positive area, got {box}"
+                raise DataError(self.path, None, problem)
             label = label_of[annotation["category_id"]]
             self.objects[index_of[annotation["image_id"]]].append((label, [float(v) for v in box]))
         self._pixels: dict[int, Tensor] = {}
@@ -85,21 +84,25 @@ class CocoFolder(Dataset):
 
     def __getitem__(self, index: int) -> Example:
         if index not in self._pixels:
-            self._pixels[index] = self._read(self.folder / self.images[index]["file_name"])
+            path = self.folder / self.images[index]["file_name"]
+            self._pixels[index] = self.read(path, self.channels).pixels
         objects = self.objects[index]
         labels = torch.tensor([label for label, _ in objects], dtype=torch.long)
         boxes = torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4)
         return Example(self._pixels[index], labels, boxes, self.images[index]["id"])
 
-    def _read(self, path: Path) -> Tensor:
+    @staticmethod
+    def read(path: Path, channels: int) -> Example:
+        """An image file without annotations."""
         from PIL import Image, UnidentifiedImageError
 
         try:
             with Image.open(path) as image:
-                pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
+                pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
         except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{path}: cannot be read as an image: {error}") from error
-        return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+            raise DataError(path, None, f"cannot be read as an image: {error}") from error
+        pixels = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+        return Example(pixels, torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), image_id=0)
 
 
 def collate(examples: list[Example]) -> tuple[Tensor, Tensor, Targets]:
@@ -138,9 +141,7 @@ def evaluate(model: torch.nn.Module, data: CocoFolder, batch_size: int = 50) -> 
     for start in range(0, len(data), batch_size):
         examples = [data[i] for i in range(start, min(start + batch_size, len(data)))]
         images, sizes, _ = collate(examples)
-        for example, prediction in zip(
-            examples, model.predict(images.to(device), sizes.to(device)), strict=True
-        ):
+        for example, prediction in zip(examples, model.predict(images.to(device), sizes.to(device)), strict=True):
             columns = (prediction[name].tolist() for name in ("scores", "labels", "boxes"))
             found += [
                 {

@@ -35,9 +35,7 @@ def compose(
     for _ in range(rng.integers(1, 6)):
         index = rng.integers(len(images))
         size_y, size_x = (rng.uniform(14, 32) * rng.uniform(0.85, 1.15, size=2)).astype(int)
-        glyph = Image.fromarray((images[index] * 255).astype(np.uint8)).resize(
-            (size_x, size_y), Image.BICUBIC
-        )
+        glyph = Image.fromarray((images[index] * 255).astype(np.uint8)).resize((size_x, size_y), Image.BICUBIC)
         ink = np.asarray(glyph, dtype=np.float32) / 255
         rows, columns = np.nonzero((ink > 0.25).any(1))[0], np.nonzero((ink > 0.25).any(0))[0]
         ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -83,9 +81,7 @@ def write_scenes(folder: Path, count: int, seed: int, held_out: bool = False) ->
         scene, objects = compose(rng, images, labels)
         name = f"{i:06d}.png"
         Image.fromarray(scene).save(folder / name)
-        coco["images"].append(
-            {"id": i, "file_name": name, "height": int(scene.shape[0]), "width": int(scene.shape[1])}
-        )
+        coco["images"].append({"id": i, "file_name": name, "height": int(scene.shape[0]), "width": int(scene.shape[1])})
         for label, box in objects:
             coco["annotations"].append(
                 {
