@@ -61,17 +61,6 @@ struct ForwardOutput {
   void* lse = nullptr;
 };
 
-// What a backward call reads and writes. grad_lse may be null, and so may every gradient that is not asked
-// for; those have the problem's dtype and a unit last stride. grad_bias is fp32 (fp64 for fp64), zeroed by
-// the caller, with stride 0 in the dimensions where the bias broadcasts.
-struct BackwardArgs {
-  Tensor4<const uint8_t> out;
-  const void* lse = nullptr;  // [B, Hq, Lq] contiguous, as forward wrote it
-  Tensor4<const uint8_t> grad_out;
-  const void* grad_lse = nullptr;  // [B, Hq, Lq] contiguous
-  Tensor4<uint8_t> grad_query, grad_key, grad_value, grad_bias;
-};
-
 // The softmax weights, recomputed from lse: contiguous fp32 (fp64 for fp64) [B, Hq, Lq, Lk], or their mean
 // over the heads, [B, Lq, Lk].
 struct WeightsOutput {
