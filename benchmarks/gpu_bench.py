@@ -1,0 +1,282 @@
+"""Part ``bench``: fastattn against its peers, each result verified before it is timed.
+
+Tokens and model width are constant (B * L = 16384, H * D = 2048), as in the FlashAttention papers.
+Useful work counts only what the band allows: 4 * D floating-point operations per allowed pair
+forward, 10 * D backward. One row per contender and direction, with its fraction of a bf16 matrix
+product timed in the same rounds; a decode row has the fraction of a copy's bandwidth instead.
+"""
+
+from __future__ import annotations
+
+import os
+
+from gpu_pool import Task
+
+TOKENS, WIDTH = 16384, 2048
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+PEERS = ("flash", "cudnn", "efficient", "naive")
+
+#: (batch, query heads, kv heads, keys): the keys and values outgrow every cache.
+DECODE = ((16, 32, 8, 8192), (1, 32, 8, 131072), (64, 32, 32, 2048), (1, 16, 16, 16384))
+
+#: FlexAttention compiles for seconds per shape, so it takes part in some only: (D, L).
+FLEX = {(128, 1024), (128, 4096), (128, 8192), (128, 16384), (64, 8192)}
+
+
+def tasks(device: str, backend: str, quick: bool) -> list[Task]:
+    """Every group of contenders on one shape; the headline shapes first."""
+    if device == "cpu":
+        return _tiny_tasks(backend)
+    groups = []
+    for head_dim in (128, 64, 256):
+        for length in LENGTHS:
+            for causal in (None, "upper_left"):
+                for dtype in ("bf16", "fp16"):
+                    if dtype == "fp16" and length not in (1024, 8192):
+                        continue
+                    groups.append(_group(head_dim, length, causal, dtype))
+    groups.sort(key=_headline_rank)
+    plain = [_task(group, backend) for group in groups]
+    variants = [_task(group, backend) for group in _variant_groups()]
+    decode = [_decode_task(*shape, dtype="bf16", backend=backend) for shape in DECODE]
+    host = Task("bench", "bench/host", "gpu_bench:run_host", {"device": device, "backend": backend}, 60.0, 4.0)
+    if quick:
+        return [*plain[:4], *variants[:2], *decode[:1], host]
+    return [*plain[:12], *decode, *variants, host, *plain[12:]]
+
+
+def compile_tasks(tasks: list[Task]) -> list[Task]:
+    """The same calls run once, untimed, by many processes: they leave the compiled kernels on disk."""
+    return [
+        Task(
+            part="compile",
+            key=task.key.replace("bench/", "compile/", 1),
+            handler="gpu_bench:compile_only",
+            arguments={"setup": task.arguments["setup"], "contenders": task.arguments["contenders"]},
+            timeout=120.0,
+            estimate=8.0,
+        )
+        for task in tasks
+        if "setup" in task.arguments
+    ]
+
+
+def _headline_rank(group: dict) -> tuple:
+    setup = group["setup"]
+    return (
+        setup["dtype"] != "bf16",
+        (128, 64, 256).index(setup["head_dim"]),
+        (8192, 1024, 4096, 16384, 2048, 512).index(setup["queries"]),
+    )
+
+
+def _group(head_dim: int, length: int, causal: str | None, dtype: str, **changes) -> dict:
+    setup = {
+        "batch": TOKENS // length,
+        "heads": WIDTH // head_dim,
+        "kv_heads": WIDTH // head_dim,
+        "queries": length,
+        "keys": length,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "causal": causal,
+    } | changes
+    contenders = ["fastattn", "fastattn_plain", *PEERS]
+    if dtype == "bf16" and (head_dim, length) in FLEX:
+        contenders.append("flex")
+    return {"setup": setup, "contenders": contenders}
+
+
+def _variant_groups() -> list[dict]:
+    groups = [_group(128, 4096, None, "bf16", kv_heads=4), _group(128, 4096, "upper_left", "bf16", kv_heads=4)]
+    groups.append(_group(128, 4096, "lower_right", "bf16", queries=2048))
+    for variant in ("padding_50", "padding_25", "window", "mask", "mask_heads", "bias", "bias_grad", "dropout"):
+        causal = "upper_left" if variant == "window" else None
+        groups.append(_group(128, 4096, causal, "bf16", variant=variant))
+    groups += [
+        _group(96, 4096, None, "bf16"),
+        _group(80, 4096, None, "bf16"),
+        _group(128, 4096, None, "bf16", queries=4000, keys=4001),
+        _group(128, 2048, None, "fp32"),
+    ]
+    for group in groups:
+        group["contenders"] = [name for name in group["contenders"] if name != "flex"]
+        if group["setup"].get("variant") in ("padding_50", "window", "bias") or group["setup"]["kv_heads"] == 4:
+            group["contenders"].append("flex")
+    return groups
+
+
+def _task(group: dict, backend: str, directions: tuple[str, ...] = ("forward", "backward")) -> Task:
+    setup = group["setup"] | {"backend": backend}
+    heads = f"h{setup['heads']}" + (f"kv{setup['kv_heads']}" if setup["heads"] != setup["kv_heads"] else "")
+    length = f"l{setup['queries']}" + (f"x{setup['keys']}" if setup["queries"] != setup["keys"] else "")
+    parts = [f"d{setup['head_dim']}", length, f"b{setup['batch']}{heads}", setup["dtype"]]
+    parts += [value for value in (setup.get("causal"), setup.get("variant")) if value]
+    return Task(
+        part="bench",
+        key="bench/" + "_".join(parts),
+        handler="gpu_bench:run_group",
+        arguments={"setup": setup, "contenders": group["contenders"], "directions": list(directions)},
+        timeout=45.0,
+        estimate=2.5 + 6.0 * ("flex" in group["contenders"]),
+    )
+
+
+def _decode_task(batch: int, heads: int, kv_heads: int, keys: int, dtype: str, backend: str) -> Task:
+    setup = {
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "queries": 1,
+        "keys": keys,
+        "head_dim": 128,
+        "dtype": dtype,
+    }
+    contenders = ["fastattn", "flash", "cudnn", "efficient", "naive"]
+    return _task({"setup": setup, "contenders": contenders}, backend, ("forward",))
+
+
+def _tiny_tasks(backend: str) -> list[Task]:
+    setup = {"batch": 2, "heads": 2, "kv_heads": 2, "queries": 32, "keys": 32, "head_dim": 16, "dtype": "fp32"}
+    setup["device"] = "cpu"
+    contenders = ["fastattn", "naive", "math", "cudnn"]
+    causal = {"setup": setup | {"causal": "upper_left"}, "contenders": contenders}
+    bias = {"setup": setup | {"variant": "bias_grad"}, "contenders": contenders}
+    decode = {"setup": setup | {"queries": 1}, "contenders": contenders}
+    return [
+        _task({"setup": setup, "contenders": contenders}, backend),
+        _task(causal, backend),
+        _task(bias, backend),
+        _task(decode, backend, ("forward",)),
+    ]
+
+
+def compile_only(context, setup: dict, contenders: list[str]) -> None:
+    """Run what compiles at run time once; results are neither judged nor timed."""
+    from gpu_contenders import CONTENDERS, OURS, Setup
+    from gpu_problems import synchronize
+    from gpu_worker import run_stage
+
+    made = Setup(**setup)
+
+    def call(name: str) -> None:
+        out = CONTENDERS[name](made)()
+        if made.queries > 1:
+            out.backward(made.tensors["grad_out"])
+        synchronize(made.device)
+
+    for name in contenders:
+        if name in OURS or name == "flex":
+            run_stage(context, name, lambda name=name: call(name), contender=name)
+
+
+def run_group(context, setup: dict, contenders: list[str], directions: list[str]) -> None:
+    """Verify each contender, then time those that are right, interleaved, in each direction."""
+    import torch
+
+    from gpu_contenders import CONTENDERS, OURS, Setup
+    from gpu_timing import copy, matmul, time_interleaved
+    from gpu_verify import Truth
+    from gpu_worker import run_stage
+
+    made = Setup(**setup)
+    labels = {name: value for name, value in setup.items() if name not in ("device", "backend")}
+    truth = Truth(made, "backward" in directions)
+    forwards, outputs, accuracy = {}, {}, {}
+    for name in contenders:
+
+        def verify(name=name) -> None:
+            forward = CONTENDERS[name](made)
+            with torch.set_grad_enabled("backward" in directions):
+                out = forward()
+            gradients = (
+                torch.autograd.grad(out, made.leaves, made.tensors["grad_out"], retain_graph=True)
+                if "backward" in directions
+                else None
+            )
+            accuracy[name] = truth.judge(out, gradients, strict=name in OURS)
+            forwards[name], outputs[name] = forward, out
+
+        run_stage(context, name, verify, contender=name, **labels)
+    context.stage("timing")
+    is_decode = made.queries == 1
+    ceiling, ceiling_work = (copy if is_decode else matmul)(made.device)
+    ceiling_name = "copy" if is_decode else "matmul"
+    ceiling()
+    kv_bytes = sum(made.tensors[name].numel() * made.tensors[name].element_size() for name in ("key", "value"))
+    for direction in directions:
+        functions = {ceiling_name: ceiling}
+        for name, forward in forwards.items():
+            functions[name] = _without_graph(forward) if direction == "forward" else _backward(made, outputs[name])
+        timings = time_interleaved(functions, made.device)
+        ceiling_rate = ceiling_work / timings[ceiling_name].ms
+        work = float(kv_bytes) if is_decode else made.flops(direction)
+        for name, timing in timings.items():
+            amount = ceiling_work if name == ceiling_name else work
+            rate = amount / timing.ms
+            context.row(
+                "ok",
+                contender=name,
+                direction=direction,
+                unit="GB/s" if is_decode else "TFLOP/s",
+                rate=round(rate * (1e-6 if is_decode else 1e-9), 2),
+                of_ceiling=round(rate / ceiling_rate, 4),
+                of_budget=accuracy.get(name),
+                **timing.as_row(),
+                **labels,
+            )
+
+
+def _without_graph(forward):
+    import torch
+
+    def call():
+        with torch.no_grad():
+            return forward()
+
+    return call
+
+
+def _backward(setup, out):
+    import torch
+
+    leaves, grad_out = setup.leaves, setup.tensors["grad_out"]
+    return lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+
+
+def run_host(context, device: str, backend: str) -> None:
+    """What a call costs the host: wall time per call of a tiny forward, and of a layer."""
+    import time
+
+    import torch
+    import torch.nn.functional as F
+
+    import fastattn
+    from gpu_problems import synchronize
+
+    q = torch.randn(1, 8, 16, 64, device=device, dtype=torch.bfloat16)
+    layers = {
+        "fastattn.MultiHeadAttention": fastattn.MultiHeadAttention(512, 8, batch_first=True, device=device),
+        "nn.MultiheadAttention": torch.nn.MultiheadAttention(512, 8, batch_first=True, device=device),
+    }
+    x = torch.randn(16, 1024, 512, device=device, dtype=torch.bfloat16, requires_grad=True)
+    functions = {
+        "fastattn": lambda: fastattn.scaled_dot_product_attention(q, q, q, backend=backend),
+        "sdpa": lambda: F.scaled_dot_product_attention(q, q, q),
+    }
+    for name, layer in layers.items():
+        layer = layer.bfloat16()
+        functions[name] = lambda layer=layer: layer(x, x, x, need_weights=False)[0].sum().backward()
+    for name, function in functions.items():
+        context.stage(name)
+        for _ in range(10):
+            function()
+        times = []
+        for _ in range(5):
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(40):
+                function()
+            synchronize(device)
+            times.append((time.perf_counter() - start) / 40)
+        context.row("ok", contender=name, direction="host", us=round(sorted(times)[2] * 1e6, 2), pid=os.getpid())

@@ -1,0 +1,112 @@
+"""A worker process of gpu_pool.py: reads tasks as JSON lines, answers in JSON lines."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import sys
+import traceback
+
+from gpu_environment import use_checkout
+
+
+class Unsupported(Exception):
+    """What was asked for cannot be done here, and says why; no failure."""
+
+
+class Context:
+    """What a handler speaks to: stages it enters and rows it yields."""
+
+    def __init__(self, send, skip: list[str]) -> None:
+        self._send = send
+        self._skip = skip
+        self.current: str | None = None
+
+    def stage(self, name: str) -> bool:
+        """Announce a stage; False where it is to be left out (a row says so)."""
+        if name in self._skip:
+            self.row("skipped", stage=name, error="failed hard before")
+            return False
+        self.current = name
+        self._send({"stage": name})
+        return True
+
+    def row(self, status: str, **values) -> None:
+        self._send({"row": {"status": status} | values})
+
+
+def describe(error: BaseException, characters: int = 500) -> str:
+    """The error and the innermost place in the traceback, short enough for a row."""
+    places = traceback.extract_tb(error.__traceback__)
+    place = f" ({os.path.basename(places[-1].filename)}:{places[-1].lineno})" if places else ""
+    text = f"{type(error).__name__}: {error}".strip()
+    return text[:characters] + place
+
+
+def run_stage(context: Context, name: str, function, **labels):
+    """Call ``function()`` as a stage; what it raises becomes a row. Returns its value, or None."""
+    if not context.stage(name):
+        return None
+    try:
+        return function()
+    except Unsupported as error:
+        context.row("unsupported", stage=name, error=str(error)[:300], **labels)
+    except AssertionError as error:
+        context.row("fail", stage=name, error=describe(error), **labels)
+    except Exception as error:
+        if device_is_lost():
+            raise
+        context.row("error", stage=name, error=describe(error), **labels)
+    return None
+
+
+def device_is_lost() -> bool:
+    """Has an illegal access or a failed launch left the CUDA context unusable?"""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print goes to the log, not between the answers
+
+    def send(message: dict) -> None:
+        answers.write(json.dumps(message) + "\n")
+
+    use_checkout()
+    import torch
+
+    torch.set_num_threads(1)
+    send({"ready": True})
+    for line in sys.stdin:
+        task = json.loads(line)
+        context = Context(send, task["skip"])
+        end = "done"
+        try:
+            module, function = task["handler"].split(":")
+            getattr(importlib.import_module(module), function)(context, **task["arguments"])
+        except Exception as error:
+            traceback.print_exc()
+            status = "fail" if isinstance(error, AssertionError) else "error"
+            context.row(status, stage=context.current, error=describe(error))
+            end = "error"
+        lost = device_is_lost()
+        if not lost:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        send({"end": end, "restart": lost})
+
+
+if __name__ == "__main__":
+    # One module object, whether a handler imports it or it is the script.
+    sys.modules["gpu_worker"] = sys.modules["__main__"]
+    main()
