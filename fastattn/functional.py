@@ -72,7 +72,7 @@ def scaled_dot_product_attention(
     arguments = check_arguments(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal, window, key_lengths
     )
-    out, lse = attend(arguments, backend)
+    out, lse = attend(arguments, draw_rng_state_for(arguments), backend)
     if arguments.query is not query or query.dim() != 4:
         out, lse = _with_given_rank(out, lse, query, key, value)
     return (out, lse) if return_lse else out
@@ -110,9 +110,13 @@ def explain(
     return dispatch.explain_problem(problem, backend)
 
 
-def attend(arguments: Arguments, backend: str) -> tuple[Tensor, Tensor]:
+def draw_rng_state_for(arguments: Arguments) -> Tensor | None:
+    """A new dropout state, or None if the call does not drop."""
+    return draw_rng_state(arguments.query.device) if arguments.dropout_p > 0.0 else None
+
+
+def attend(arguments: Arguments, rng_state: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq] of checked arguments."""
-    rng_state = draw_rng_state(arguments.query.device) if arguments.dropout_p > 0.0 else None
     if _needs_no_operator(arguments):
         return ops.compute_forward(problem_from_arguments(*arguments, rng_state), backend)
     return ops.attention_forward(*arguments, rng_state, backend)
@@ -124,10 +128,7 @@ def _needs_no_operator(arguments: Arguments) -> bool:
         return False
     query, key, value, _, bias = arguments[:5]
     if torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or (bias is not None and bias.requires_grad)
+        query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return False
     return (
@@ -161,9 +162,7 @@ def _autocast(
     return cast(query), cast(key), cast(value), cast(attn_mask)
 
 
-def _with_given_rank(
-    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor]:
+def _with_given_rank(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """[B, H, Lq, Dv] and [B, H, Lq] in the rank that was given, with its batch dimensions."""
     rank = max(query.dim(), key.dim(), value.dim())
     if rank == 4:

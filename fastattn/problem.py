@@ -165,7 +165,7 @@ def check_length_values(problem: Problem) -> None:
     if problem.key_lengths is None or problem.key_lengths.device.type != "cpu":
         return
     lengths, keys = problem.key_lengths.tolist(), problem.key.shape[2]
-    if lengths and not (0 <= min(lengths) and max(lengths) <= keys):
+    if lengths and (min(lengths) < 0 or max(lengths) > keys):
         raise ValueError(f"key_lengths must be between 0 and the number of keys {keys}, got {lengths}")
 
 
@@ -248,15 +248,12 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     if head_dim == 0:
         raise ValueError(f"query must have a head_dim of at least 1, got shape {list(query.shape)}")
     if key.shape[-1] != head_dim:
-        raise ValueError(
-            f"key must have query's head_dim {head_dim} as its last size, got shape {list(key.shape)}"
-        )
+        raise ValueError(f"key must have query's head_dim {head_dim} as its last size, got shape {list(key.shape)}")
     if value.shape[-1] == 0:
         raise ValueError(f"value must have a head_dim of at least 1, got shape {list(value.shape)}")
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(
-            f"value must have key's length {key.shape[-2]} as its second to last size, "
-            f"got shape {list(value.shape)}"
+            f"value must have key's length {key.shape[-2]} as its second to last size, got shape {list(value.shape)}"
         )
 
 
@@ -292,9 +289,7 @@ def _flatten_batch(tensor: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
     return tensor.expand(*batch_shape, *rest).reshape(math.prod(batch_shape), *rest)
 
 
-def _match_heads(
-    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _match_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Heads made to fit: a single head broadcasts; groups of query heads need ``enable_gqa``."""
     heads, key_heads, value_heads = query.shape[1], key.shape[1], value.shape[1]
     if heads == key_heads == value_heads:
@@ -369,9 +364,7 @@ def _check_mask(
         attn_mask = attn_mask.unsqueeze(1)  # [N, Lq, Lk] of a call on [N, L, D]
     rank = len(score_shape)
     mask_shape = (1,) * (rank - attn_mask.dim()) + tuple(attn_mask.shape)
-    if len(mask_shape) > rank or any(
-        size not in (1, full) for size, full in zip(mask_shape, score_shape, strict=True)
-    ):
+    if len(mask_shape) > rank or any(size not in (1, full) for size, full in zip(mask_shape, score_shape, strict=True)):
         raise ValueError(
             f"attn_mask must broadcast to the scores' shape {list(score_shape)} "
             f"(batch, heads, queries, keys), got {given}"
@@ -394,15 +387,12 @@ def _check_lengths(key_lengths: Tensor | list[int], query: Tensor, batch_shape: 
         try:
             key_lengths = torch.tensor(key_lengths)
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                f"key_lengths must be an integer tensor or a list of ints, got {key_lengths!r}"
-            ) from None
+            raise TypeError(f"key_lengths must be an integer tensor or a list of ints, got {key_lengths!r}") from None
     if key_lengths.dtype not in INTEGER_DTYPES and key_lengths.numel() > 0:
         raise TypeError(f"key_lengths must be integers, got {key_lengths.dtype}")
     if tuple(key_lengths.shape) != tuple(batch_shape):
         raise ValueError(
-            f"key_lengths must have one length per sequence, shape {list(batch_shape)}, "
-            f"got {list(key_lengths.shape)}"
+            f"key_lengths must have one length per sequence, shape {list(batch_shape)}, got {list(key_lengths.shape)}"
         )
     return key_lengths.to(device=query.device, dtype=torch.int64).reshape(-1).contiguous()
 

@@ -1,0 +1,313 @@
+"""Multi-head attention modules: :class:`MultiHeadAttention`, the drop-in one, and :class:`SelfAttention`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn import dispatch, ops
+from fastattn.functional import attend, draw_rng_state_for
+from fastattn.masks import combine_masks
+from fastattn.problem import Arguments
+
+
+class MultiHeadAttention(nn.MultiheadAttention):
+    """:class:`torch.nn.MultiheadAttention` (Vaswani et al., arXiv:1706.03762) on the fused path.
+
+    Takes the same constructor arguments, the same calls and the same state dict, and differs so:
+
+    - The output is always computed by the fused kernels, in training and in evaluation alike.
+      ``need_weights=True`` adds a second pass that recomputes the weights from the saved log-sum-exp,
+      averaging over the heads as it goes. Gradients through the weights are computed densely.
+    - A query that may attend to nothing (a sample that is all padding) yields 0 before the output
+      projection, weights 0 and finite gradients, where torch yields NaN.
+    - ``is_causal=True`` is applied, alone or together with ``attn_mask``, rather than taken as a hint.
+    - ``attn_mask`` may also be 4-D, broadcastable to [N, num_heads, L, S].
+
+    As in torch, and unlike in :func:`fastattn.scaled_dot_product_attention`, True in a bool mask
+    means that the position is masked out.
+
+    ``backend`` is "auto", "cpu", "triton" or "reference". Errors are TypeError or ValueError and name
+    the argument, what was given and what would be right.
+
+    Being an ``nn.MultiheadAttention``, it can stand in an ``nn.TransformerEncoderLayer``. That layer's
+    fused evaluation path reads the weights and bypasses this module, so it is told that it does not
+    apply: ``_qkv_same_embed_dim``, which it asks, is False.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads != 0:
+            raise ValueError(
+                f"embed_dim must be a positive multiple of num_heads, got embed_dim={embed_dim}, num_heads={num_heads}"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
+        dispatch.check_backend_name(backend)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+        )
+        self.backend = backend
+        self._qkv_same_embed_dim = False
+
+    def _reset_parameters(self) -> None:
+        # The parent's asks _qkv_same_embed_dim which parameters there are.
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            weight = getattr(self, name)
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for weight in (self.bias_k, self.bias_v):
+            if weight is not None:
+                nn.init.xavier_normal_(weight)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of ``query`` over ``key`` and ``value``.
+
+        Args:
+            query: [L, N, embed_dim], with ``batch_first`` [N, L, embed_dim], or unbatched [L, embed_dim].
+            key: [S, N, kdim], [N, S, kdim] or [S, kdim].
+            value: [S, N, vdim], [N, S, vdim] or [S, vdim].
+            key_padding_mask: [N, S] or unbatched [S]; bool, True = padding, or float, added to the scores.
+            need_weights: also return the attention weights, after dropout.
+            attn_mask: [L, S], [N * num_heads, L, S] or broadcastable to [N, num_heads, L, S]; bool,
+                True = masked out, or float, added to the scores and differentiable.
+            average_attn_weights: average the weights over the heads.
+            is_causal: query i attends to keys up to i only.
+
+        Returns:
+            The output in query's shape, and the weights [N, L, S] (not averaged [N, num_heads, L, S];
+            unbatched without N), or None.
+        """
+        self._check(query, key, value, key_padding_mask, attn_mask)
+        is_batched = query.dim() == 3
+        query, key, value = self._project(query, key, value, is_batched)
+        if not is_batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        extra_keys = (self.bias_k is not None) + self.add_zero_attn
+        masks = combine_masks(query, key.shape[2] - extra_keys, attn_mask, key_padding_mask, is_causal, extra_keys)
+        arguments = Arguments(
+            query,
+            key,
+            value,
+            masks.attn_mask,
+            masks.bias,
+            masks.key_lengths,
+            scale=None,
+            causal=masks.causal,
+            window_left=None,
+            window_right=None,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        rng_state = draw_rng_state_for(arguments)
+        heads, lse = attend(arguments, rng_state, self.backend)
+        weights = None
+        if need_weights:
+            weights = ops.attention_weights(lse.detach(), average_attn_weights, *arguments, rng_state, self.backend).to(
+                heads.dtype
+            )
+            weights = weights if is_batched else weights.squeeze(0)
+        return self.out_proj(self._merge_heads(heads, is_batched)), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, H, L, D], [N, H, S, D], [N, H, S, D]: strided views of as few matrix products as possible."""
+        size = self.embed_dim
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is not None and query is key and key is value:
+            query, key, value = F.linear(query, weight, bias).unflatten(-1, (3, size)).unbind(-2)
+        elif weight is not None and key is value:
+            query_bias, pair_bias = (None, None) if bias is None else (bias[:size], bias[size:])
+            query = F.linear(query, weight[:size], query_bias)
+            key, value = F.linear(key, weight[size:], pair_bias).unflatten(-1, (2, size)).unbind(-2)
+        else:
+            if weight is not None:
+                weights = weight.chunk(3)
+            else:
+                weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            biases = (None, None, None) if bias is None else bias.chunk(3)
+            query, key, value = map(F.linear, (query, key, value), weights, biases)
+        if not is_batched:
+            query, key, value = (tensor.unsqueeze(self._batch_dim) for tensor in (query, key, value))
+        key, value = self._append_extra_keys(key, value)
+        return self._split_heads(query), self._split_heads(key), self._split_heads(value)
+
+    @property
+    def _batch_dim(self) -> int:
+        return 0 if self.batch_first else 1
+
+    def _append_extra_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The learned key and value of ``add_bias_kv`` and the zero ones of ``add_zero_attn``."""
+        if self.bias_k is None and not self.add_zero_attn:
+            return key, value
+        keys, values = [key], [value]
+        shape = list(key.shape)
+        shape[1 - self._batch_dim] = 1
+        if self.bias_k is not None:
+            keys.append(self.bias_k.to(key.dtype).expand(shape))
+            values.append(self.bias_v.to(value.dtype).expand(shape))
+        if self.add_zero_attn:
+            keys.append(key.new_zeros(shape))
+            values.append(value.new_zeros(shape))
+        return torch.cat(keys, 1 - self._batch_dim), torch.cat(values, 1 - self._batch_dim)
+
+    def _split_heads(self, projected: Tensor) -> Tensor:
+        """[N, L, E], or [L, N, E] without batch_first -> a view [N, H, L, D]."""
+        heads = projected.unflatten(-1, (self.num_heads, self.head_dim))
+        return heads.permute(0, 2, 1, 3) if self.batch_first else heads.permute(1, 2, 0, 3)
+
+    def _merge_heads(self, heads: Tensor, is_batched: bool) -> Tensor:
+        """The reverse; a view, because the output lies in memory as the query does."""
+        heads = heads.permute(0, 2, 1, 3) if self.batch_first else heads.permute(2, 0, 1, 3)
+        merged = heads.flatten(2)
+        return merged if is_batched else merged.squeeze(self._batch_dim)
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> None:
+        """Raise TypeError or ValueError for inputs that do not fit the module or one another."""
+        rank = query.dim()
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise TypeError(
+                "query, key and value must not be nested tensors; for an nn.TransformerEncoder, "
+                "fastattn.convert(model) turns off its conversion to them"
+            )
+        if rank not in (2, 3):
+            raise ValueError(f"query must be 3-D, or 2-D where it is unbatched, got shape {list(query.shape)}")
+        sizes = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
+        for (name, size), tensor in zip(sizes.items(), (query, key, value), strict=True):
+            if tensor.dim() != rank:
+                raise ValueError(f"{name} must be {rank}-D like query, got shape {list(tensor.shape)}")
+            if tensor.shape[-1] != size:
+                raise ValueError(f"{name} must have last size {size}, got shape {list(tensor.shape)}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"value must have key's length and batch {list(key.shape[:-1])}, got {list(value.shape[:-1])}"
+            )
+        length_dim = 1 if rank == 3 and self.batch_first else 0
+        batch = 1 if rank == 2 else query.shape[self._batch_dim]
+        queries, keys = query.shape[length_dim], key.shape[length_dim]
+        if rank == 3 and key.shape[self._batch_dim] != batch:
+            raise ValueError(
+                f"key must have query's batch size {batch} in dimension {self._batch_dim} "
+                f"(batch_first={self.batch_first}), got shape {list(key.shape)}"
+            )
+        if key_padding_mask is not None:
+            _check_mask_type("key_padding_mask", key_padding_mask, query)
+            expected = [keys] if rank == 2 else [batch, keys]
+            if list(key_padding_mask.shape) != expected:
+                raise ValueError(f"key_padding_mask must have shape {expected}, got {list(key_padding_mask.shape)}")
+        if attn_mask is not None:
+            _check_mask_type("attn_mask", attn_mask, query)
+            self._check_attn_mask_shape(attn_mask, batch, queries, keys)
+
+    def _check_attn_mask_shape(self, attn_mask: Tensor, batch: int, queries: int, keys: int) -> None:
+        full = (batch, self.num_heads, queries, keys)
+        shape = tuple(attn_mask.shape)
+        if (
+            shape == (queries, keys)
+            or shape == (batch * self.num_heads, queries, keys)
+            or (len(shape) == 4 and all(size in (1, expected) for size, expected in zip(shape, full, strict=True)))
+        ):
+            return
+        raise ValueError(
+            f"attn_mask must have shape {[queries, keys]}, {[batch * self.num_heads, queries, keys]} or one that "
+            f"broadcasts to {list(full)}, got {list(shape)}"
+        )
+
+
+class SelfAttention(MultiHeadAttention):
+    """Multi-head attention of a sequence over itself, [N, L, embed_dim] to the same, batch first.
+
+    The parameters and the state dict are those of :class:`MultiHeadAttention`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            batch_first=True,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """[N, L, embed_dim] (or unbatched); the masks are those of :meth:`MultiHeadAttention.forward`."""
+        return super().forward(
+            x,
+            x,
+            x,
+            key_padding_mask=key_padding_mask,
+            need_weights=False,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )[0]
+
+
+def _check_mask_type(name: str, mask: Tensor, query: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} must be bool (True = masked out) or float (added), got {mask.dtype}")
+    if mask.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {mask.device}")
