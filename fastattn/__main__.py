@@ -1,0 +1,5 @@
+"""``python -m fastattn``: the same as the ``fastattn`` program."""
+
+from fastattn.cli import main
+
+main()

@@ -1,0 +1,63 @@
+"""The command line: ``fastattn info``, ``check``, ``bench`` and what is added to :data:`app`.
+
+A command here only parses its options; its work lies in a module that it imports when it runs, so
+that no command waits for another one's imports.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Fused attention for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+Backend = Annotated[str, typer.Option(help="auto, cpu, triton or reference; auto is the one that a call would choose.")]
+Device = Annotated[str, typer.Option(help="Where the tensors lie: cpu, cuda, cuda:1...")]
+
+
+@app.command()
+def info() -> None:
+    """Versions, instruction sets, threads, GPU, and what each backend can do here."""
+    from fastattn.cli.info import print_info
+
+    print_info()
+
+
+@app.command()
+def check(
+    backend: Backend = "auto",
+    device: Device = "cpu",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float64, float32, bfloat16, float16; repeatable. Default: all.")
+    ] = None,
+    match: Annotated[str, typer.Option(help="Only the cases whose name contains this.")] = "",
+) -> None:
+    """Compare every case of the table with the float64 reference; exit status 1 on a miss."""
+    from fastattn.cli.check import run_check
+
+    raise typer.Exit(0 if run_check(backend, device, dtype, match) else 1)
+
+
+@app.command()
+def bench(
+    backend: Backend = "auto",
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own number.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time for each row of the table.")] = 2.0,
+) -> None:
+    """A quick comparison with naive attention and torch's own, in the same run."""
+    from fastattn.cli.bench import run_bench
+
+    run_bench(backend, device, dtype, threads, seconds)
+
+
+def main() -> None:
+    """The entry point of the ``fastattn`` program."""
+    app()
