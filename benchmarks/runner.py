@@ -1,0 +1,90 @@
+"""Runs the parts of the suite, each in a pytest process of its own, and condenses them into one result."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.progress import Progress
+
+ROOT = Path(__file__).parents[1]
+SCHEMA = 1
+#: What pytest prints for each finished test with -v.
+OUTCOME = re.compile(r"(\S.*) (PASSED|FAILED|ERROR|SKIPPED)(?: \(.*\))?\s+\[ *\d+%\]")
+COLLECTED = re.compile(r"collected (\d+) items?(?: / (\d+) deselected)?")
+#: What an entry of the result keeps of a benchmark's record.
+KEPT = ("workload", "fields", "flops", "seconds", "ratio", "rounds", "repeats", "ceiling", "share", "targets")
+
+
+@dataclass
+class Outcome:
+    """The condensed result of the parts that ran, and the tests that failed in them."""
+
+    result: dict
+    failed: list[str] = field(default_factory=list)
+    output: str = ""
+
+
+def run_parts(parts: tuple[str, ...], seconds_scale: float, select: str, progress: Progress) -> Outcome:
+    """Run the parts one after the other.
+
+    Args:
+        seconds_scale: factor on the time spent on each measurement.
+        select: a pytest -k expression; "" runs everything.
+    """
+    outcome = Outcome({"schema": SCHEMA, "parts": {}, "lines": [], "memory": []})
+    for part in parts:
+        task = progress.add_task(part, total=None)
+        with tempfile.TemporaryDirectory() as folder:
+            record = Path(folder) / "benchmark.json"
+            command = [sys.executable, "-m", "pytest", "benchmarks", "-v", "--color=no", "-p", "no:cacheprovider"]
+            command += [f"--part={part}", f"--seconds-scale={seconds_scale}", f"--benchmark-json={record}"]
+            command += ["-k", select] if select else []
+            for line in _lines_of(command):
+                outcome.output += line
+                if counted := COLLECTED.search(line):
+                    progress.update(task, total=int(counted[1]) - int(counted[2] or 0))
+                if finished := OUTCOME.search(line):
+                    progress.advance(task)
+                    if finished[2] in ("FAILED", "ERROR"):
+                        outcome.failed.append(finished[1])
+            progress.update(task, total=progress.tasks[task].completed)
+            if not record.exists() or not record.stat().st_size:
+                outcome.failed.append(f"{part}: no benchmark finished")
+                continue
+            _condense(json.loads(record.read_text()), part, outcome.result)
+    return outcome
+
+
+def _lines_of(command: list[str]) -> Iterator[str]:
+    """The process's output as it comes. The process does not outlive this generator."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        yield from process.stdout
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _condense(record: dict, part: str, result: dict) -> None:
+    """Add a part's benchmark record to the result."""
+    about = record["fastattn"]
+    result |= {key: about[key] for key in ("machine", "date", "versions")}
+    result["parts"][part] = {"isa": about["isa"], "ceilings": about["ceilings"]}
+    for benchmark in record["benchmarks"]:
+        info = benchmark["extra_info"]
+        if "bytes" in info:
+            result["memory"].append({key: info[key] for key in ("implementation", "length", "bytes")})
+        else:
+            kept = {key: info[key] for key in KEPT if key in info}
+            result["lines"].append({"part": part, "group": benchmark["group"]} | kept)
