@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastattn import dispatch, ops
 from fastattn.problem import (
@@ -72,7 +71,7 @@ def scaled_dot_product_attention(
     arguments = check_arguments(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal, window, key_lengths
     )
-    out, lse = attend(arguments, draw_rng_state_for(arguments), backend)
+    out, lse = ops.attention_forward(*arguments, draw_rng_state_for(arguments), backend)
     if arguments.query is not query or query.dim() != 4:
         out, lse = _with_given_rank(out, lse, query, key, value)
     return (out, lse) if return_lse else out
@@ -113,37 +112,6 @@ def explain(
 def draw_rng_state_for(arguments: Arguments) -> Tensor | None:
     """A new dropout state, or None if the call does not drop."""
     return draw_rng_state(arguments.query.device) if arguments.dropout_p > 0.0 else None
-
-
-def attend(arguments: Arguments, rng_state: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq] of checked arguments."""
-    if _needs_no_operator(arguments):
-        return ops.compute_forward(problem_from_arguments(*arguments, rng_state), backend)
-    return ops.attention_forward(*arguments, rng_state, backend)
-
-
-def _needs_no_operator(arguments: Arguments) -> bool:
-    """Plain eager inference: nothing watches the call, so it need not pass PyTorch's dispatcher."""
-    if torch.compiler.is_compiling():
-        return False
-    query, key, value, _, bias = arguments[:5]
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return False
-    return (
-        type(query) in _PLAIN_TENSORS
-        and type(key) in _PLAIN_TENSORS
-        and type(value) in _PLAIN_TENSORS
-        and query.device.type in dispatch.AUTO
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-    )
-
-
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def _autocast(

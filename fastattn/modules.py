@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import dispatch, ops
-from fastattn.functional import attend, draw_rng_state_for
+from fastattn.functional import draw_rng_state_for
 from fastattn.masks import combine_masks
 from fastattn.problem import Arguments
 
@@ -137,7 +137,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
         )
         rng_state = draw_rng_state_for(arguments)
-        heads, lse = attend(arguments, rng_state, self.backend)
+        heads, lse = ops.attention_forward(*arguments, rng_state, self.backend)
         weights = None
         if need_weights:
             weights = ops.attention_weights(lse.detach(), average_attn_weights, *arguments, rng_state, self.backend).to(

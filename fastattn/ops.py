@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastattn import dispatch, reference
 from fastattn.problem import (
@@ -342,11 +343,28 @@ def _with_unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.new_empty(tensor.shape)
 
 
-def _register(name: str, signature: str, compute, fake, differentiate, remember, map_rule):
-    """Register the operator; return the function that calls it from eager code.
+def _is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Must a call pass PyTorch's dispatcher, because something other than eager autograd watches it?"""
+    return not (
+        type(query) in _PLAIN_TENSORS
+        and type(key) in _PLAIN_TENSORS
+        and type(value) in _PLAIN_TENSORS
+        and query.device.type in dispatch.AUTO
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
 
-    Under functorch transforms the operator is called through an autograd.Function with the same
-    rules, because the formulas of ``torch.library.register_autograd`` do not nest in transforms.
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _register(name: str, signature: str, compute, fake, differentiate, remember, map_rule, first: int):
+    """Register the operator; return the function that calls it. ``first`` is where query stands.
+
+    Eager calls go to an autograd.Function or straight to the computation, which takes a tenth of the
+    time of PyTorch's dispatcher for operators in Python. Functorch transforms need that Function too,
+    because the formulas of ``torch.library.register_autograd`` do not nest in transforms.
     """
     qualified = f"fastattn::{name}"
     _LIBRARY.define(f"{name}{signature}", tags=_TAGS)
@@ -355,8 +373,13 @@ def _register(name: str, signature: str, compute, fake, differentiate, remember,
     torch.library.register_autograd(qualified, differentiate, setup_context=remember, lib=_LIBRARY)
     torch.library.register_vmap(qualified, map_rule, lib=_LIBRARY)
     operator = getattr(torch.ops.fastattn, name).default
+
+    def compute_or_dispatch(*arguments):
+        watched = _is_observed(*arguments[first : first + 3])
+        return operator(*arguments) if watched else compute(*arguments)
+
     rules = {
-        "forward": staticmethod(operator),
+        "forward": staticmethod(compute_or_dispatch),
         "setup_context": staticmethod(remember),
         "backward": staticmethod(differentiate),
         "vmap": staticmethod(map_rule),
@@ -364,9 +387,15 @@ def _register(name: str, signature: str, compute, fake, differentiate, remember,
     function = type(name, (torch.autograd.Function,), rules)
 
     def call(*arguments):
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return operator(*arguments)
+        if torch._C._are_functorch_transforms_active():
             return function.apply(*arguments)
-        return operator(*arguments)
+        if _is_observed(*arguments[first : first + 3]):
+            return operator(*arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return function.apply(*arguments)
+        return compute(*arguments)
 
     return call
 
@@ -379,6 +408,7 @@ attention_forward = _register(
     _differentiate_forward,
     _remember_forward,
     _map_forward,
+    0,
 )
 attention_backward = _register(
     "attention_backward",
@@ -389,6 +419,7 @@ attention_backward = _register(
     _differentiate_backward,
     _remember_backward,
     _map_backward,
+    4,
 )
 attention_weights = _register(
     "attention_weights",
@@ -398,4 +429,5 @@ attention_weights = _register(
     _differentiate_weights,
     _remember_weights,
     _map_weights,
+    2,
 )
