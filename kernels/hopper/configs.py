@@ -1,0 +1,83 @@
+"""Tile shapes and switches of the Hopper kernels, as data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """One way to run the forward kernel.
+
+    ``consumers`` warpgroups of 64 queries each (2 or 3); tiles of ``block_n`` keys in a ring of ``stages``.
+    The switches: ``ping_pong`` lets one warpgroup at a time issue its products; ``overlap`` keeps P V of the
+    previous tile in flight under the softmax; ``persistent`` launches one program per multiprocessor;
+    ``heads_inner`` deals tiles longest first over the heads that fit in L2 (None: for causal bands);
+    ``own_out`` stages the output in its own shared memory, so that the next tile's queries arrive meanwhile.
+    """
+
+    consumers: int = 2
+    block_n: int = 128
+    stages: int = 2
+    ping_pong: bool = True
+    overlap: bool = True
+    persistent: bool = True
+    heads_inner: bool | None = None
+    own_out: bool = True
+
+    @property
+    def registers(self) -> int:
+        """Registers per consumer thread after setmaxnreg."""
+        return 240 if self.consumers == 2 else 160
+
+    @property
+    def entry_registers(self) -> int:
+        """Registers per thread at launch: 65536 over 12 or 16 warps (a partition of one warp takes four)."""
+        return 168 if self.consumers == 2 else 128
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """One way to run the backward kernels."""
+
+
+#: (head_dim, causal band or window) -> configuration, chosen by prediction (README.md), compiled for sm_90.
+FORWARD = {
+    (64, False): ForwardConfig(consumers=3, stages=3),
+    (64, True): ForwardConfig(consumers=3, stages=3),
+    (128, False): ForwardConfig(),
+    (128, True): ForwardConfig(),
+    (256, False): ForwardConfig(block_n=64, own_out=False),
+    (256, True): ForwardConfig(block_n=64, own_out=False),
+}
+
+#: What ``benchmarks/gpu.py`` ranks, by head dimension.
+FORWARD_CANDIDATES = {
+    64: {
+        "128x128": ForwardConfig(stages=3),
+        "128x128 4 stages": ForwardConfig(stages=4),
+        "192x128": ForwardConfig(consumers=3, stages=3),
+        "192x128 no ping-pong": ForwardConfig(consumers=3, stages=3, ping_pong=False),
+        "192x64": ForwardConfig(consumers=3, block_n=64, stages=4),
+        "128x128 one tile per program": ForwardConfig(stages=3, persistent=False),
+        "128x128 no ping-pong": ForwardConfig(stages=3, ping_pong=False),
+        "128x128 no overlap": ForwardConfig(stages=3, overlap=False),
+    },
+    128: {
+        "128x128": ForwardConfig(),
+        "128x128 no ping-pong": ForwardConfig(ping_pong=False),
+        "128x128 no overlap": ForwardConfig(overlap=False),
+        "128x128 one tile per program": ForwardConfig(persistent=False),
+        "128x128 heads outer": ForwardConfig(heads_inner=False),
+        "128x128 heads inner": ForwardConfig(heads_inner=True),
+        "128x128 shared output": ForwardConfig(own_out=False),
+        "128x64": ForwardConfig(block_n=64, stages=4),
+        "192x64": ForwardConfig(consumers=3, block_n=64, stages=3),
+    },
+    256: {
+        "128x64": ForwardConfig(block_n=64, own_out=False),
+    },
+}
+
+
+def forward_config(head_dim: int, banded: bool) -> ForwardConfig:
+    """The configuration for a head dimension, with or without a right or left bound to the band."""
+    return FORWARD[head_dim, banded]

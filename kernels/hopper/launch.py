@@ -1,0 +1,85 @@
+"""From a problem to the arguments and the grid of the forward kernel."""
+
+import functools
+import math
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .capability import tma_reason
+from .configs import forward_config
+from .forward import attention_forward
+from .plan import band_of, forward_plan
+
+GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+@functools.cache
+def multiprocessors(index: int) -> int:
+    """Streaming multiprocessors of a device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def tile_layout(box: tuple[int, ...], dtype: torch.dtype):
+    """The swizzled shared-memory layout of a box."""
+    return gl.NVMMASharedLayout.get_default_for(list(box), GLUON_DTYPE[dtype])
+
+
+def tma_strides(tensor: torch.Tensor) -> list[int]:
+    """The strides in elements, with legal ones for the dimensions of size 1, whose strides mean nothing."""
+    row = tensor.shape[-1]
+    return [
+        stride if size > 1 else row for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    ] + [1]
+
+
+def tile_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A TMA descriptor of [B, H, L, D] in boxes of ``rows`` rows of one head.
+
+    Rank 4 with the true strides: a ragged last tile ends with its head (loads give zeros, stores do nothing).
+    """
+    box = [1, 1, rows, tensor.shape[-1]]
+    return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), box, tile_layout(tuple(box), tensor.dtype))
+
+
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where TMA can write it, else a contiguous stand-in to be copied back."""
+    return (
+        tensor
+        if tma_reason("output", tensor) is None
+        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    )
+
+
+def forward(problem, out: torch.Tensor, lse: torch.Tensor, config=None) -> None:
+    """Launch the forward kernel on the current stream; see :func:`fastattn.kernels.hopper.forward`."""
+    query, key, value = problem.query, problem.key, problem.value
+    if not out.numel():
+        lse.fill_(-math.inf)
+        return
+    if not key.shape[2]:
+        out.zero_()
+        lse.fill_(-math.inf)
+        return
+    band = band_of(problem)
+    config = config or forward_config(query.shape[-1], band.has_left or band.has_right)
+    plan = forward_plan(problem, band, config, multiprocessors(query.get_device()))
+    target = writable(out)
+    lengths = problem.key_lengths if problem.key_lengths is not None else lse
+    with torch.cuda.device(query.device):
+        attention_forward[(plan.programs,)](
+            tile_descriptor(query, 64),
+            tile_descriptor(key, config.block_n),
+            tile_descriptor(value, config.block_n),
+            tile_descriptor(target, 64),
+            lse,
+            lengths,
+            **plan.scalars,
+            **plan.constants,
+            num_warps=4,
+            maxnreg=config.entry_registers,
+        )
+    if target is not out:
+        out.copy_(target)

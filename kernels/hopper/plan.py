@@ -1,0 +1,85 @@
+"""The numbers of a launch, computed from a problem without touching a device."""
+
+import math
+from dataclasses import dataclass
+
+LOG2_E = 1.4426950408889634
+#: K and V of the heads in flight at one time should stay in this much of the 50 MB L2.
+L2_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Band:
+    """The keys [p - left, p + right] around a query's position p; an open side has its flag False."""
+
+    left: int
+    right: int
+    has_left: bool
+    has_right: bool
+    lower_right: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch: run-time numbers and compile-time constants by the names of the kernel's arguments."""
+
+    programs: int
+    scalars: dict
+    constants: dict
+
+
+def band_of(problem) -> Band:
+    """Causality and window as one band.  Bounds wider than the score matrix are open."""
+    widest = problem.query.shape[2] + problem.key.shape[2]
+    left, right = problem.window_left, problem.window_right
+    if problem.causal:
+        right = 0 if right is None else min(right, 0)
+    has_left = left is not None and left < widest
+    has_right = right is not None and right < widest
+    return Band(
+        left if has_left else 0, right if has_right else 0, has_left, has_right, problem.causal == "lower_right"
+    )
+
+
+def heads_in_l2(problem) -> int:
+    """Query heads whose keys and values fit in L2 together."""
+    key = problem.key
+    one = 2 * key.shape[2] * key.shape[3] * key.element_size()
+    return max(1, L2_BYTES // max(one, 1)) * problem.group_size
+
+
+def forward_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
+    """Arguments of :func:`fastattn.kernels.hopper.forward.attention_forward` but tensors and descriptors."""
+    batch, heads, Lq, D = problem.query.shape
+    Lk = problem.key.shape[2]
+    blocks = math.ceil(Lq / (64 * config.consumers))
+    total = blocks * batch * heads
+    heads_inner = band.has_right if config.heads_inner is None else config.heads_inner
+    scalars = {
+        "scale": problem.scale * LOG2_E,
+        "Lq": Lq,
+        "Lk": Lk,
+        "left": band.left,
+        "right": band.right,
+        "Hq": heads,
+        "group": problem.group_size,
+        "blocks": blocks,
+        "heads": batch * heads,
+        "section": min(heads_in_l2(problem), batch * heads),
+    }
+    constants = {
+        "CONSUMERS": config.consumers,
+        "BLOCK_N": config.block_n,
+        "D": D,
+        "STAGES": config.stages,
+        "HAS_LEFT": band.has_left,
+        "HAS_RIGHT": band.has_right,
+        "LOWER_RIGHT": band.lower_right,
+        "KEY_LENGTHS": problem.key_lengths is not None,
+        "PING_PONG": config.ping_pong,
+        "OVERLAP": config.overlap,
+        "HEADS_INNER": heads_inner,
+        "OWN_OUT": config.own_out,
+        "CONSUMER_REGISTERS": config.registers,
+    }
+    return Plan(min(total, multiprocessors) if config.persistent else total, scalars, constants)

@@ -1,0 +1,194 @@
+"""The Hopper forward kernel's own source, run on the CPU emulator against the fp64 definition of attention."""
+
+import math
+
+import pytest
+import torch
+
+from fastattn.kernels.hopper.configs import ForwardConfig
+from fastattn.kernels.hopper.plan import band_of, forward_plan
+from gluon_emulator import Descriptor, EmulationError, Pointer
+from gluon_emulator_language import load_kernels
+from hopper_cases import KERNELS, definition, make_case
+
+SOURCES = ["primitives", "schedule", "forward"]
+
+
+def run_forward(problem, config, seed=0, programs=2, edits=()):
+    """(out, lse) of the emulated kernel."""
+    kernels = load_kernels(KERNELS, SOURCES, edits)
+    query = problem.query
+    out = torch.full_like(query, float("nan"))
+    lse = torch.full(query.shape[:3], float("nan"))
+    plan = forward_plan(problem, band_of(problem), config, programs)
+    D = query.shape[-1]
+    lengths = problem.key_lengths if problem.key_lengths is not None else lse
+    tensors = {
+        "q_desc": Descriptor(query, [1, 1, 64, D]),
+        "k_desc": Descriptor(problem.key, [1, 1, config.block_n, D]),
+        "v_desc": Descriptor(problem.value, [1, 1, config.block_n, D]),
+        "o_desc": Descriptor(out, [1, 1, 64, D]),
+        "lse_ptr": Pointer(lse),
+        "lengths": Pointer(lengths),
+    }
+    kernels.launch("attention_forward", plan.programs, {**tensors, **plan.scalars, **plan.constants}, seed)
+    return out, lse
+
+
+def check_forward(problem, config, seed=0, programs=2, edits=()):
+    out, lse = run_forward(problem, config, seed, programs, edits)
+    expected, expected_lse = definition(problem)
+    empty = expected_lse == -math.inf
+    assert torch.equal(lse == -math.inf, empty)
+    torch.testing.assert_close(lse.double()[~empty], expected_lse[~empty], rtol=0, atol=1e-4)
+    tolerance = 2 * torch.finfo(problem.query.dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+SMALL = ForwardConfig(block_n=64)
+
+PROBLEMS = {
+    "plain": {"Lq": 256, "Lk": 256},
+    "ragged": {"Lq": 131, "Lk": 200},
+    "one key": {"Lq": 65, "Lk": 1},
+    "one query": {"Lq": 1, "Lk": 257},
+    "causal": {"Lq": 320, "Lk": 320, "causal": "upper_left"},
+    "causal, more keys": {"Lq": 130, "Lk": 333, "causal": "upper_left"},
+    "causal, more queries": {"Lq": 333, "Lk": 130, "causal": "upper_left"},
+    "lower right": {"Lq": 130, "Lk": 333, "causal": "lower_right"},
+    "lower right, more queries": {"Lq": 333, "Lk": 130, "causal": "lower_right"},
+    "window": {"Lq": 390, "Lk": 390, "window": (70, 33)},
+    "window, causal": {"Lq": 390, "Lk": 390, "window": (100, None), "causal": "upper_left"},
+    "narrow window": {"Lq": 200, "Lk": 450, "window": (0, 0), "causal": "lower_right"},
+    "left only": {"Lq": 300, "Lk": 300, "window": (64, None)},
+    "key lengths": {"B": 3, "H": 1, "Lq": 140, "Lk": 200, "lengths": (0, 77, 200)},
+    "key lengths, lower right": {"B": 3, "H": 1, "Lq": 140, "Lk": 200, "lengths": (3, 128, 197), "causal": "lower_right"},
+    "grouped heads": {"B": 2, "H": 6, "group": 3, "Lq": 128, "Lk": 128},
+    "fp16": {"Lq": 192, "Lk": 192, "dtype": torch.float16, "causal": "upper_left"},
+    "D=128": {"Lq": 128, "Lk": 192, "D": 128},
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("seed", range(2))
+def test_every_problem(name, seed):
+    check_forward(make_case(**PROBLEMS[name]), SMALL, seed)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ForwardConfig(consumers=3, block_n=64, stages=3),
+        ForwardConfig(block_n=128),
+        ForwardConfig(block_n=64, stages=4),
+        ForwardConfig(block_n=64, ping_pong=False),
+        ForwardConfig(block_n=64, overlap=False),
+        ForwardConfig(block_n=64, persistent=False),
+        ForwardConfig(block_n=64, own_out=False),
+        ForwardConfig(consumers=3, block_n=64, own_out=False, heads_inner=False),
+    ],
+    ids=str,
+)
+def test_every_switch(config):
+    for seed, name in enumerate(("causal", "ragged", "window, causal", "key lengths")):
+        check_forward(make_case(**PROBLEMS[name]), config, seed)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_many_schedules(seed):
+    check_forward(
+        make_case(H=3, Lq=320, Lk=320, causal="upper_left"),
+        ForwardConfig(block_n=64, stages=2 + seed % 2),
+        seed,
+        programs=3,
+    )
+
+
+def test_strided_inputs():
+    problem = make_case(Lq=100, Lk=150, transposed=True)
+    assert problem.query.stride(2) != problem.query.shape[-1]
+    check_forward(problem, SMALL)
+
+
+def test_padded_nan_does_not_leak():
+    problem = make_case(B=2, H=2, Lq=140, Lk=200, lengths=(77, 130))
+    for b, length in enumerate((77, 130)):
+        problem.key[b, :, length:] = math.nan
+        problem.value[b, :, length:] = math.nan
+    check_forward(problem, SMALL)
+
+
+FAULTS = {
+    "the producer does not wait for a free K": ("            mbarrier.wait(k_empty.index(stage), free)\n", ""),
+    "the producer does not wait for a free V": ("            mbarrier.wait(v_empty.index(stage), free)\n", ""),
+    "the producer waits with the wrong parity": ("free = ((loads // STAGES) & 1) ^ 1", "free = (loads // STAGES) & 1"),
+    "the producer does not wait for a free Q": ("            mbarrier.wait(q_empty.index(i), (round_ & 1) ^ 1)\n", ""),
+    "half of the bytes expected": ("k_desc.block_type.nbytes)", "k_desc.block_type.nbytes // 2)"),
+    "V used before it is there": ("    mbarrier.wait(v_full.index(before), before_parity)\n", ""),
+    "K used before it is there": (
+        "    mbarrier.wait(k_full.index(stage), parity)\n    if PING_PONG",
+        "    if PING_PONG",
+    ),
+    "V of the wrong stage": ("v_tiles.index(before).reshape", "v_tiles.index(stage).reshape"),
+    "V released before its product is done": (
+        "    output = warpgroup_mma_wait(0, deps=[o_token])\n"
+        "    mbarrier.arrive(v_empty.index((loads + STAGES - 2) % STAGES), count=1, pred=i >= 2)\n",
+        "    mbarrier.arrive(v_empty.index((loads + STAGES - 2) % STAGES), count=1, pred=i >= 2)\n"
+        "    output = warpgroup_mma_wait(0, deps=[o_token])\n",
+    ),
+    "V released twice": ("count=1, pred=i >= 2)", "count=1)"),
+    "scores used before their wait": (
+        "s = warpgroup_mma_wait(1, deps=[s_token])",
+        "s = warpgroup_mma_wait(2, deps=[s_token])",
+    ),
+    "output not rescaled": (
+        "    output = output * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]\n    mbarrier.wait(k_full",
+        "    mbarrier.wait(k_full",
+    ),
+    "no fence before the TMA store": ("        fence_async_shared()\n        tma_store(", "        tma_store("),
+    "output staged over a store in flight": (
+        "        tma.store_wait(0)\n        o_tile = o_tiles.index(CONSUMER)\n",
+        "        o_tile = o_tiles.index(CONSUMER)\n",
+    ),
+    "a turn left over": (
+        "    if PING_PONG and CONSUMER == 0:\n        take_turn(CONSUMER)  # the turn that nobody took\n",
+        "",
+    ),
+    "nobody starts": (
+        "    if PING_PONG and CONSUMER == CONSUMERS - 1:\n        pass_turn(CONSUMER, CONSUMERS)  # consumer 0 goes first\n",
+        "",
+    ),
+    "one arrival frees K": (
+        "mbarrier.init(k_empty.index(i), count=CONSUMERS)",
+        "mbarrier.init(k_empty.index(i), count=1)",
+    ),
+    "border tiles not masked": ("i <= edge + low_edge, BLOCK_N, MASKED", "False, BLOCK_N, MASKED"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_caught(fault):
+    old, new = FAULTS[fault]
+    problem = make_case(H=3, Lq=333, Lk=333, causal="upper_left")
+    with pytest.raises((EmulationError, AssertionError)):
+        for seed in range(20):
+            check_forward(problem, SMALL, seed, edits=[("forward", old, new)])
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (
+            "end_any = gl.minimum(length, last + offset + right + 1)",
+            "end_any = gl.minimum(length, last + offset + right)",
+        ),
+        ("full_high = gl.maximum(end_all, 0) // BLOCK_N", "full_high = gl.cdiv(gl.maximum(end_all, 0), BLOCK_N)"),
+        ("full_low = gl.cdiv(", "full_low = 0 * gl.cdiv("),
+        ("    if round_ % 2 == 1:\n        place = programs - 1 - program\n    return", "    return"),
+    ],
+    ids=["range one short", "right edge taken for full", "left edge taken for full", "one deals otherwise"],
+)
+def test_schedule_faults_are_caught(old, new):
+    problem = make_case(H=3, Lq=390, Lk=391, causal="lower_right", window=(200, None))
+    with pytest.raises((EmulationError, AssertionError, ZeroDivisionError)):
+        check_forward(problem, SMALL, programs=7, edits=[("schedule", old, new)])
