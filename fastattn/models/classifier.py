@@ -41,7 +41,7 @@ class ClassifierConfig:
     kernel_size: int = 5
     dropout: float = 0.1
     norm_first: bool = True
-    positions: str = "sinusoidal"
+    positions: str = "rotary"
     max_length: int = 512
     pad_id: int = 0
     attention: str = "fastattn"

@@ -1,9 +1,9 @@
-"""How to train: the options shared by all tasks."""
+"""How to train: the options shared by all tasks, and the learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 
 from fastattn.train.errors import TrainingError
 
@@ -13,39 +13,39 @@ CHANGEABLE = ("epochs", "steps", "minutes", "patience", "device", "checkpoint_ev
 SCHEDULES = ("inverse_sqrt", "cosine", "constant")
 
 
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of the training loop.
+    """Options of the training loop; each is an option of the command line, with the text given here."""
 
-    ``epochs``, ``steps`` and ``minutes`` each end the run when reached (None: no such limit).
-    ``patience``: evaluations without improvement before the run stops.  ``evaluate_every`` and
-    ``checkpoint_every`` count steps; None means once per epoch.
-    """
-
-    epochs: int = 10
-    steps: int | None = None
-    minutes: float | None = None
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    schedule: str = "cosine"
-    warmup_steps: int = 200
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    patience: int | None = None
-    evaluate_every: int | None = None
-    checkpoint_every: int | None = None
-    seed: int = 0
-    device: str = "cpu"
-    bf16: bool = False
-    compile: bool = False
-    threads: int | None = None
+    epochs: int = _option(10, "Passes over the training data.")
+    steps: int | None = _option(None, "Optimiser steps, in place of --epochs.")
+    minutes: float | None = _option(None, "Stop after this much training time.")
+    batch_size: int = _option(64, "Examples in a step.")
+    learning_rate: float = _option(1e-3, "The peak, after the warm-up.")
+    schedule: str = _option("cosine", f"After the warm-up: {', '.join(SCHEDULES)}.")
+    warmup_steps: int = _option(200, "Steps of linear warm-up.")
+    weight_decay: float = _option(0.01, "AdamW's, on matrices only.")
+    clip_norm: float = _option(1.0, "Largest norm of the gradient.")
+    patience: int | None = _option(None, "Evaluations without gain before stopping early.")
+    evaluate_every: int | None = _option(None, "Steps between evaluations; default: an epoch.")
+    checkpoint_every: int | None = _option(None, "Steps between checkpoints; default: an epoch.")
+    seed: int = _option(0, "Of the weights, the data's order and the dropout.")
+    device: str = _option("cpu", "Where to train: cpu, cuda, cuda:1...")
+    bf16: bool = _option(False, "Autocast to bfloat16.")
+    compile: bool = _option(False, "Compile the model with torch.compile.")
+    threads: int | None = _option(None, "CPU threads; default: torch's own number.")
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
-            raise TrainingError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise TrainingError(f"{name} must be positive, got {getattr(self, name)}")
+            raise TrainingError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
+        for name in ("epochs", "steps", "batch_size", "learning_rate", "evaluate_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise TrainingError(f"{name} must be positive, got {value}")
 
     def resumed_with(self, **given) -> TrainOptions:
         """These options with what the user gave anew; raises if that would change the computation."""
@@ -72,9 +72,3 @@ def learning_rate_factor(options: TrainOptions, step: int, total_steps: int) -> 
         progress = min(1.0, (step + 1 - warmup) / max(1, total_steps - warmup))
         return 0.5 * (1 + math.cos(math.pi * progress))
     return 1.0
-
-
-def only_known(values: dict) -> dict:
-    """The entries that are options and were given (not None)."""
-    names = {f.name for f in fields(TrainOptions)}
-    return {k: v for k, v in values.items() if k in names and v is not None}

@@ -165,6 +165,23 @@ def bleu(translated: list[str], references: list[str]) -> float:
     return corpus_bleu(translated, [references]).score
 
 
+def draw_attention(
+    path: Path, model: Transformer, tokenizer: Tokenizer, text: str, translated: str, device: torch.device
+) -> None:
+    """A picture of the last decoder layer's cross-attention, mean over its heads."""
+    from fastattn.train.show import draw_translation
+
+    (source,) = encode_sources(tokenizer, [text], model.config.max_length)
+    target = [BOS_ID, *tokenizer.encode(translated).ids]
+    maps = model.cross_attention(torch.tensor([source], device=device), torch.tensor([target], device=device))
+
+    def names(ids: list[int]) -> list[str]:
+        return ["end" if i == EOS_ID else tokenizer.decode([i]).replace(" ", "␣") for i in ids]
+
+    # Row t of the map belongs to the token that position t predicts, the one after target[t].
+    draw_translation(path, names(source), names([*target[1:], EOS_ID]), maps[-1, 0].float().cpu().numpy())
+
+
 def load_translator(directory: Path, device: torch.device, attention: str | None = None):
     """(model, tokenizer) of a trained run."""
     run = files.read_run(directory, TranslationTask.name)

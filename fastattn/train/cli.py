@@ -1,0 +1,206 @@
+"""``fastattn train`` and ``fastattn predict``.  Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastattn.train.command import (
+    Attention,
+    Out,
+    Resume,
+    options_of,
+    reports_errors,
+    train_and_report,
+    training_command,
+)
+
+train_app = typer.Typer(help="Train a model on your data or on the demonstration's.", no_args_is_help=True)
+predict_app = typer.Typer(help="Use a trained model.", no_args_is_help=True)
+
+Model = Annotated[Path, typer.Option(help="Directory of a trained run.", show_default=False)]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...")]
+
+TRANSLATE = {"epochs": 8, "batch_size": 128, "learning_rate": 2e-3}
+CLASSIFY = {"epochs": 10, "batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 100, "patience": 4}
+
+
+@train_app.command("translate")
+@training_command(**TRANSLATE)
+def train_translate(
+    data: Annotated[
+        str, typer.Option(help="demo (generated dates), or a TSV file of two columns: source, translation.")
+    ] = "demo",
+    target: Annotated[
+        Path | None, typer.Option(help="Then --data is a text file, and this its translation line by line.")
+    ] = None,
+    *,
+    out: Out,
+    resume: Resume = False,
+    attention: Attention = "fastattn",
+    vocab_size: Annotated[int, typer.Option(help="Subword tokens, shared by both languages.", min=261)] = 500,
+    embed_dim: int = 128,
+    num_heads: int = 4,
+    layers: Annotated[int, typer.Option(help="Of the encoder and of the decoder each.")] = 2,
+    feedforward_dim: int = 512,
+    dropout: float = 0.0,
+    post_norm: Annotated[bool, typer.Option("--post-norm", help="Normalise after each sublayer.")] = False,
+    positions: Annotated[str, typer.Option(help="sinusoidal, learned or rotary.")] = "sinusoidal",
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 256,
+    label_smoothing: float = 0.1,
+    beam_size: Annotated[int, typer.Option(help="For the test at the end.")] = 4,
+    held_out: Annotated[float, typer.Option(help="Share of a file for validation, and again for the test.")] = 0.05,
+    given: dict,
+) -> None:
+    """An encoder-decoder Transformer that translates; reports exact match and BLEU."""
+    from fastattn.train.dates import date_corpus
+    from fastattn.train.splits import split
+    from fastattn.train.text_files import read_aligned, read_pairs
+    from fastattn.train.translate import TranslationData, TranslationTask
+
+    options = options_of(given, TRANSLATE, out, resume)
+    if data == "demo":
+        parts = date_corpus(seed=options.seed)
+    else:
+        pairs = read_pairs(data) if target is None else read_aligned(data, target)
+        parts = split(pairs, held_out, options.seed)
+    task = TranslationTask(
+        TranslationData(*parts),
+        vocab_size=vocab_size,
+        label_smoothing=label_smoothing,
+        beam_size=beam_size,
+        seed=options.seed,
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        feedforward_dim=feedforward_dim,
+        dropout=dropout,
+        norm_first=not post_norm,
+        positions=positions,
+        max_length=max_length,
+        attention=attention,
+    )
+    train_and_report(task, options, out, resume)
+
+
+@train_app.command("classify")
+@training_command(**CLASSIFY)
+def train_classify(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="demo (generated reviews), digits (scikit-learn's, as sequences of rows), a CSV or TSV file with a "
+            "header, or IMDB's folder or tar."
+        ),
+    ] = "demo",
+    test_data: Annotated[Path | None, typer.Option(help="A CSV or TSV file for the final test.")] = None,
+    *,
+    out: Out,
+    resume: Resume = False,
+    attention: Attention = "fastattn",
+    text_column: str = "text",
+    label_column: str = "label",
+    encoder: Annotated[str, typer.Option(help="transformer, bilstm or cnn.")] = "transformer",
+    pooling: Annotated[str, typer.Option(help="additive or dot.")] = "additive",
+    vocab_size: Annotated[int, typer.Option(help="Most words that are told apart.")] = 20_000,
+    min_frequency: Annotated[int, typer.Option(help="Rarer words are unknown.")] = 2,
+    embed_dim: int = 64,
+    num_heads: int = 4,
+    layers: int = 2,
+    feedforward_dim: int = 128,
+    dropout: float = 0.1,
+    positions: Annotated[str, typer.Option(help="sinusoidal, learned or rotary.")] = "rotary",
+    max_length: Annotated[int, typer.Option(help="Words read of each text.")] = 512,
+    held_out: Annotated[float, typer.Option(help="Share of a file for validation, and again for the test.")] = 0.1,
+    given: dict,
+) -> None:
+    """A text classifier with attention pooling; reports accuracy, F1 and the confusion matrix."""
+    from fastattn.train.classify import ClassificationTask, classification_data
+
+    options = options_of(given, CLASSIFY, out, resume)
+    task = ClassificationTask(
+        classification_data(data, test_data, text_column, label_column, held_out, options.seed),
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        seed=options.seed,
+        encoder=encoder,
+        pooling=pooling,
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        layers=layers,
+        feedforward_dim=feedforward_dim,
+        dropout=dropout,
+        positions=positions,
+        max_length=max_length,
+        attention=attention,
+    )
+    train_and_report(task, options, out, resume)
+
+
+@predict_app.command("translate")
+@reports_errors
+def predict_translate(
+    texts: Annotated[list[str] | None, typer.Argument(help="Default: the lines of standard input.")] = None,
+    *,
+    model: Model,
+    beam_size: Annotated[int, typer.Option(min=1, help="1 is greedy.")] = 4,
+    attention_map: Annotated[
+        Path | None, typer.Option(help="PNG of where the translation of the first text looked.")
+    ] = None,
+    attention: Attention = "fastattn",
+    device: Device = "cpu",
+) -> None:
+    """Print a translation for each text."""
+    from fastattn.train.loop import resolve_device
+    from fastattn.train.translate import draw_attention, load_translator, translate
+
+    texts = _texts(texts)
+    where = resolve_device(device)
+    translator, tokenizer = load_translator(model, where, attention)
+    results = translate(translator, tokenizer, texts, where, beam_size)
+    for result in results:
+        print(result)
+    if attention_map is not None:
+        draw_attention(attention_map, translator, tokenizer, texts[0], results[0], where)
+
+
+@predict_app.command("classify")
+@reports_errors
+def predict_classify(
+    texts: Annotated[list[str] | None, typer.Argument(help="Default: the lines of standard input.")] = None,
+    *,
+    model: Model,
+    html: Annotated[Path | None, typer.Option(help="Write the coloured texts as a page.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the coloured texts as a picture.")] = None,
+    attention: Attention = "fastattn",
+    device: Device = "cpu",
+) -> None:
+    """Print label, probability and each text, its words coloured by the attention they got."""
+    from rich.console import Console
+
+    from fastattn.train import show
+    from fastattn.train.classify import explain_texts, load_classifier
+    from fastattn.train.loop import resolve_device
+
+    where = resolve_device(device)
+    results = explain_texts(*load_classifier(model, where, attention), _texts(texts), where)
+    console = Console()
+    for result in results:
+        console.print(f"{result.label} {result.probability:.3f} ", show.coloured(result), highlight=False)
+    if html is not None:
+        show.write_html(html, results)
+    if png is not None:
+        show.draw_words(png, results)
+
+
+def _texts(arguments: list[str] | None) -> list[str]:
+    from fastattn.train.errors import TrainingError
+
+    texts = arguments or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise TrainingError("no text given, as an argument or on standard input")
+    return texts

@@ -1,0 +1,109 @@
+"""What the training commands share: their common options, errors without tracebacks, starting and resuming."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from fastattn.train.errors import TrainingError
+from fastattn.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from fastattn.train.task import Task
+
+Out = Annotated[Path, typer.Option(help="Directory of the run; it must not hold one yet.", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
+Attention = Annotated[str, typer.Option(help="fastattn, torch or naive.")]
+
+
+def reports_errors(command: Callable) -> Callable:
+    """The command, ending with the message and status 1 on an error that the user can mend."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (TrainingError, ValueError) as error:
+            from rich.console import Console
+
+            Console(stderr=True).print(f"[bold red]error:[/] {_escape(error)}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def training_command(**defaults: Any) -> Callable[[Callable], Callable]:
+    """Give a command all of :class:`TrainOptions` as options, handed to its argument ``given`` as a dict.
+
+    ``given`` holds only what the user typed.  ``defaults`` are the task's own where they differ; a
+    command combines them by :func:`options_of`.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        hints = get_type_hints(TrainOptions)
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for name, p in signature.parameters.items() if name != "given"]
+        shared = []
+        for option in fields(TrainOptions):
+            default = defaults.get(option.name, option.default)
+            text = option.metadata["help"]
+            if default is not None and not isinstance(default, bool):
+                text += f" Default: {default}."
+            flags = {"bf16": ("--bf16",), "compile": ("--compile",)}.get(option.name, ())
+            annotation = Annotated[hints[option.name] | None, typer.Option(*flags, help=text, show_default=False)]
+            shared.append(
+                inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
+        names = [option.name for option in fields(TrainOptions)]
+
+        @functools.wraps(command)
+        def run(**arguments):
+            given = {name: arguments.pop(name) for name in names}
+            given = {name: value for name, value in given.items() if value is not None}
+            return reports_errors(command)(**arguments, given=given)
+
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        run.__signature__ = signature.replace(parameters=[*own, *shared])
+        run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
+        return run
+
+    return decorate
+
+
+def options_of(given: dict[str, Any], defaults: dict[str, Any], out: Path, resume: bool) -> TrainOptions:
+    """The options of a new run, or of the one in ``out`` with what may be changed."""
+    if not resume:
+        return TrainOptions(**{**defaults, **given})
+    from fastattn.train.checkpoint import read_run
+
+    return TrainOptions(**read_run(out)["options"]).resumed_with(**given)
+
+
+def train_and_report(task: Task, options: TrainOptions, out: Path, resume: bool) -> None:
+    """Train with a progress bar and print the report; exit status 130 after Ctrl-C."""
+    from rich.console import Console
+
+    from fastattn.train.loop import Run
+    from fastattn.train.progress import Progress
+
+    report = Run(task, options, out, resume).train(Progress.on_terminal())
+    console = Console()
+    if report.get("interrupted"):
+        console.print(f"interrupted at step {report['step']}; continue with --resume --out {out}", highlight=False)
+        raise typer.Exit(130)
+    for name, value in report.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        console.print(f"{name.replace('_', ' ')}: {shown}", highlight=False, markup=False)
+    console.print(f"weights, curves and report are in {out}", highlight=False, markup=False)
+
+
+def _escape(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
