@@ -134,6 +134,7 @@ def run(plans: list[Plan], options: argparse.Namespace, workers: int) -> int:
                 continue
             later = sum(BUDGETS[q.part][1] for q in plans[index + 1 :])
             began = time.monotonic()
+            _leave_out_dead_stages(p.alone, result.rows)
             pool(max(end - later, began + BUDGETS[p.part][1]), 1).run(p.alone, options.resume)
             result.set("parts", {p.part: {"seconds": round(time.monotonic() - began, 1), "source": source}})
     result.set("head", gpu_report.machine_of(result.rows) | {"seconds": round(time.monotonic() - start, 1)})
@@ -164,6 +165,17 @@ def _filtered(p: Plan, options: argparse.Namespace) -> Plan:
     p.parallel = [task for task in p.parallel if chosen.search(task.key)]
     p.alone = [task for task in p.alone if chosen.search(task.key)]
     return p
+
+
+def _leave_out_dead_stages(tasks: list[Task], rows: list[dict]) -> None:
+    """What hung or crashed when it was compiled would do so again when it is timed."""
+    for task in tasks:
+        dead = {
+            row["stage"]
+            for row in rows
+            if row["task"] == f"compile/{task.key}" and row["status"] in ("timeout", "crash") and row["stage"]
+        }
+        task.skip = tuple(sorted(dead))
 
 
 def _missing_device(device: str) -> str | None:

@@ -45,18 +45,18 @@ def tasks(device: str, backend: str, quick: bool) -> list[Task]:
     return [*plain[:12], *decode, *variants, host, *plain[12:]]
 
 
-def compile_tasks(tasks: list[Task]) -> list[Task]:
+def compile_tasks(groups: list[Task]) -> list[Task]:
     """The same calls run once, untimed, by many processes: they leave the compiled kernels on disk."""
     return [
         Task(
             part="compile",
-            key=task.key.replace("bench/", "compile/", 1),
+            key=f"compile/{task.key}",
             handler="gpu_bench:compile_only",
             arguments={"setup": task.arguments["setup"], "contenders": task.arguments["contenders"]},
             timeout=120.0,
-            estimate=8.0,
+            estimate=20.0 if "flex" in task.arguments["contenders"] else 3.0,
         )
-        for task in tasks
+        for task in groups
         if "setup" in task.arguments
     ]
 
@@ -174,6 +174,7 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
     """Verify each contender, then time those that are right, interleaved, in each direction."""
     import torch
 
+    from fastattn.testing import GRADIENTS
     from gpu_contenders import CONTENDERS, OURS, Setup
     from gpu_timing import copy, matmul, time_interleaved
     from gpu_verify import Truth
@@ -189,12 +190,11 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
             forward = CONTENDERS[name](made)
             with torch.set_grad_enabled("backward" in directions):
                 out = forward()
-            gradients = (
-                torch.autograd.grad(out, made.leaves, made.tensors["grad_out"], retain_graph=True)
-                if "backward" in directions
-                else None
-            )
-            accuracy[name] = truth.judge(out, gradients, strict=name in OURS)
+            results = {"out": out.detach()}
+            if "backward" in directions:
+                gradients = torch.autograd.grad(out, made.leaves, made.tensors["grad_out"], retain_graph=True)
+                results |= dict(zip(GRADIENTS, gradients, strict=False))
+            accuracy[name] = truth.judge(results, strict=name in OURS)
             forwards[name], outputs[name] = forward, out
 
         run_stage(context, name, verify, contender=name, **labels)
@@ -207,7 +207,7 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
     for direction in directions:
         functions = {ceiling_name: ceiling}
         for name, forward in forwards.items():
-            functions[name] = _without_graph(forward) if direction == "forward" else _backward(made, outputs[name])
+            functions[name] = without_graph(forward) if direction == "forward" else backward_of(made, outputs[name])
         timings = time_interleaved(functions, made.device)
         ceiling_rate = ceiling_work / timings[ceiling_name].ms
         work = float(kv_bytes) if is_decode else made.flops(direction)
@@ -227,7 +227,8 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
             )
 
 
-def _without_graph(forward):
+def without_graph(forward):
+    """The call as inference makes it."""
     import torch
 
     def call():
@@ -237,7 +238,8 @@ def _without_graph(forward):
     return call
 
 
-def _backward(setup, out):
+def backward_of(setup, out):
+    """The gradients of a kept output."""
     import torch
 
     leaves, grad_out = setup.leaves, setup.tensors["grad_out"]

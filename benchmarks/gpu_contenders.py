@@ -6,7 +6,6 @@ tensors. It raises :class:`gpu_worker.Unsupported` where it cannot do the call.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_problems import DTYPES
+from gpu_problems import DTYPES, without_hopper
 from gpu_worker import Unsupported
 
 NAIVE_LIMIT_BYTES = 9e9  # of scores; the backward pass holds about six times that
@@ -134,9 +133,7 @@ class Setup:
             "dropout_p": DROPOUT if self.variant == "dropout" else 0.0,
             "causal": self.causal,
             "window": self.window,
-            "key_lengths": None
-            if self.key_lengths is None
-            else torch.tensor(self.key_lengths, device=self.device),
+            "key_lengths": None if self.key_lengths is None else torch.tensor(self.key_lengths, device=self.device),
             "enable_gqa": self.heads != self.kv_heads,
         }
 
@@ -157,18 +154,11 @@ def fastattn_plain(setup: Setup) -> Forward:
     """The same without the Hopper kernels."""
     forward = fastattn_default(setup)
 
-    def without_hopper() -> Tensor:
-        before = os.environ.get("FASTATTN_HOPPER")
-        os.environ["FASTATTN_HOPPER"] = "0"
-        try:
+    def call() -> Tensor:
+        with without_hopper():
             return forward()
-        finally:
-            if before is None:
-                del os.environ["FASTATTN_HOPPER"]
-            else:
-                os.environ["FASTATTN_HOPPER"] = before
 
-    return without_hopper
+    return call
 
 
 def naive(setup: Setup) -> Forward:

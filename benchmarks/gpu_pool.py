@@ -14,6 +14,7 @@ times in one run is left out of all further tasks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -104,10 +105,8 @@ class _Worker:
 
     def kill(self) -> None:
         """End the process and all that it started (compilers)."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 

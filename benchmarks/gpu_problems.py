@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -33,3 +36,17 @@ def fresh_results(engine, problem, grad_out=None, grad_lse=None) -> dict:
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def without_hopper():
+    """Within it, the kernels that every architecture has are used."""
+    before = os.environ.get("FASTATTN_HOPPER")
+    os.environ["FASTATTN_HOPPER"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FASTATTN_HOPPER"]
+        else:
+            os.environ["FASTATTN_HOPPER"] = before

@@ -1,6 +1,129 @@
-def tasks(device, backend, quick):
-    return []
+"""Part ``tune``: the candidates of kernels/configs.py and kernels/hopper/configs.py, ranked.
+
+Each candidate's result is verified before it is timed; the ones of a task take turns, so that their
+order is not the order of the clock. The table says what configs.py should choose.
+"""
+
+from __future__ import annotations
+
+from gpu_pool import Task
+
+TOKENS, WIDTH = 16384, 2048
 
 
-def compile_tasks(tasks):
-    return []
+def tasks(device: str, backend: str, quick: bool) -> list[Task]:
+    """Engine, direction, head dimension, causality and length; the most used first."""
+    if device == "cpu":
+        return []
+    wanted = []
+    for head_dim in (128, 64, 256):
+        for engine, direction in (
+            ("hopper", "forward"),
+            ("hopper", "backward"),
+            ("triton", "forward"),
+            ("triton", "backward"),
+        ):
+            for causal in (None, "upper_left"):
+                wanted.append(task_of("tune", engine, direction, head_dim, causal, 8192))
+    wanted += [task_of("tune", "hopper", "forward", 128, causal, 1024) for causal in (None, "upper_left")]
+    return wanted[:2] if quick else wanted
+
+
+def task_of(
+    part: str, engine: str, direction: str, head_dim: int, causal: str | None, length: int, dtype: str = "bf16"
+) -> Task:
+    setup = {
+        "batch": max(1, TOKENS // length),
+        "heads": WIDTH // head_dim,
+        "kv_heads": WIDTH // head_dim,
+        "queries": length,
+        "keys": length,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "causal": causal,
+    }
+    return Task(
+        part=part,
+        key=f"{part}/{engine}_{direction}_d{head_dim}_l{length}_{causal or 'full'}_{dtype}",
+        handler="gpu_tune:run",
+        arguments={"engine": engine, "direction": direction, "setup": setup},
+        timeout=25.0,
+        estimate=3.0,
+    )
+
+
+def compile_tasks(timed: list[Task]) -> list[Task]:
+    """The same candidates run once, untimed, side by side; one that hangs is left out afterwards."""
+    return [
+        Task("compile", f"compile/{task.key}", "gpu_tune:compile_only", task.arguments, 60.0, 9.0) for task in timed
+    ]
+
+
+def compile_only(context, engine: str, direction: str, setup: dict) -> None:
+    from gpu_problems import synchronize
+    from gpu_worker import run_stage
+
+    def run(candidate) -> None:
+        candidate.run()
+        synchronize(setup.get("device", "cuda"))
+
+    for candidate in _candidates(context, engine, direction, setup):
+        run_stage(context, candidate.name, lambda candidate=candidate: run(candidate), variant=candidate.name)
+
+
+def _candidates(context, engine: str, direction: str, setup: dict) -> list:
+    from gpu_candidates import ENGINES
+    from gpu_contenders import Setup
+    from gpu_worker import run_stage
+
+    if (engine, direction) not in ENGINES:
+        context.row("unsupported", stage="list", error=f"the {engine} engine has no {direction} candidates")
+        return []
+    return run_stage(context, "list", lambda: ENGINES[engine, direction](Setup(**setup))) or []
+
+
+def run(context, engine: str, direction: str, setup: dict) -> None:
+    """Verify and rank; one row per candidate."""
+    rank(context, _candidates(context, engine, direction, setup), setup, direction, {"engine": engine})
+
+
+def rank(context, candidates: list, setup: dict, direction: str, labels: dict) -> None:
+    """Verify candidates against the float64 reference, then time them in turns beside a matrix product."""
+    from gpu_contenders import Setup
+    from gpu_timing import matmul, time_interleaved
+    from gpu_verify import Truth
+    from gpu_worker import run_stage
+
+    if not candidates:
+        return
+    made = Setup(**setup)
+    truth = Truth(made, with_gradients=direction == "backward")
+    labels = labels | {"direction": direction} | {k: v for k, v in setup.items() if k not in ("device", "backend")}
+    functions, default = {}, {}
+    for candidate in candidates:
+
+        def verify(candidate=candidate) -> None:
+            candidate.run()
+            truth.judge(candidate.results, strict=True)
+            functions[candidate.name] = candidate.run
+            default[candidate.name] = candidate.default
+
+        run_stage(context, candidate.name, verify, variant=candidate.name, **labels)
+    if not functions:
+        return
+    context.stage("timing")
+    ceiling, ceiling_work = matmul(made.device)
+    ceiling()
+    timings = time_interleaved({"matmul": ceiling} | functions, made.device)
+    ceiling_rate = ceiling_work / timings.pop("matmul").ms
+    for name, timing in timings.items():
+        rate = made.flops(direction) / timing.ms
+        context.row(
+            "ok",
+            variant=name,
+            default=default[name],
+            rate=round(rate * 1e-9, 2),
+            of_ceiling=round(rate / ceiling_rate, 4),
+            **timing.as_row(),
+            **labels,
+        )

@@ -23,7 +23,7 @@ class Truth:
         from fastattn.problem import make_problem
 
         self.setup = setup
-        self.first: list[Tensor] | None = None
+        self.first: dict[str, Tensor] = {}
         self.skipped = setup.variant == "dropout"  # each draws its own; part check judges fastattn's
         if self.skipped:
             return
@@ -44,38 +44,32 @@ class Truth:
         self.exact = testing.run_reference(self.problem, self.grad_out)
         self.naive = testing.run_reference(self.problem, self.grad_out, dtype=None)
 
-    def judge(self, out: Tensor, gradients: tuple[Tensor, ...] | None, strict: bool) -> float | None:
+    def judge(self, results: dict[str, Tensor], strict: bool) -> float | None:
         """The worst error as a fraction of the budget; raises AssertionError for a wrong result.
 
-        ``strict``: within the project's error budget; else within a tolerance that shows a bug.
+        ``results``: full tensors by name, out and gradients, any of them. ``strict``: within the
+        project's error budget; else within a tolerance that shows a bug.
         """
         from fastattn import testing
 
-        tensors = [out.detach(), *(gradients or ())]
-        for tensor in tensors:
+        for name, tensor in results.items():
             if not tensor.isfinite().all():
-                raise AssertionError("a result is not finite")
+                raise AssertionError(f"{name} is not finite everywhere")
         if self.skipped:
             return None
-        sliced = {"out": out.detach()[-1:, self.query_heads]}
-        if gradients is not None:
-            query, key, value = gradients[:3]
-            sliced |= {
-                "grad_query": query[-1:, self.query_heads],
-                "grad_key": key[-1:, self.kv_heads],
-                "grad_value": value[-1:, self.kv_heads],
-            }
+        sliced = {
+            name: tensor.detach()[-1:, self.kv_heads if name in ("grad_key", "grad_value") else self.query_heads]
+            for name, tensor in results.items()
+            if name in self.exact and name != "grad_bias"  # its sum over the batch is not the slice's
+        }
+        judged = (sliced, self.problem, self.exact, self.naive, self.grad_out)
         if strict:
-            testing.assert_within_budget(sliced, self.problem, self.exact, self.naive, self.grad_out)
+            testing.assert_within_budget(*judged)
         for name, tensor in sliced.items():
             _assert_close(tensor, self.exact[name], f"{name} of the last head")
-        if self.first is None:
-            self.first = tensors
-        else:
-            for index, (tensor, other) in enumerate(zip(tensors, self.first, strict=True)):
-                _assert_close(tensor, other, f"result {index} against the first contender's")
-        judgements = testing.judge(sliced, self.problem, self.exact, self.naive, self.grad_out)
-        return round(max(j.error / j.budget for j in judgements if j.budget > 0), 3)
+        for name, tensor in results.items():
+            _assert_close(tensor, self.first.setdefault(name, tensor), f"{name} against the first contender's")
+        return round(max(j.error / j.budget for j in testing.judge(*judged) if j.budget > 0), 3)
 
 
 def _assert_close(actual: Tensor, expected: Tensor, what: str) -> None:

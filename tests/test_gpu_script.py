@@ -1,0 +1,365 @@
+"""benchmarks/gpu.py without a GPU: its plan, its result file, and its processes that fail."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastattn import testing
+from fastattn.backends import reference
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import gpu_pool  # noqa: E402
+from gpu_pool import Pool, Task  # noqa: E402
+from gpu_result import ResultFile  # noqa: E402
+
+FAULTY = '''
+"""Handlers that misbehave in each way that a kernel can."""
+import os
+import signal
+import time
+
+
+def good(context, value):
+    context.stage("only")
+    context.row("ok", value=value, pid=os.getpid())
+
+
+def stages(context, faults):
+    for name in ("first", "second", "third"):
+        if not context.stage(name):
+            continue
+        if faults.get(name) == "hang":
+            time.sleep(600)
+        if faults.get(name) == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if faults.get(name) == "exit":
+            os._exit(3)
+        if faults.get(name) == "raise":
+            raise RuntimeError("a launch failed")
+        if faults.get(name) == "assert":
+            raise AssertionError("wrong")
+        context.row("ok", stage=name)
+
+
+def chatty(context):
+    print("this is not an answer")
+    os.system("echo neither is this")
+    context.row("ok")
+
+
+def slow(context):
+    time.sleep(0.4)
+    context.row("ok")
+'''
+
+
+@pytest.fixture
+def run_pool(tmp_path, monkeypatch):
+    """Runs tasks of the faulty module in real worker processes; returns the result file."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    monkeypatch.setattr(gpu_pool, "START_SECONDS", 60.0)
+    result = ResultFile(tmp_path / "result.json")
+
+    def run(tasks, workers=1, seconds=120.0, resume=False, **options):
+        environment = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        deadline = time.monotonic() + seconds
+        logs = tmp_path / "logs"
+        Pool(result, "source", deadline, logs, workers, environment=environment, **options).run(tasks, resume)
+        return result
+
+    return run
+
+
+def task(key, handler, timeout=20.0, **arguments):
+    return Task("test", key, f"faulty:{handler}", arguments, timeout=timeout)
+
+
+def rows_of(result, key):
+    return [row for row in result.rows if row["task"] == key]
+
+
+def run_script(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        cwd=ROOT,
+    )
+
+
+def test_one_process_serves_many_tasks(run_pool):
+    result = run_pool([task(f"t{i}", "good", value=i) for i in range(4)])
+    assert [row["value"] for row in result.rows] == [0, 1, 2, 3]
+    assert len({row["pid"] for row in result.rows}) == 1
+    assert all(entry["status"] == "done" for entry in result.content["tasks"].values())
+
+
+def test_two_processes_share_the_tasks(run_pool):
+    result = run_pool([task(f"t{i}", "good", value=i) for i in range(6)], workers=2)
+    assert sorted(row["value"] for row in result.rows) == list(range(6))
+
+
+@pytest.mark.parametrize(("fault", "status"), [("hang", "timeout"), ("crash", "crash"), ("exit", "crash")])
+def test_a_stage_that_takes_the_process_down_costs_only_itself(run_pool, fault, status):
+    tasks = [task("bad", "stages", timeout=2.0, faults={"second": fault}), task("good", "good", value=1)]
+    result = run_pool(tasks)
+    outcome = [(row["stage"], row["status"]) for row in rows_of(result, "bad")]
+    assert ("second", status) in outcome
+    assert ("third", "ok") in outcome, "the task goes on after the stage"
+    assert rows_of(result, "good")[0]["status"] == "ok"
+    if fault == "crash":
+        assert any("SIGSEGV" in row.get("error", "") for row in result.rows)
+
+
+def test_an_exception_ends_the_task_and_keeps_its_rows(run_pool):
+    result = run_pool(
+        [task("error", "stages", faults={"second": "raise"}), task("wrong", "stages", faults={"first": "assert"})]
+    )
+    assert [(row["status"], row["stage"]) for row in rows_of(result, "error")] == [("ok", "first"), ("error", "second")]
+    assert "a launch failed" in rows_of(result, "error")[1]["error"]
+    assert rows_of(result, "wrong")[0]["status"] == "fail"
+    assert result.content["tasks"]["error"]["status"] == "error"
+
+
+def test_a_stage_that_keeps_dying_is_left_out(run_pool):
+    tasks = [task(f"t{i}", "stages", faults={"second": "exit"}) for i in range(4)]
+    result = run_pool(tasks, stage_limit=2)
+    second = [row["status"] for row in result.rows if row["stage"] == "second"]
+    assert second.count("crash") == 2
+    left_out = rows_of(result, "t3")[1]
+    assert (left_out["status"], left_out["stage"]) == ("skipped", "second")
+    assert sum(row["stage"] == "third" for row in result.rows) == 4
+
+
+def test_what_a_library_prints_is_not_an_answer(run_pool):
+    assert run_pool([task("t", "chatty")]).rows[0]["status"] == "ok"
+
+
+def test_after_the_deadline_tasks_are_skipped_and_a_resumed_run_takes_them_up(run_pool):
+    tasks = [task(f"t{i}", "slow") for i in range(60)]
+    first = run_pool(tasks, seconds=6.0)
+    states = [entry["status"] for entry in first.content["tasks"].values()]
+    assert "skipped" in states
+    tasks = tasks[: states.count("done") + 2]
+    before = {row["task"] for row in first.rows if row["status"] == "ok"}
+    second = run_pool(tasks, resume=True)
+    done = [row["task"] for row in second.rows if row["status"] == "ok"]
+    assert sorted(done) == sorted({t.key for t in tasks} | before), "each once, also those of the first run"
+
+
+def test_resume_runs_again_what_other_sources_made(tmp_path):
+    result = ResultFile(tmp_path / "result.json")
+    result.add({"part": "p", "task": "t", "status": "ok"})
+    result.finish("t", "done", 1.0, "old")
+    again = ResultFile(tmp_path / "result.json", resume=True)
+    assert again.is_done("t", "old")
+    assert not again.is_done("t", "new")
+    again.start("t")
+    assert again.rows == []
+    assert ResultFile(tmp_path / "result.json").rows == [], "without resume a run starts afresh"
+
+
+def test_the_result_file_is_whole_after_every_row(tmp_path):
+    result = ResultFile(tmp_path / "deep" / "result.json")
+    for index in range(3):
+        result.add({"part": "p", "task": "t", "index": index})
+        assert len(json.loads(result.path.read_text())["rows"]) == index + 1
+    assert [path.name for path in result.path.parent.iterdir()] == ["result.json"]
+
+
+def test_resume_refuses_another_schema(tmp_path):
+    (tmp_path / "result.json").write_text('{"schema": 0}')
+    with pytest.raises(ValueError, match="schema 0"):
+        ResultFile(tmp_path / "result.json", resume=True)
+
+
+def test_dry_run_lists_every_part_within_nine_minutes():
+    finished = run_script("--dry-run", "--workers", "14")
+    assert finished.returncode == 0, finished.stderr
+    lines = {line.split()[0]: line.split() for line in finished.stdout.splitlines() if line}
+    for part in ("check", "bench", "tune", "ablate", "profile"):
+        assert float(lines[part][-1]) > 0
+    assert float(lines["in"][-1]) <= 540, "the limits of all parts"
+
+
+def test_without_a_gpu_a_run_says_what_can_be_done():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    finished = run_script("check")
+    assert finished.returncode == 2
+    assert "--dry-run" in finished.stderr
+
+
+def test_an_unknown_part_is_named():
+    finished = run_script("benhc")
+    assert finished.returncode == 2
+    assert "benhc" in finished.stderr
+
+
+def test_a_run_on_the_reference_checks_times_and_resumes(tmp_path):
+    out = tmp_path / "result.json"
+    arguments = ("--device", "cpu", "--workers", "1", "--out", str(out))
+    chosen = (
+        "(length_17x65_lower_right|everything|empty_keys|wide_batch_stride|public_gradients|bench/d16_l32_b2h2_fp32)$"
+    )
+    finished = run_script("check", "bench", "--only", chosen, *arguments)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    content = json.loads(out.read_text())
+    checks = [row for row in content["rows"] if row["part"] == "check"]
+    assert {row["status"] for row in checks} == {"ok"}
+    assert {row["stage"] for row in checks} >= {"forward", "backward", "padding", "wide_batch_stride"}
+    timed = [row for row in content["rows"] if row["part"] == "bench" and row["status"] == "ok"]
+    assert {(row["contender"], row["direction"]) for row in timed} >= {
+        ("fastattn", "forward"),
+        ("naive", "backward"),
+        ("matmul", "forward"),
+    }
+    assert all(row["ms_p20"] <= row["ms"] <= row["ms_p80"] for row in timed)
+    assert all(row["of_ceiling"] == 1.0 for row in timed if row["contender"] == "matmul")
+    assert content["head"]["versions"]["torch"]
+    assert content["ceilings"]["matmul_tflops"] >= 0
+
+    count = len(content["rows"])
+    finished = run_script("check", "bench", "--only", chosen, "--resume", *arguments)
+    assert finished.returncode == 0
+    assert len(json.loads(out.read_text())["rows"]) == count, "nothing ran twice"
+
+
+class Recorder:
+    """A context that keeps the rows."""
+
+    def __init__(self):
+        self.rows, self.current = [], None
+
+    def stage(self, name):
+        self.current = name
+        return True
+
+    def row(self, status, **values):
+        self.rows.append({"status": status} | values)
+
+
+class FaultyBackend:
+    """The reference with one fault."""
+
+    def __init__(self, fault):
+        self.fault, self.calls = fault, 0
+
+    def reasons(self, problem):
+        return []
+
+    def forward(self, problem, out, lse):
+        reference.forward(problem, out, lse)
+        self.calls += 1
+        if self.fault == "wrong":
+            out[..., -1] += 0.1
+        if self.fault == "unwritten":
+            out[..., -1, -1] = float("nan")
+        if self.fault == "unsteady":
+            out += self.calls * 1e-7
+        if self.fault == "leak" and problem.value.isnan().any():
+            out[..., 0, 0] = float("nan")
+
+    def backward(self, *arguments, **gradients):
+        reference.backward(*arguments, **gradients)
+        if self.fault == "wrong gradient":
+            gradients["grad_key"][..., 0, :] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("fault", "stage", "message"),
+    [
+        (None, None, None),
+        ("wrong", "forward", "out: error"),
+        ("unwritten", "forward", "out: error"),
+        ("unsteady", "forward", "a second forward changes"),
+        ("leak", "backward", "NaN in padding changes"),
+        ("wrong gradient", "backward", "grad_key"),
+    ],
+)
+def test_check_sees_each_fault(monkeypatch, fault, stage, message):
+    import gpu_check
+    import gpu_problems
+
+    monkeypatch.setattr(gpu_problems, "load_backend", lambda name: FaultyBackend(fault))
+    context = Recorder()
+    case = testing.Case("padded", batch=2, queries=33, keys=40, head_dim=16, key_lengths=(40, 13))
+    gpu_check.run_case(context, asdict(case), "fp32", "cpu", "reference", hopper=True)
+    wrong = [row for row in context.rows if row["status"] != "ok"]
+    if fault is None:
+        assert wrong == []
+        assert {row["stage"] for row in context.rows} == {"forward", "backward", "padding"}
+    else:
+        assert wrong[0]["stage"] == stage
+        assert wrong[0]["status"] == "fail"
+        assert message in wrong[0]["error"]
+
+
+@pytest.mark.parametrize("name", ["out", "grad_query", "grad_key", "grad_value"])
+def test_a_wrong_element_is_seen_before_timing(name):
+    from gpu_contenders import Setup, fastattn_default
+    from gpu_verify import Truth
+
+    setup = Setup(2, 4, 2, 20, 30, 16, "fp32", "lower_right", device="cpu", backend="reference")
+    out = fastattn_default(setup)()
+    gradients = torch.autograd.grad(out, setup.leaves, setup.tensors["grad_out"])
+    results = {"out": out.detach()} | dict(zip(testing.GRADIENTS, gradients, strict=False))
+    assert 0.0 <= Truth(setup, with_gradients=True).judge(results, strict=True) <= 1.0
+    results[name][-1, -1, -1, 0] += 0.5
+    with pytest.raises(AssertionError, match=name):
+        Truth(setup, with_gradients=True).judge(results, strict=True)
+
+
+@pytest.mark.parametrize("causal", [None, "upper_left", "lower_right"])
+@pytest.mark.parametrize("variant", [None, "padding_50", "window"])
+def test_useful_work_counts_the_allowed_pairs(causal, variant):
+    from fastattn import reference as specification
+    from gpu_candidates import problem_of
+    from gpu_contenders import Setup
+
+    setup = Setup(3, 2, 2, 300, 400, 8, "fp32", causal, variant, device="cpu", backend="reference")
+    allowed = specification.allowed(problem_of(setup)).expand(3, 2, 300, 400).sum().item()
+    assert setup.pairs == allowed
+    assert setup.flops("forward") == 4 * 8 * allowed
+    assert setup.flops("backward") == 10 * 8 * allowed
+
+
+@pytest.mark.parametrize("variant", [None, "padding_25", "window", "mask", "mask_heads", "bias"])
+def test_contenders_compute_the_same_call(variant):
+    from gpu_contenders import CONTENDERS, Setup
+
+    setup = Setup(2, 4, 2, 40, 40, 16, "fp32", "upper_left", variant, device="cpu", backend="reference")
+    if variant in ("mask", "mask_heads", "bias"):
+        setup.causal = None  # the peers take a mask or causality, not both
+    results = {name: CONTENDERS[name](setup)() for name in ("fastattn", "fastattn_plain", "naive", "math")}
+    for name, result in results.items():
+        torch.testing.assert_close(result, results["naive"], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_times_are_interleaved_and_ordered():
+    from gpu_timing import time_interleaved
+
+    order = []
+
+    def sleeper(name, seconds):
+        return lambda: (order.append(name), time.sleep(seconds))
+
+    timings = time_interleaved({"a": sleeper("a", 0.001), "b": sleeper("b", 0.004)}, "cpu", rounds=2, round_ms=4.0)
+    assert timings["a"].ms < timings["b"].ms
+    assert timings["b"].low <= timings["b"].ms <= timings["b"].high
+    turns = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
+    assert turns == ["a", "b"] * 3, "estimate, then two rounds"
