@@ -21,16 +21,16 @@ Backend = Annotated[str, typer.Option(help="auto, cpu, triton or reference; auto
 Device = Annotated[str, typer.Option(help="Where the tensors lie: cpu, cuda, cuda:1...")]
 
 
-@app.command()
-def info() -> None:
+@app.command("info")
+def info_command() -> None:
     """Versions, instruction sets, threads, GPU, and what each backend can do here."""
     from fastattn.cli.info import print_info
 
     print_info()
 
 
-@app.command()
-def check(
+@app.command("check")
+def check_command(
     backend: Backend = "auto",
     device: Device = "cpu",
     dtype: Annotated[
@@ -44,8 +44,8 @@ def check(
     raise typer.Exit(0 if run_check(backend, device, dtype, match) else 1)
 
 
-@app.command()
-def bench(
+@app.command("bench")
+def bench_command(
     backend: Backend = "auto",
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
