@@ -310,6 +310,7 @@ class Product:
         raise EmulationError("the result of a wgmma is used before warpgroup_mma_wait")
 
     __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __truediv__ = __getitem__ = to = reshape = _early
+    shape = property(_early)
 
 
 class Descriptor:

@@ -31,7 +31,7 @@ def run_forward(problem, config, seed=0, programs=2, edits=()):
         "lse_ptr": Pointer(lse),
         "lengths": Pointer(lengths),
     }
-    kernels.launch("attention_forward", plan.programs, {**tensors, **plan.scalars, **plan.constants}, seed)
+    kernels.launch("attention_forward", plan.programs, {**tensors, **plan.scalars, "OPTIONS": plan.options}, seed)
     return out, lse
 
 
@@ -121,19 +121,19 @@ def test_padded_nan_does_not_leak():
 FAULTS = {
     "the producer does not wait for a free K": ("            mbarrier.wait(k_empty.index(stage), free)\n", ""),
     "the producer does not wait for a free V": ("            mbarrier.wait(v_empty.index(stage), free)\n", ""),
-    "the producer waits with the wrong parity": ("free = ((loads // STAGES) & 1) ^ 1", "free = (loads // STAGES) & 1"),
+    "the producer waits with the wrong parity": ("free = ((loads // OPTIONS.stages) & 1) ^ 1", "free = (loads // OPTIONS.stages) & 1"),
     "the producer does not wait for a free Q": ("            mbarrier.wait(q_empty.index(i), (round_ & 1) ^ 1)\n", ""),
     "half of the bytes expected": ("k_desc.block_type.nbytes)", "k_desc.block_type.nbytes // 2)"),
-    "V used before it is there": ("    mbarrier.wait(v_full.index(before), before_parity)\n", ""),
+    "V used before it is there": ("    mbarrier.wait(v_full.index(before), ((load - 1) // STAGES) & 1)\n", ""),
     "K used before it is there": (
-        "    mbarrier.wait(k_full.index(stage), parity)\n    if PING_PONG",
-        "    if PING_PONG",
+        "    mbarrier.wait(k_full.index(stage), (load // STAGES) & 1)\n",
+        "",
     ),
-    "V of the wrong stage": ("v_tiles.index(before).reshape", "v_tiles.index(stage).reshape"),
+    "V of the wrong stage": ("v_tiles.index(before)", "v_tiles.index(stage)"),
     "V released before its product is done": (
         "    output = warpgroup_mma_wait(0, deps=[o_token])\n"
-        "    mbarrier.arrive(v_empty.index((loads + STAGES - 2) % STAGES), count=1, pred=i >= 2)\n",
-        "    mbarrier.arrive(v_empty.index((loads + STAGES - 2) % STAGES), count=1, pred=i >= 2)\n"
+        "    mbarrier.arrive(v_empty.index((load + STAGES - 2) % STAGES), count=1, pred=i >= 2)\n",
+        "    mbarrier.arrive(v_empty.index((load + STAGES - 2) % STAGES), count=1, pred=i >= 2)\n"
         "    output = warpgroup_mma_wait(0, deps=[o_token])\n",
     ),
     "V released twice": ("count=1, pred=i >= 2)", "count=1)"),
@@ -151,18 +151,18 @@ FAULTS = {
         "        o_tile = o_tiles.index(CONSUMER)\n",
     ),
     "a turn left over": (
-        "    if PING_PONG and CONSUMER == 0:\n        take_turn(CONSUMER)  # the turn that nobody took\n",
+        "    if OPTIONS.ping_pong and CONSUMER == 0:\n        take_turn(CONSUMER)  # the turn that nobody took\n",
         "",
     ),
     "nobody starts": (
-        "    if PING_PONG and CONSUMER == CONSUMERS - 1:\n        pass_turn(CONSUMER, CONSUMERS)  # consumer 0 goes first\n",
-        "",
+        "        pass_turn(CONSUMER, OPTIONS.consumers)  # consumer 0 goes first\n",
+        "        pass\n",
     ),
     "one arrival frees K": (
-        "mbarrier.init(k_empty.index(i), count=CONSUMERS)",
-        "mbarrier.init(k_empty.index(i), count=1)",
+        "k_empty = new_barriers(STAGES, CONSUMERS)",
+        "k_empty = new_barriers(STAGES, 1)",
     ),
-    "border tiles not masked": ("i <= edge + low_edge, BLOCK_N, MASKED", "False, BLOCK_N, MASKED"),
+    "border tiles not masked": ("i <= edge + low_edge,", "False,"),
 }
 
 

@@ -77,7 +77,7 @@ def forward(problem, out: torch.Tensor, lse: torch.Tensor, config=None) -> None:
             lse,
             lengths,
             **plan.scalars,
-            **plan.constants,
+            OPTIONS=plan.options,
             num_warps=4,
             maxnreg=config.entry_registers,
         )

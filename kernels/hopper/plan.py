@@ -20,12 +20,31 @@ class Band:
 
 
 @dataclass(frozen=True)
+class ForwardOptions:
+    """What the forward kernel is compiled for: the band's kind, the tile shape and the switches of ForwardConfig."""
+
+    head_dim: int
+    has_left: bool
+    has_right: bool
+    lower_right: bool
+    key_lengths: bool
+    consumers: int
+    block_n: int
+    stages: int
+    ping_pong: bool
+    overlap: bool
+    heads_inner: bool
+    own_out: bool
+    registers: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A launch: run-time numbers and compile-time constants by the names of the kernel's arguments."""
+    """A launch: run-time numbers by the names of the kernel's arguments, and its compile-time OPTIONS."""
 
     programs: int
     scalars: dict
-    constants: dict
+    options: object
 
 
 def band_of(problem) -> Band:
@@ -54,7 +73,6 @@ def forward_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
     Lk = problem.key.shape[2]
     blocks = math.ceil(Lq / (64 * config.consumers))
     total = blocks * batch * heads
-    heads_inner = band.has_right if config.heads_inner is None else config.heads_inner
     scalars = {
         "scale": problem.scale * LOG2_E,
         "Lq": Lq,
@@ -67,19 +85,19 @@ def forward_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
         "heads": batch * heads,
         "section": min(heads_in_l2(problem), batch * heads),
     }
-    constants = {
-        "CONSUMERS": config.consumers,
-        "BLOCK_N": config.block_n,
-        "D": D,
-        "STAGES": config.stages,
-        "HAS_LEFT": band.has_left,
-        "HAS_RIGHT": band.has_right,
-        "LOWER_RIGHT": band.lower_right,
-        "KEY_LENGTHS": problem.key_lengths is not None,
-        "PING_PONG": config.ping_pong,
-        "OVERLAP": config.overlap,
-        "HEADS_INNER": heads_inner,
-        "OWN_OUT": config.own_out,
-        "CONSUMER_REGISTERS": config.registers,
-    }
-    return Plan(min(total, multiprocessors) if config.persistent else total, scalars, constants)
+    options = ForwardOptions(
+        head_dim=D,
+        has_left=band.has_left,
+        has_right=band.has_right,
+        lower_right=band.lower_right,
+        key_lengths=problem.key_lengths is not None,
+        consumers=config.consumers,
+        block_n=config.block_n,
+        stages=config.stages,
+        ping_pong=config.ping_pong,
+        overlap=config.overlap,
+        heads_inner=band.has_right if config.heads_inner is None else config.heads_inner,
+        own_out=config.own_out,
+        registers=config.registers,
+    )
+    return Plan(min(total, multiprocessors) if config.persistent else total, scalars, options)

@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 # Triton 3.6 calls the bulk tensor copies async_copy_*; later releases async_load and async_store.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -23,6 +23,15 @@ def named_barrier(action: gl.constexpr, name: gl.constexpr, threads: gl.constexp
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    """``number`` mbarriers that turn after ``arrivals`` arrivals (and the bytes that they expect)."""
+    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(barriers.index(i), count=arrivals)
+    return barriers
 
 
 @gluon.jit
