@@ -1,0 +1,253 @@
+"""The benchmark suite's own workings: what it times is right, and what it reports is what it timed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from benchmarks import readme, tables, workloads
+from benchmarks.measure import Turns
+from benchmarks.memory import peak_in_child
+from benchmarks.runner import run_parts
+from benchmarks.suite import PARTS, Entry, Target, entries_of
+from benchmarks.workloads import ModuleWorkload, Workload
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"batch": 2, "heads": 4, "length": 33, "head_dim": 16}
+INGREDIENTS = (
+    {},
+    {"causal": True},
+    {"mask": "bool"},
+    {"mask": "bias"},
+    {"mask": "bias_grad", "backward": True},
+    {"keep": 0.5, "backward": True},
+    {"window": 5},
+    {"kv_heads": 2, "backward": True},
+    {"length": 1, "keys": 40},
+)
+
+
+@pytest.mark.parametrize("fields", INGREDIENTS, ids=str)
+def test_implementations_compute_the_same(fields: dict) -> None:
+    inputs = Workload(**SMALL | fields).make()
+    inputs.check()
+    ours, torchs, naive = (inputs.call(name)() for name in ("fastattn", "torch", "naive"))
+    torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backward", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_a_wrong_result_is_not_timed(dtype: torch.dtype, backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(torch.autograd.Function):
+        """Right forward unless ``backward``, where only the gradient is wrong, by 5 %."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone() if backward else 1.05 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 1.05 * grad
+
+    attention = workloads.fastattn.scaled_dot_product_attention
+    monkeypatch.setattr(
+        workloads.fastattn, "scaled_dot_product_attention", lambda *args, **kw: Wrong.apply(attention(*args, **kw))
+    )
+    with pytest.raises(AssertionError, match="grad_query" if backward else "out"):
+        Workload(**SMALL, dtype=dtype, backward=backward).make().check()
+
+
+def test_large_workloads_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a head, or its first queries, are compared; an error there is still found."""
+    monkeypatch.setattr(workloads, "LONGEST_CHECKED_HEAD", 512)
+    monkeypatch.setattr(workloads, "CHECKED_QUERIES", 64)
+    for workload in (
+        Workload(2, 4, 1024, 16, kv_heads=2, backward=True),
+        Workload(1, 8, 512, 16, mask="bias_grad", backward=True),
+        Workload(1, 8, 768, 16, causal=True),
+    ):
+        inputs = workload.make()
+        inputs.check()
+        with torch.no_grad():
+            inputs.value[-1, -1, 0] += 1e4  # seen by what runs from now on
+        attention = inputs._fastattn
+
+        def stale(dropout: float | None = None, out=attention().detach() * 1.1, attention=attention):
+            return attention(dropout) * 0.0 + out
+
+        monkeypatch.setattr(inputs, "_fastattn", stale)
+        with pytest.raises(AssertionError):
+            inputs.check()
+
+
+def test_module_workloads_agree_with_torch() -> None:
+    for fields in ({}, {"backward": True}, {"need_weights": True}):
+        inputs = ModuleWorkload(2, 17, 32, 4, **fields).make()
+        inputs.check()
+        with torch.no_grad():
+            inputs.modules["fastattn"].out_proj.weight.mul_(1.01)
+        with pytest.raises(AssertionError):
+            inputs.check()
+
+
+@pytest.mark.parametrize(
+    ("workload", "flops"),
+    [
+        (Workload(2, 8, 2048, 64), 4 * 2 * 8 * 2048**2 * 64),
+        (Workload(2, 8, 2048, 64, causal=True), 2 * 2 * 8 * 2048**2 * 64),
+        (Workload(2, 8, 2048, 64, backward=True), 14 * 2 * 8 * 2048**2 * 64),
+        (Workload(1, 16, 1, 128, keys=8192), 4 * 16 * 8192 * 128),
+        (Workload(1, 2, 1000, 64, keep=0.25), 1000 * 1000 * 2 * 64),
+        (Workload(1, 2, 1000, 64, window=10), 4 * 2 * 1000 * 21 * 64),
+    ],
+    ids=str,
+)
+def test_useful_flops(workload: Workload, flops: float) -> None:
+    assert workload.flops == flops
+
+
+def test_bytes_of_decoding() -> None:
+    assert Workload(1, 16, 1, 128, torch.bfloat16, keys=8192).key_value_bytes == 2 * 16 * 8192 * 128 * 2
+    assert Workload(1, 16, 1, 128, keys=10, kv_heads=4).key_value_bytes == 2 * 4 * 10 * 128 * 4
+
+
+def test_every_entry_has_its_own_name_and_measures_its_targets() -> None:
+    for part in PARTS:
+        entries = entries_of(part)
+        names = [str(entry) for entry in entries]
+        assert len(set(names)) == len(names)
+        for entry in entries:
+            others = {target.other for target in entry.targets} - {""}
+            assert others <= {*entry.peers, *entry.beside, *(["one thread"] if part == "two threads" else [])}
+
+
+def test_targets_are_judged_by_what_was_measured() -> None:
+    measured = {
+        "share": 0.8,
+        "ratio": {"torch": 2.0, "plain": 0.8},
+        "flops": 90.0,
+        "beside_flops": {"plain": 100.0},
+    }
+    judged = {
+        Target("share", ">=", 0.8): (0.8, True),
+        Target("share", ">=", 0.81): (0.8, False),
+        Target("ratio", ">=", 1.9, "torch"): (2.0, True),
+        Target("time", "<=", 1.2, "plain"): (1.25, False),
+        Target("rate", ">=", 0.7, "plain"): (0.72, True),
+        Target("ratio", ">=", 1.0, "naive"): (None, None),
+    }
+    for target, (reached, met) in judged.items():
+        result = target.judge(measured, "avx512")
+        assert result["met"] is met, target
+        assert result["reached"] == (None if reached is None else pytest.approx(reached))
+    assert Target("share", ">=", 0.9, needs="avx512").judge(measured, "avx512_bf16")["met"] is False
+    assert Target("share", ">=", 0.9, needs="avx512_bf16").judge(measured, "avx512")["met"] is None
+
+
+def test_peers_are_timed_between_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("benchmarks.measure.time.perf_counter", lambda: clock[0])
+    order = []
+
+    def lasting(name: str, seconds: float):
+        def call() -> None:
+            order.append(name)
+            clock[0] += seconds
+
+        return call
+
+    peers = {"torch": lasting("torch", 0.3), "plain": lasting("plain", 0.05), "naive": lasting("naive", 7.0)}
+    turns = Turns(lasting("fastattn", 0.1), peers, lambda: 1000.0, seconds=2.0)
+    assert turns.rounds == 4  # 2 s of rounds of 0.45 s
+    order.clear()
+    own = []
+    for _ in range(turns.rounds):
+        turns.run_peers()
+        start = clock[0]
+        turns.run_call()
+        own.append(clock[0] - start)
+    # What took 7 s is not timed again; the two others take turns in coming first.
+    assert order == ["torch", "plain", "fastattn", "plain", "torch", "fastattn"] * 2
+    summary = turns.summary(own, work=50.0)
+    assert summary["seconds"] == pytest.approx({"fastattn": 0.1, "torch": 0.3, "plain": 0.05, "naive": 7.0})
+    assert summary["ratio"] == pytest.approx({"torch": 3.0, "plain": 0.5, "naive": 70.0})
+    assert summary["share"] == pytest.approx(0.5)
+
+
+def test_short_calls_are_repeated_within_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("benchmarks.measure.time.perf_counter", lambda: clock[0])
+
+    def short() -> None:
+        clock[0] += 10e-6
+
+    turns = Turns(short, {}, None, seconds=0.01)
+    assert turns.repeats == 20
+    assert turns.rounds == 25
+    summary = turns.summary([20 * 10e-6] * 25, work=1.0)
+    assert summary["seconds"]["fastattn"] == pytest.approx(10e-6)
+    assert "share" not in summary
+
+
+def test_memory_of_naive_attention_holds_the_scores_and_ours_does_not() -> None:
+    pytest.importorskip("fastattn._C", reason="the reference stores the scores")
+    scores = 8 * 1024**2 * 4
+    assert peak_in_child("naive", 1024) > 2 * scores
+    assert peak_in_child("fastattn", 1024) < scores
+
+
+def test_a_part_runs_from_the_suite_to_the_tables() -> None:
+    pytest.importorskip("fastattn._C", reason="the probes need the extension")
+    with Progress(disable=True) as progress:
+        outcome = run_parts(("one thread",), seconds_scale=0.02, select="small", progress=progress)
+    assert outcome.failed == [], outcome.output
+    result = json.loads(json.dumps(outcome.result))
+    assert [line["group"] for line in result["lines"]] == ["small", "small"]
+    line = result["lines"][0]
+    assert line["seconds"].keys() == line["ratio"].keys() | {"fastattn"} == {"fastattn", "torch", "naive"}
+    assert 0.0 < line["share"] < 1.1
+    assert result["parts"]["one thread"]["ceilings"]["read"] > 1e9
+    rows = tables.line_rows(result["lines"])
+    assert "1,8,16,64" in rows[0][1]
+    (target,) = tables.target_rows(result)
+    assert target[-1] in ("met", "missed")
+
+
+def test_a_failing_check_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child whose every call is refused ends in names of failed tests, not in figures."""
+    pytest.importorskip("fastattn._C", reason="the probes need the extension")
+    monkeypatch.setenv("FASTATTN_CPU_ISA", "abacus")
+    with Progress(disable=True) as progress:
+        outcome = run_parts(("one thread",), seconds_scale=0.02, select="small", progress=progress)
+    assert len(outcome.failed) >= 2
+    assert "abacus" in outcome.output
+    assert outcome.result["lines"] == []
+
+
+def test_entries_print_their_group_and_workload() -> None:
+    entry = Entry("rate", Workload(2, 8, 512, 64, torch.bfloat16, backward=True, causal=True))
+    assert str(entry) == "rate: 2,8,512,64 bfloat16 forward+backward causal"
+
+
+def test_readme_blocks_are_replaced_and_nothing_else() -> None:
+    text = "before\n<!-- memory: generated by make readme -->\nold\n<!-- end -->\nafter\n"
+    result = {
+        "memory": [
+            {"implementation": "naive", "length": 2048, "bytes": 400 * 2**20},
+            {"implementation": "fastattn", "length": 2048, "bytes": 10 * 2**20},
+        ]
+    }
+    filled = readme.render(text, [result])
+    assert filled.startswith("before\n<!-- memory")
+    assert filled.endswith("<!-- end -->\nafter\n")
+    assert "| 2048 | 400 |  | 10 |" in filled
+    assert "2.5%" in filled
+    assert "old" not in filled
+    assert readme.render(filled, [result]) == filled
+    with pytest.raises(ValueError, match="no-such-table"):
+        readme.render(text.replace("memory", "no-such-table"), [result])
