@@ -43,6 +43,11 @@ AlignedBuffer::AlignedBuffer(size_t bytes) : data_(nullptr) {
 
 AlignedBuffer::~AlignedBuffer() { std::free(data_); }
 
+void order_heaviest_first(const int64_t* work, int64_t count, int64_t* order) {
+  for (int64_t i = 0; i < count; ++i) order[i] = i;
+  std::stable_sort(order, order + count, [work](int64_t a, int64_t b) { return work[a] > work[b]; });
+}
+
 void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, int64_t, void*),
                void* context) {
   if (items <= 0) return;

@@ -30,6 +30,9 @@ void parallel_for(int64_t items, int threads, size_t scratch_bytes, Body&& body)
       const_cast<void*>(static_cast<const void*>(std::addressof(body))));
 }
 
+// Fills order with 0 .. count - 1 by falling work; equal work keeps its order.
+void order_heaviest_first(const int64_t* work, int64_t count, int64_t* order);
+
 // Memory aligned to cache lines that frees itself; throws std::bad_alloc.
 class AlignedBuffer {
  public:

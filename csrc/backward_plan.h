@@ -1,0 +1,88 @@
+// How a backward call is cut into items, from the shape alone, so that the result does not depend on who
+// computes what.
+//
+// An item owns the gradients of a fixed chunk of keys of one key head (of all heads or batch entries that
+// share a bias whose gradient is wanted). When heads are too few to keep threads busy the keys are cut into
+// chunks; each then has a partial sum of dQ, added in the order of the chunks.
+#pragma once
+
+#include "backward.h"
+#include "backward_tile.h"
+#include "parallel.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+// The queries that a chunk of keys meets, in whole blocks.
+inline Range query_span(const Band& band, Range keys, long queries, long block) {
+  const Range seen = keys.empty() ? Range{0, 0} : band.queries_of(keys);
+  if (seen.empty()) return {0, 0};
+  return {seen.begin / block * block, min(queries, round_up(seen.end, block))};
+}
+
+template <class V>
+struct BackwardPlan {
+  static constexpr long width = panel_width<V>;
+  // Queries of dO and Q (16 KB each in fp32, D = 64) stay in a 32 KB L1 while the keys' rows go by; P and
+  // dS (48 KB each) and the block's dK and dV in L2.
+  static constexpr long block_queries = max(64L, width), block_keys = 192;
+  static constexpr long enough_items = 16, least_chunk = 512;
+
+  const Problem& problem;
+  const BackwardArgs& args;
+  long batches_per_item, heads_per_item;  // heads of keys
+  long batch_items, head_items, chunks, chunk_keys;
+  long dim_padded, value_dim_padded, queries_padded;
+  bool wants_scores;  // dQ, dK or dbias
+  long grad_bias_stride[4];
+
+  BackwardPlan(const Problem& p, const BackwardArgs& a) : problem(p), args(a) {
+    const bool shares = args.grad_bias != nullptr;
+    batches_per_item = shares && p.bias.stride[0] == 0 ? p.batch : 1;
+    heads_per_item = shares && p.bias.stride[1] == 0 ? p.kv_heads : 1;
+    batch_items = ceil_div(p.batch, max(1L, batches_per_item));
+    head_items = ceil_div(p.kv_heads, max(1L, heads_per_item));
+    const long items = max(1L, batch_items * head_items);
+    chunks = max(1L, min(ceil_div(enough_items, items), p.keys / least_chunk));
+    chunk_keys = max(block_keys, round_up(ceil_div(p.keys, chunks), block_keys));
+    chunks = max(1L, ceil_div(p.keys, chunk_keys));
+    dim_padded = round_up(p.head_dim, V::lanes);
+    value_dim_padded = round_up(p.value_dim, V::lanes);
+    queries_padded = round_up(p.queries, block_queries);
+    wants_scores = a.grad_query.data || a.grad_key.data || a.grad_bias;
+    const long size[4] = {p.batch, p.query_heads, p.queries, p.keys};
+    long stride = 1;
+    for (int i = 3; i >= 0; i--) {
+      grad_bias_stride[i] = p.bias.stride[i] == 0 ? 0 : stride;
+      stride *= p.bias.stride[i] == 0 ? 1 : size[i];
+    }
+  }
+
+  long items() const { return batch_items * head_items * chunks; }
+
+  Range chunk(long c) const { return {c * chunk_keys, min(problem.keys, (c + 1) * chunk_keys)}; }
+
+  // Blocks of the score matrix that item computes, up to a factor common to all.
+  int64_t work(long item) const {
+    const Range keys = chunk(item % chunks);
+    const long first_batch = item / chunks / head_items * batches_per_item;
+    int64_t blocks = 0;
+    for (long b = first_batch; b < min(problem.batch, first_batch + batches_per_item); b++) {
+      const Band band(problem, b);
+      for (long k = keys.begin; k < keys.end; k += block_keys)
+        blocks += max(0L, band.queries_of({k, min(keys.end, k + block_keys)}).size());
+    }
+    return blocks;
+  }
+
+  // Scalars of one head's dQ, and of all partial sums.
+  long head_query_size() const { return problem.queries * dim_padded; }
+  long partial_size() const {
+    return chunks > 1 && args.grad_query.data
+               ? chunks * problem.batch * problem.query_heads * head_query_size()
+               : 0;
+  }
+};
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn

@@ -1,0 +1,481 @@
+// One item of the backward: the gradients that a chunk of keys of one key head takes part in.
+//
+// Keys outside, queries inside. With scores transposed (rows are keys, lanes are queries), five products
+// per tile of block_keys x block_queries, all by the one micro-kernel, none of which needs a transpose:
+//
+//   S^T  = K Q^T        rows of K         x panels of Q^T      then P = exp2(S - lse)
+//   dP^T = V dO^T       rows of V         x panels of dO^T     then dS = P (dP - delta)
+//   dV  += P^T dO       rows of P^T       x rows of dO
+//   dK  += dS^T Q       rows of dS^T      x rows of Q
+//   dQ  += dS K         columns of dS^T   x rows of K
+//
+// (Dao et al., FlashAttention, NeurIPS 2022, gives the recomputation; delta = rowsum(dO O) - dlse.)
+#pragma once
+
+#include "backward_plan.h"
+#include "gemm.h"
+#include "scratch.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+template <class V>
+struct BackwardWorkspace {
+  using S = typename V::scalar;
+  using E = typename V::element;
+  static constexpr long depth = V::depth, width = panel_width<V>;
+  static constexpr long block_keys = BackwardPlan<V>::block_keys,
+                        block_queries = BackwardPlan<V>::block_queries;
+  static constexpr bool pairs = depth == 2;
+  // Pairs leave the scores' scratch as bf16; fp32 and fp64 scores are used where they were computed.
+  static constexpr long scores_stride = pairs ? width : block_queries;
+
+  E *query_panels, *grad_out_panels;  // [panel][ceil(D / depth)][width]
+  E *query_rows, *grad_out_rows;      // [ceil(Lq / depth)][padded]
+  E *key_rows, *key_columns;          // [ceil(chunk / depth)][padded], [chunk][ceil(D / depth)]
+  E* value_columns;                   // [chunk][ceil(Dv / depth)]
+  E* block_key_rows;                  // key_rows of one block, without those that are not finite
+  S *shift, *delta;                   // [Lq]: -lse in log2 units, rowsum(dO O) - dlse
+  S *grad_query, *grad_key, *grad_value;
+  S *scores, *products, *bias;            // [block_keys][scores_stride], bias [block_keys][width]
+  uint8_t* allowed;                       // [block_keys][width]
+  bf16 *weights_pairs, *gradients_pairs;  // [block_keys][block_queries]
+  uint32_t* gradients_key_pairs;          // [block_keys / 2][block_queries]
+
+  BackwardWorkspace(const BackwardPlan<V>& plan, void* base) : layout_(base) {
+    const Problem& p = plan.problem;
+    const long queries = plan.queries_padded, chunk = plan.chunk_keys;
+    const long dim = plan.dim_padded, value_dim = plan.value_dim_padded;
+    scores = layout_.template take<S>(block_keys * scores_stride);
+    products = layout_.template take<S>(block_keys * scores_stride);
+    if constexpr (pairs) {
+      weights_pairs = layout_.template take<bf16>(block_keys * block_queries);
+      gradients_pairs = layout_.template take<bf16>(block_keys * block_queries);
+      gradients_key_pairs = layout_.template take<uint32_t>(block_keys / 2 * block_queries);
+    }
+    if (p.bias.data) bias = layout_.template take<S>(block_keys * width);
+    allowed = layout_.template take<uint8_t>(block_keys * width);
+    grad_key = layout_.template take<S>(chunk * dim);
+    grad_value = layout_.template take<S>(chunk * value_dim);
+    key_rows = layout_.template take<E>(ceil_div(chunk, depth) * dim);
+    if (pairs) key_columns = layout_.template take<E>(chunk * ceil_div(p.head_dim, depth));
+    value_columns = layout_.template take<E>(chunk * value_dim);
+    block_key_rows = layout_.template take<E>(block_keys * dim);
+    query_panels = layout_.template take<E>(queries * ceil_div(p.head_dim, depth));
+    grad_out_panels = layout_.template take<E>(queries * ceil_div(p.value_dim, depth));
+    query_rows = layout_.template take<E>(ceil_div(queries, depth) * dim);
+    grad_out_rows = layout_.template take<E>(ceil_div(queries, depth) * value_dim);
+    shift = layout_.template take<S>(queries);
+    delta = layout_.template take<S>(queries);
+    if (plan.chunks == 1) grad_query = layout_.template take<S>(queries * dim);
+  }
+  static size_t bytes(const BackwardPlan<V>& plan) { return BackwardWorkspace(plan, nullptr).layout_.used(); }
+
+ private:
+  ScratchLayout layout_;
+};
+
+// Elements in rows: of the caller's tensor where it can be read in place, else of a copy.
+template <class E>
+struct Rows {
+  const E* data;
+  long stride;
+  INLINE const E* row(long i) const { return data + i * stride; }
+};
+
+template <class V, class T>
+class BackwardTask {
+  using S = typename V::scalar;
+  using E = typename V::element;
+  using Plan = BackwardPlan<V>;
+  static constexpr long depth = V::depth, width = panel_width<V>;
+  static constexpr bool pairs = depth == 2;
+  static constexpr bool in_place = sizeof(T) == sizeof(E) && !pairs;
+  static constexpr long block_keys = Plan::block_keys, block_queries = Plan::block_queries;
+  static constexpr long panels = block_queries / width;
+
+ public:
+  BackwardTask(const Plan& plan, S* partial, void* scratch)
+      : plan_(plan), problem_(plan.problem), args_(plan.args), partial_(partial), work_(plan, scratch) {}
+
+  void run(long item) {
+    chunk_ = item % plan_.chunks;
+    const long batch = item / plan_.chunks / plan_.head_items * plan_.batches_per_item;
+    const long head = item / plan_.chunks % plan_.head_items * plan_.heads_per_item;
+    for (batch_ = batch; batch_ < min(problem_.batch, batch + plan_.batches_per_item); batch_++)
+      for (kv_head_ = head; kv_head_ < min(problem_.kv_heads, head + plan_.heads_per_item); kv_head_++)
+        key_head();
+  }
+
+ private:
+  template <class U>
+  static U* element(const Tensor4<uint8_t>& t, long b, long h, long row) {
+    return t.template as<U>().at(b, h, row);
+  }
+  template <class U>
+  static const U* element(const Tensor4<const uint8_t>& t, long b, long h, long row) {
+    return t.template as<const U>().at(b, h, row);
+  }
+
+  void key_head() {
+    const Band band(problem_, batch_);
+    const Range all = plan_.chunk(chunk_);
+    keys_ = {all.begin, max(all.begin, min(all.end, static_cast<long>(problem_.key_length(batch_))))};
+    prepare_keys();
+    if (args_.grad_key.data) memset(work_.grad_key, 0, sizeof(S) * keys_.size() * plan_.dim_padded);
+    if (args_.grad_value.data) memset(work_.grad_value, 0, sizeof(S) * keys_.size() * plan_.value_dim_padded);
+
+    const long group = problem_.group();
+    for (head_ = kv_head_ * group; head_ < (kv_head_ + 1) * group; head_++) query_head(band);
+
+    const auto write = [&](const Tensor4<uint8_t>& out, const S* sum, long columns, long padded, S factor) {
+      if (!out.data) return;
+      write_rows<V>(sum, padded, keys_.size(), columns, factor,
+                    element<T>(out, batch_, kv_head_, keys_.begin), out.stride[2]);
+      zero_rows(element<T>(out, batch_, kv_head_, keys_.end), out.stride[2], all.end - keys_.end, columns);
+    };
+    write(args_.grad_key, work_.grad_key, problem_.head_dim, plan_.dim_padded,
+          static_cast<S>(problem_.scale));
+    write(args_.grad_value, work_.grad_value, problem_.value_dim, plan_.value_dim_padded,
+          static_cast<S>(1 / (1 - problem_.dropout_p)));
+  }
+
+  void prepare_keys() {
+    const T* key = element<T>(problem_.key, batch_, kv_head_, keys_.begin);
+    const T* value = element<T>(problem_.value, batch_, kv_head_, keys_.begin);
+    const long key_stride = problem_.key.stride[2], value_stride = problem_.value.stride[2];
+    const long dim = problem_.head_dim, value_dim = problem_.value_dim, rows = keys_.size();
+    if constexpr (pairs) {
+#ifdef FASTATTN_BF16_DOT
+      pair_columns(key, key_stride, rows, dim, work_.key_columns, ceil_div(dim, 2));
+      pair_columns(value, value_stride, rows, value_dim, work_.value_columns, ceil_div(value_dim, 2));
+      interleave_row_pairs(key, key_stride, rows, dim, work_.key_rows, plan_.dim_padded);
+      key_columns_ = {work_.key_columns, ceil_div(dim, 2)};
+      value_columns_ = {work_.value_columns, ceil_div(value_dim, 2)};
+      key_rows_ = {work_.key_rows, plan_.dim_padded};
+#endif
+    } else {
+      key_rows_ = rows_of(key, key_stride, rows, dim, work_.key_rows, plan_.dim_padded);
+      key_columns_ = key_rows_;
+      if constexpr (in_place) {
+        value_columns_ = {value, value_stride};
+      } else {
+        copy_widened<V>(value, value_stride, rows, value_dim, work_.value_columns, plan_.value_dim_padded);
+        value_columns_ = {work_.value_columns, plan_.value_dim_padded};
+      }
+    }
+    const bool restricted = problem_.mask.data || problem_.bias.data || problem_.causal != Causal::none ||
+                            problem_.window_left >= 0 || problem_.window_right >= 0;
+    guards_keys_ = restricted && !all_finite<F>(key, key_stride, rows, dim);
+  }
+
+  // Scalar rows that end on a whole vector.
+  Rows<E> rows_of(const T* source, long stride, long rows, long columns, E* copy, long padded) {
+    if constexpr (in_place)
+      if (columns == padded) return {source, stride};
+    copy_widened<V>(source, stride, rows, columns, copy, padded);
+    return {copy, padded};
+  }
+
+  void query_head(const Band& band) {
+    const Range span = query_span(band, keys_, problem_.queries, block_queries);
+    const long dim = plan_.dim_padded;
+    const bool wants = args_.grad_query.data;
+    grad_query_ = plan_.chunks == 1
+                      ? work_.grad_query
+                      : partial_ + plan_.head_query_size() *
+                                       ((chunk_ * problem_.batch + batch_) * problem_.query_heads + head_);
+    if (wants) memset(grad_query_ + span.begin * dim, 0, sizeof(S) * span.size() * dim);
+    prepare_queries(span);
+
+    for (long k = keys_.begin; k < keys_.end; k += block_keys) {
+      const Range keys{k, min(keys_.end, k + block_keys)};
+      const Range queries = band.queries_of(keys);
+      for (long q = queries.begin / block_queries * block_queries; q < queries.end; q += block_queries)
+        tile(band, keys, {q, min(problem_.queries, q + block_queries)});
+    }
+
+    if (!wants || plan_.chunks > 1) return;
+    const Tensor4<uint8_t>& out = args_.grad_query;
+    T* rows = element<T>(out, batch_, head_, 0);
+    const long stride = out.stride[2];
+    zero_rows(rows, stride, span.begin, problem_.head_dim);
+    write_rows<V>(grad_query_ + span.begin * dim, dim, span.size(), problem_.head_dim,
+                  static_cast<S>(problem_.scale), rows + span.begin * stride, stride);
+    zero_rows(rows + span.end * stride, stride, problem_.queries - span.end, problem_.head_dim);
+  }
+
+  void prepare_queries(Range span) {
+    const T* query = element<T>(problem_.query, batch_, head_, 0);
+    const T* out = element<T>(args_.out, batch_, head_, 0);
+    const T* grad_out = element<T>(args_.grad_out, batch_, head_, 0);
+    const long query_stride = problem_.query.stride[2], out_stride = args_.out.stride[2],
+               grad_out_stride = args_.grad_out.stride[2];
+    const long dim = problem_.head_dim, value_dim = problem_.value_dim;
+    const long first = span.begin, rows = span.size();
+    // bf16 keeps Q as it is and scales the scores instead.
+    const S scale_log2 = static_cast<S>(problem_.scale) * static_cast<S>(log2_e);
+    score_factor_ = pairs ? scale_log2 : 1;
+    for (long q = first; q < span.end; q += width) {
+      const long count = min(width, span.end - q);
+      E* query_panel = work_.query_panels + q * ceil_div(dim, depth);
+      E* grad_out_panel = work_.grad_out_panels + q * ceil_div(value_dim, depth);
+      if (count < width) {
+        memset(query_panel, 0, sizeof(E) * width * ceil_div(dim, depth));
+        memset(grad_out_panel, 0, sizeof(E) * width * ceil_div(value_dim, depth));
+      }
+      if constexpr (pairs) {
+#ifdef FASTATTN_BF16_DOT
+        pack_pairs_transposed(query + q * query_stride, query_stride, count, dim, query_panel, width);
+        pack_pairs_transposed(grad_out + q * grad_out_stride, grad_out_stride, count, value_dim,
+                              grad_out_panel, width);
+#endif
+      } else {
+        pack_transposed<V>(query + q * query_stride, query_stride, count, dim, scale_log2, query_panel,
+                           width);
+        pack_transposed<V>(grad_out + q * grad_out_stride, grad_out_stride, count, value_dim, S{1},
+                           grad_out_panel, width);
+      }
+    }
+    E* query_copy = work_.query_rows + first / depth * plan_.dim_padded;
+    E* grad_out_copy = work_.grad_out_rows + first / depth * plan_.value_dim_padded;
+    const T* query_first = query + first * query_stride;
+    const T* grad_out_first = grad_out + first * grad_out_stride;
+    if constexpr (pairs) {
+#ifdef FASTATTN_BF16_DOT
+      interleave_row_pairs(query_first, query_stride, rows, dim, query_copy, plan_.dim_padded);
+      interleave_row_pairs(grad_out_first, grad_out_stride, rows, value_dim, grad_out_copy,
+                           plan_.value_dim_padded);
+      query_rows_ = {query_copy, plan_.dim_padded};
+      grad_out_rows_ = {grad_out_copy, plan_.value_dim_padded};
+#endif
+    } else {
+      query_rows_ = rows_of(query_first, query_stride, rows, dim, query_copy, plan_.dim_padded);
+      grad_out_rows_ =
+          rows_of(grad_out_first, grad_out_stride, rows, value_dim, grad_out_copy, plan_.value_dim_padded);
+    }
+    first_query_ = first;
+
+    const long offset = (batch_ * problem_.query_heads + head_) * problem_.queries;
+    const S* lse = static_cast<const S*>(args_.lse) + offset;
+    const S* grad_lse = args_.grad_lse ? static_cast<const S*>(args_.grad_lse) + offset : nullptr;
+    for (long q = first; q < span.end; q++) {
+      const S shift = -lse[q] * static_cast<S>(log2_e);
+      // A row without keys has lse -inf and only masked weights; the rest stays finite.
+      work_.shift[q] = lse[q] == -Limits<S>::infinity ? 0
+                       : shift > -Limits<S>::lowest   ? -Limits<S>::lowest
+                                                      : shift;
+      work_.delta[q] = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim) -
+                       (grad_lse ? grad_lse[q] : 0);
+    }
+    for (long q = span.end; q < round_up(span.end, block_queries); q++) {
+      work_.shift[q] = static_cast<S>(-1e30);  // weight 0
+      work_.delta[q] = 0;
+    }
+  }
+
+  void tile(const Band& band, Range keys, Range queries) {
+    Range rows[panels], used{block_keys, 0};  // relative to the block's first key
+    for (long p = 0; p < panels; p++) {
+      rows[p] =
+          panel(band, keys, {queries.begin + p * width, min(queries.end, queries.begin + (p + 1) * width)});
+      if (rows[p].empty()) continue;
+      used = {min(used.begin, rows[p].begin), max(used.end, rows[p].end)};
+    }
+    if (used.empty()) return;
+    for (long p = 0; p < panels; p++) {
+      if (queries.begin + p * width >= queries.end) break;
+      if (rows[p].empty()) rows[p] = {used.begin, used.begin};
+      clear_rows(p, {used.begin, rows[p].begin});
+      clear_rows(p, {rows[p].end, used.end});
+    }
+
+    const long key = keys.begin - keys_.begin + used.begin, query = queries.begin - first_query_;
+    if (args_.grad_value.data)
+      accumulate(plan_.value_dim_padded, used.size(),
+                 DepthContiguous<E>{weights(used.begin), block_queries / depth},
+                 grad_out_rows_.row(query / depth), grad_out_rows_.stride, queries.size(),
+                 work_.grad_value + key * plan_.value_dim_padded);
+    if (args_.grad_key.data)
+      accumulate(plan_.dim_padded, used.size(),
+                 DepthContiguous<E>{gradients(used.begin), block_queries / depth},
+                 query_rows_.row(query / depth), query_rows_.stride, queries.size(),
+                 work_.grad_key + key * plan_.dim_padded);
+    if (args_.grad_query.data) {
+      const Rows<E> block =
+          guards_keys_ ? finite_key_rows(key, used) : Rows<E>{key_rows_.row(key / depth), key_rows_.stride};
+      accumulate(plan_.dim_padded, queries.size(),
+                 RowsContiguous<E>{gradient_columns(used.begin), block_queries}, block.data, block.stride,
+                 used.size(), grad_query_ + queries.begin * plan_.dim_padded);
+    }
+  }
+
+  // C[rows][columns] += A B, summed over `count` values.
+  template <class A>
+  void accumulate(long columns, long rows, A a, const E* b, long b_stride, long count, S* c) {
+    long vectors = columns / V::lanes;
+    for (long pieces = ceil_div(vectors, V::tile_vectors); pieces > 0; pieces--) {
+      const long now = ceil_div(vectors, pieces);
+      gemm_columns<V, Accumulate>(static_cast<int>(now), rows, a, b, b_stride, ceil_div(count, depth), c,
+                                  columns);
+      b += now * V::lanes;
+      c += now * V::lanes;
+      vectors -= now;
+    }
+  }
+
+  // Weights and score gradients of one panel of queries. Returns the keys it has touched.
+  Range panel(const Band& band, Range block, Range queries) {
+    if (queries.empty()) return {0, 0};
+    Range keys = intersect(block, band.seen_by_any(queries));
+    if (keys.empty()) return {0, 0};
+    keys.begin -= (keys.begin - block.begin) % depth;  // whole pairs
+    const Tile where{batch_, head_, queries, keys};
+    const TileKind kind = classify<width>(problem_, band, where, work_.allowed);
+    if (kind == TileKind::empty) return {0, 0};
+
+    const long first = keys.begin - block.begin, count = keys.size(), key = keys.begin - keys_.begin;
+    const long column = pairs ? 0 : queries.begin % block_queries;
+    const Block<S> scores{work_.scores + first * work_.scores_stride + column, work_.scores_stride};
+    gemm<V, V::tile_vectors, Store>(count, DepthContiguous<E>{key_columns_.row(key), key_columns_.stride},
+                                    work_.query_panels + queries.begin * ceil_div(problem_.head_dim, depth),
+                                    width, ceil_div(problem_.head_dim, depth), scores.data, scores.stride);
+    const uint8_t* allowed = kind == TileKind::mixed ? work_.allowed : nullptr;
+    if (problem_.bias.data) read_bias(where);
+    const S* shift = work_.shift + queries.begin;
+    if (problem_.bias.data && allowed)
+      weights_of<V, true, true>(scores, count, shift, score_factor_, work_.bias, allowed);
+    else if (problem_.bias.data)
+      weights_of<V, true, false>(scores, count, shift, score_factor_, work_.bias, nullptr);
+    else if (allowed)
+      weights_of<V, false, true>(scores, count, shift, score_factor_, nullptr, allowed);
+    else
+      weights_of<V, false, false>(scores, count, shift, score_factor_, nullptr, nullptr);
+    if (problem_.dropout_p > 0) mark_dropped<V>(problem_, where, scores);
+
+    const Block<S> products{work_.products + first * work_.scores_stride + column, work_.scores_stride};
+    if (plan_.wants_scores)
+      gemm<V, V::tile_vectors, Store>(
+          count, DepthContiguous<E>{value_columns_.row(key), value_columns_.stride},
+          work_.grad_out_panels + queries.begin * ceil_div(problem_.value_dim, depth), width,
+          ceil_div(problem_.value_dim, depth), products.data, products.stride);
+    const bool guarded = allowed || problem_.bias.data;
+    if (problem_.dropout_p > 0)
+      gradients_of<true, true>(scores, products, where, first);
+    else if (guarded)
+      gradients_of<false, true>(scores, products, where, first);
+    else
+      gradients_of<false, false>(scores, products, where, first);
+    if (args_.grad_bias && problem_.bias.stride[3] != 0) {
+      S* out = static_cast<S*>(args_.grad_bias) + batch_ * plan_.grad_bias_stride[0] +
+               head_ * plan_.grad_bias_stride[1] + queries.begin * plan_.grad_bias_stride[2] +
+               keys.begin * plan_.grad_bias_stride[3];
+      add_transposed<V>(products, queries.size(), count, out, plan_.grad_bias_stride[2],
+                        plan_.grad_bias_stride[3]);
+    }
+    return {first, first + count};
+  }
+
+  void read_bias(const Tile& where) {
+    if (problem_.bias_dtype == problem_.dtype)
+      load_bias<F, T>(problem_, where, work_.bias);
+    else
+      load_bias<F, float>(problem_, where, work_.bias);
+  }
+  template <bool has_dropout, bool guarded>
+  void gradients_of(Block<S> weights, Block<S> products, const Tile& where, [[maybe_unused]] long first) {
+    const S* delta = work_.delta + where.queries.begin;
+    const S keep_scale = static_cast<S>(1 / (1 - problem_.dropout_p));
+    const long count = where.keys.size();
+    if constexpr (pairs) {
+#ifdef FASTATTN_BF16_DOT
+      const long column = where.queries.begin % block_queries, at = first * block_queries + column;
+      score_gradients_pairs<V, has_dropout, guarded>(
+          weights, products, count, delta, keep_scale, {work_.weights_pairs + at, block_queries},
+          {work_.gradients_pairs + at, block_queries},
+          {work_.gradients_key_pairs + first / 2 * block_queries + column, block_queries});
+#endif
+    } else {
+      score_gradients<V, has_dropout, guarded>(weights, products, count, delta, keep_scale);
+    }
+  }
+
+  // Rows of the block that a panel has not touched, but another has.
+  void clear_rows(long p, Range rows) {
+    for (long k = rows.begin; k < rows.end; k++) {
+      const long at = k * block_queries + p * width;
+      if constexpr (pairs) {
+        memset(work_.weights_pairs + at, 0, sizeof(bf16) * width);
+        memset(work_.gradients_pairs + at, 0, sizeof(bf16) * width);
+        if (k % 2 == 0)
+          memset(work_.gradients_key_pairs + k / 2 * block_queries + p * width, 0, sizeof(uint32_t) * width);
+      } else {
+        memset(work_.scores + at, 0, sizeof(S) * width);
+        memset(work_.products + at, 0, sizeof(S) * width);
+      }
+    }
+  }
+
+  const E* weights(long row) const {
+    if constexpr (pairs)
+      return reinterpret_cast<const E*>(work_.weights_pairs + row * block_queries);
+    else
+      return work_.scores + row * block_queries;
+  }
+  const E* gradients(long row) const {
+    if constexpr (pairs)
+      return reinterpret_cast<const E*>(work_.gradients_pairs + row * block_queries);
+    else
+      return work_.products + row * block_queries;
+  }
+  const E* gradient_columns(long row) const {
+    if constexpr (pairs)
+      return work_.gradients_key_pairs + row / 2 * block_queries;
+    else
+      return work_.products + row * block_queries;
+  }
+
+  // The block's keys, zero in place of those that no query of the block attends to.
+  Rows<E> finite_key_rows(long key, Range used) {
+    const long dim = plan_.dim_padded, rows = used.size();
+    for (long k = 0; k < rows; k++) {
+      bool dead = true;
+      for (long q = 0; q < block_queries / depth; q++) dead &= is_zero(weights(used.begin + k)[q]);
+      E* out = work_.block_key_rows + k / depth * dim;
+      const E* source = key_rows_.row((key + k) / depth);
+      for (long c = 0; c < dim; c++) {
+        if constexpr (pairs) {
+          const uint32_t half = k % 2 ? 0xffff0000u : 0xffffu;
+          out[c] = (k % 2 ? out[c] : 0) | (dead ? 0 : source[c] & half);
+        } else {
+          out[c] = dead ? 0 : source[c];
+        }
+      }
+    }
+    return {work_.block_key_rows, dim};
+  }
+  static bool is_zero(float x) { return x == 0; }
+  static bool is_zero(double x) { return x == 0; }
+  static bool is_zero(uint32_t pair) { return (pair & 0x7fff7fffu) == 0; }
+
+  // The vector type that reads T.
+  using F = std::conditional_t<sizeof(S) == 8, F64, F32>;
+
+  const Plan& plan_;
+  const Problem& problem_;
+  const BackwardArgs& args_;
+  S* const partial_;
+  BackwardWorkspace<V> work_;
+
+  long chunk_ = 0, batch_ = 0, kv_head_ = 0, head_ = 0;
+  Range keys_{0, 0};
+  Rows<E> key_columns_{}, value_columns_{};  // A of the scores and of dP
+  Rows<E> key_rows_{}, query_rows_{}, grad_out_rows_{};
+  long first_query_ = 0;  // what query_rows_ and grad_out_rows_ begin with
+  bool guards_keys_ = false;
+  S score_factor_ = 1;
+  S* grad_query_ = nullptr;
+};
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn
