@@ -11,6 +11,9 @@ struct Engine {
   void (*forward)(const Problem&, const ForwardOutput&, int threads);
   void (*backward)(const Problem&, const BackwardArgs&, int threads);
   void (*weights)(const Problem&, const WeightsOutput&, int threads);
+  // The machine's ceilings: multiply-adds on registers, and reading memory.
+  double (*probe_multiply_add)(DType, int threads, int64_t rounds);
+  void (*probe_read)(const float* data, int64_t count, int threads);
 };
 
 extern const Engine engine_portable, engine_avx2, engine_avx512, engine_avx512_bf16, engine_avx512_bf16_emulated;

@@ -79,11 +79,6 @@ struct F32 {
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(bytes, _mm256_setzero_si256()));
   }
-  INLINE static mask from_bits(uint32_t bits) {
-    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m256i kept = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit);
-    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(kept, bit));
-  }
   INLINE static mask both(mask a, mask b) { return _mm256_and_ps(a, b); }
   INLINE static bool any(mask m) { return _mm256_movemask_ps(m) != 0; }
   INLINE static vector select(mask m, vector yes, vector no) { return _mm256_blendv_ps(no, yes, m); }
@@ -204,10 +199,6 @@ struct F64 {
     memcpy(&bytes, p, lanes);
     return _mm256_castsi256_pd(
         _mm256_cmpgt_epi64(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes)), _mm256_setzero_si256()));
-  }
-  INLINE static mask from_bits(uint32_t bits) {
-    const __m256i bit = _mm256_setr_epi64x(1, 2, 4, 8);
-    return _mm256_castsi256_pd(_mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(bits), bit), bit));
   }
   INLINE static mask both(mask a, mask b) { return _mm256_and_pd(a, b); }
   INLINE static bool any(mask m) { return _mm256_movemask_pd(m) != 0; }

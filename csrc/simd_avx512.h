@@ -70,7 +70,6 @@ struct F32 {
   INLINE static mask nonzero(const uint8_t* p) {
     return _mm_test_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-1));
   }
-  INLINE static mask from_bits(uint32_t bits) { return static_cast<mask>(bits); }
   INLINE static mask both(mask a, mask b) { return a & b; }
   INLINE static bool any(mask m) { return m != 0; }
   INLINE static vector select(mask m, vector yes, vector no) { return _mm512_mask_mov_ps(no, m, yes); }
@@ -169,7 +168,6 @@ struct F64 {
   INLINE static mask nonzero(const uint8_t* p) {
     return _mm_test_epi8_mask(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-1));
   }
-  INLINE static mask from_bits(uint32_t bits) { return static_cast<mask>(bits); }
   INLINE static mask both(mask a, mask b) { return a & b; }
   INLINE static bool any(mask m) { return m != 0; }
   INLINE static vector select(mask m, vector yes, vector no) { return _mm512_mask_mov_pd(no, m, yes); }

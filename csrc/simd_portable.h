@@ -67,11 +67,6 @@ struct Extension {
     UNROLL for (int i = 0; i < lanes; i++) m[i] = p[i] ? -1 : 0;
     return m;
   }
-  INLINE static mask from_bits(uint32_t bits) {
-    mask m;
-    UNROLL for (int i = 0; i < lanes; i++) m[i] = (bits >> i) & 1 ? -1 : 0;
-    return m;
-  }
   INLINE static mask both(mask a, mask b) { return a & b; }
   INLINE static bool any(mask m) {
     uint64_t halves[2];

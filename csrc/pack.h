@@ -1,0 +1,132 @@
+// Moves between memory in its own layout and dtype and the layouts that the micro-kernel reads: panels
+// with queries across the lanes, rows widened to fp32, pairs of bf16.
+#pragma once
+
+#include "problem.h"
+#include "simd_common.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+// panel[depth][lanes of the vectors] = transpose of rows [rows][depth], widened, times `factor`; lanes past
+// the last row are 0 up to a whole number of vectors. row_stride counts elements of T.
+template <class V, class T>
+inline void pack_transposed(const T* rows, long row_stride, long row_count, long depth, typename V::scalar factor,
+                            typename V::scalar* panel, long panel_stride) {
+  constexpr int W = V::lanes;
+  const auto f = V::set1(factor);
+  for (long row = 0; row < row_count; row += W) {
+    const long count = min<long>(W, row_count - row);
+    for (long d = 0; d < depth; d += W) {
+      const long width = min<long>(W, depth - d);
+      typename V::vector block[W];
+      const T* source = rows + row * row_stride + d;
+      if (count == W && width == W) {
+        UNROLL for (int i = 0; i < W; i++) block[i] = V::mul(V::load(source + i * row_stride), f);
+      } else {
+        UNROLL for (int i = 0; i < W; i++)
+          block[i] = i < count ? V::mul(V::load(source + i * row_stride, width), f) : V::zero();
+      }
+      V::transpose(block);
+      typename V::scalar* target = panel + d * panel_stride + row;
+      if (width == W) {
+        UNROLL for (int i = 0; i < W; i++) V::store(target + i * panel_stride, block[i]);
+      } else {
+        for (int i = 0; i < width; i++) V::store(target + i * panel_stride, block[i]);
+      }
+    }
+  }
+}
+
+// rows[r][d] = panel[d][r] * factor[r], narrowed: the way back.
+template <class V, class T>
+inline void unpack_transposed(const typename V::scalar* panel, long panel_stride, const typename V::scalar* factor,
+                              long row_count, long depth, T* rows, long row_stride) {
+  constexpr int W = V::lanes;
+  for (long row = 0; row < row_count; row += W) {
+    const long count = min<long>(W, row_count - row);
+    const auto f = V::load(factor + row);
+    for (long d = 0; d < depth; d += W) {
+      const long width = min<long>(W, depth - d);
+      typename V::vector block[W];
+      const typename V::scalar* source = panel + d * panel_stride + row;
+      if (width == W) {
+        UNROLL for (int i = 0; i < W; i++) block[i] = V::mul(V::load(source + i * panel_stride), f);
+      } else {
+        UNROLL for (int i = 0; i < W; i++)
+          block[i] = i < width ? V::mul(V::load(source + i * panel_stride), f) : V::zero();
+      }
+      V::transpose(block);
+      T* target = rows + row * row_stride + d;
+      if (count == W && width == W) {
+        UNROLL for (int i = 0; i < W; i++) V::store(target + i * row_stride, block[i]);
+      } else {
+        for (int i = 0; i < count; i++) V::store(target + i * row_stride, block[i], width);
+      }
+    }
+  }
+}
+
+// target[rows][width] = rows of T, widened.
+template <class V, class T>
+inline void copy_widened(const T* rows, long row_stride, long row_count, long width, typename V::scalar* target,
+                       long target_stride) {
+  constexpr int W = V::lanes;
+  for (long row = 0; row < row_count; row++) {
+    const T* source = rows + row * row_stride;
+    typename V::scalar* out = target + row * target_stride;
+    long d = 0;
+    for (; d + W <= width; d += W) V::store(out + d, V::load(source + d));
+    if (d < width) V::store(out + d, V::load(source + d, width - d), width - d);
+  }
+}
+
+#ifdef FASTATTN_BF16_DOT
+// panel[pair of depth][rows] = pairs (row[2p], row[2p + 1]); an odd depth is padded with 0.
+inline void pack_pairs_transposed(const bf16* rows, long row_stride, long row_count, long depth, uint32_t* panel,
+                                  long panel_stride) {
+  constexpr int W = F32::lanes;
+  for (long row = 0; row < row_count; row += W) {
+    const long count = min<long>(W, row_count - row);
+    for (long d = 0; d < depth; d += 2 * W) {
+      const long width = min<long>(2 * W, depth - d);
+      __m512 block[W];
+      const __mmask32 halves = width == 2 * W ? ~0u : (1u << width) - 1;
+      UNROLL for (int i = 0; i < W; i++) {
+        const bf16* source = rows + (row + (i < count ? i : 0)) * row_stride + d;
+        block[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(i < count ? halves : 0, source));
+      }
+      F32::transpose(block);
+      uint32_t* target = panel + d / 2 * panel_stride + row;
+      const long pairs = (width + 1) / 2;
+      UNROLL for (int i = 0; i < W; i++)
+        if (i < pairs) _mm512_storeu_ps(target + i * panel_stride, block[i]);
+    }
+  }
+}
+
+// target[pair of rows][width] = pairs (row 2p, row 2p + 1); an odd count of rows is padded with 0.
+inline void interleave_row_pairs(const bf16* rows, long row_stride, long row_count, long width, uint32_t* target,
+                                 long target_stride) {
+  const __m512i low_index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
+                                             6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high_index = _mm512_add_epi16(low_index, _mm512_set1_epi16(16));
+  for (long row = 0; row < row_count; row += 2) {
+    const bf16 *first = rows + row * row_stride, *second = first + (row + 1 < row_count ? row_stride : 0);
+    uint32_t* out = target + row / 2 * target_stride;
+    for (long d = 0; d < width; d += 32) {
+      const long count = min(32L, width - d);
+      const __mmask32 mask = count == 32 ? ~0u : (1u << count) - 1;
+      const __m512i a = _mm512_maskz_loadu_epi16(mask, first + d);
+      const __m512i b = _mm512_maskz_loadu_epi16(row + 1 < row_count ? mask : 0, second + d);
+      const __m512i low = _mm512_permutex2var_epi16(a, low_index, b);
+      const __m512i high = _mm512_permutex2var_epi16(a, high_index, b);
+      _mm512_mask_storeu_epi32(out + d, F32::first_lanes(count), low);
+      if (count > 16) _mm512_mask_storeu_epi32(out + d + 16, F32::first_lanes(count - 16), high);
+    }
+  }
+}
+#endif
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn

@@ -1,0 +1,132 @@
+// The softmax weights themselves, recomputed from the saved lse: P = exp(scale Q K^T + bias - lse), with
+// the forward's dropout applied. Averaged over heads in one pass that stores no head's own weights.
+#pragma once
+
+#include "forward.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+template <class T>
+class Weights {
+  // Exact for every dtype: products of widened values, not of bf16 pairs.
+  using V = std::conditional_t<sizeof(T) == 8, F64, F32>;
+  using S = typename V::scalar;
+  static constexpr int width = V::lanes * V::tile_vectors;
+  static constexpr long block_keys = 256;
+
+ public:
+  Weights(const Problem& problem, const WeightsOutput& output)
+      : problem_(problem),
+        output_(output),
+        panels_(ceil_div(problem.queries, width)),
+        key_blocks_(ceil_div(problem.keys, block_keys)) {}
+
+  void run(int threads) const {
+    const long heads = output_.average ? 1 : problem_.query_heads;
+    parallel_for(problem_.batch * heads * panels_ * key_blocks_, threads, Workspace(problem_, ScratchLayout()).bytes,
+                 [this, heads](int64_t item, void* scratch) {
+                   const long block = item % key_blocks_, panel = item / key_blocks_ % panels_,
+                              head = item / key_blocks_ / panels_ % heads, b = item / key_blocks_ / panels_ / heads;
+                   run_item(b, head, panel, block, scratch);
+                 });
+  }
+
+ private:
+  struct Workspace {
+    Workspace(const Problem& p, ScratchLayout arena) {
+      query = arena.take<S>(p.head_dim * width);
+      products = arena.take<S>(block_keys * width);
+      total = arena.take<S>(block_keys * width);
+      bias = arena.take<S>(p.bias.data ? block_keys * width : 0);
+      seen = arena.take<uint8_t>(block_keys * width + 64);
+      kept = arena.take<typename V::mask>(p.dropout_p > 0 ? block_keys * V::tile_vectors : 0);
+      key = arena.take<S>(sizeof(T) == sizeof(S) ? 0 : block_keys * p.head_dim);
+      bytes = arena.used();
+    }
+    S *query, *products, *total, *bias;
+    uint8_t* seen;
+    typename V::mask* kept;
+    S* key;
+    size_t bytes;
+  };
+
+  void run_item(long b, long head, long panel, long block, void* scratch) const {
+    const Workspace work(problem_, ScratchLayout(scratch));
+    const Band band(problem_, b);
+    const Range queries{panel * width, min((panel + 1) * width, problem_.queries)};
+    const Range keys{block * block_keys, min((block + 1) * block_keys, problem_.keys)};
+    memset(work.total, 0, keys.size() * width * sizeof(S));
+    const long first = output_.average ? 0 : head, last = output_.average ? problem_.query_heads : head + 1;
+    for (long h = first; h < last; h++) add_head({b, h, queries, keys}, band, work);
+
+    alignas(64) S factor[width];
+    const S share = static_cast<S>(1 / (1 - problem_.dropout_p) / static_cast<double>(last - first));
+    for (S& f : factor) f = share;
+    S* rows = static_cast<S*>(output_.weights);
+    const long heads = output_.average ? 1 : problem_.query_heads;
+    rows += ((b * heads + head) * problem_.queries + queries.begin) * problem_.keys + keys.begin;
+    unpack_transposed<V>(work.total, width, factor, queries.size(), keys.size(), rows, problem_.keys);
+  }
+
+  void add_head(const Tile& tile, const Band& band, const Workspace& work) const {
+    const TileKind kind = intersect(band.seen_by_any(tile.queries), tile.keys).empty()
+                              ? TileKind::empty
+                              : classify<width>(problem_, band, tile, work.seen);
+    if (kind == TileKind::empty) return;
+    const long rows = tile.keys.size(), columns = ceil_div(tile.queries.size(), V::lanes);
+    const Tensor4<const T> query = problem_.query.as<const T>(), key = problem_.key.as<const T>();
+    pack_transposed<V>(query.at(tile.batch, tile.head, tile.queries.begin), query.stride[2], tile.queries.size(),
+                       problem_.head_dim, S(1), work.query, width);
+    DepthContiguous<S> from{work.key, problem_.head_dim};
+    const T* source = key.at(tile.batch, tile.head / problem_.group(), tile.keys.begin);
+    if constexpr (sizeof(T) == sizeof(S))
+      from = {source, key.stride[2]};
+    else
+      copy_widened<V>(source, key.stride[2], rows, problem_.head_dim, work.key, problem_.head_dim);
+    gemm_columns<V, Store>(static_cast<int>(columns), rows, from, work.query, width, problem_.head_dim, work.products,
+                           width);
+    if (problem_.bias.data) {
+      if (problem_.bias_dtype == problem_.dtype)
+        load_bias<V, T>(problem_, tile, work.bias);
+      else
+        load_bias<V, float>(problem_, tile, work.bias);
+    }
+    if (problem_.dropout_p > 0) draw_dropout<V>(problem_, tile, static_cast<int>(columns), work.kept);
+
+    const S* lse = static_cast<const S*>(output_.lse) +
+                   (tile.batch * problem_.query_heads + tile.head) * problem_.queries + tile.queries.begin;
+    const ScoreBlock<V> block{work.products, problem_.bias.data ? work.bias : nullptr,
+                              kind == TileKind::mixed ? work.seen : nullptr,
+                              problem_.dropout_p > 0 ? work.kept : nullptr, static_cast<S>(problem_.scale * log2_e),
+                              &band, tile.queries, tile.keys};
+    for (int j = 0; j < columns; j++) {
+      const auto saved = V::load(lse + j * V::lanes, tile.queries.size() - j * V::lanes);
+      const auto none = V::greater(V::set1(Limits<S>::lowest), saved);
+      // Against +inf every weight of a query without keys is 0.
+      const auto reference = V::select(none, V::set1(Limits<S>::infinity), V::mul(saved, V::set1(S(log2_e))));
+      exponentiate<V, 5>(block, j, kind == TileKind::mixed ? Reach{0, rows, rows, rows} : Reach{0, 0, rows, rows},
+                         reference, rows);
+      for (long r = 0; r < rows; r++) {
+        S* total = work.total + r * width + j * V::lanes;
+        V::store(total, V::add(V::load(total), V::load(work.products + r * width + j * V::lanes)));
+      }
+    }
+  }
+
+  const Problem& problem_;
+  const WeightsOutput& output_;
+  const long panels_, key_blocks_;
+};
+
+inline void weights(const Problem& problem, const WeightsOutput& output, int threads) {
+  switch (problem.dtype) {
+    case DType::f32: return Weights<float>(problem, output).run(threads);
+    case DType::bf16: return Weights<bf16>(problem, output).run(threads);
+    case DType::f16: return Weights<fp16>(problem, output).run(threads);
+    case DType::f64: return Weights<double>(problem, output).run(threads);
+  }
+}
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn
