@@ -77,7 +77,7 @@ def _bench_tables(rows: list[dict]) -> list[str]:
     lines = [f"{'':44}" + "".join(f"{name[:9]:>10}" for name in names) + f"{'of ceil.':>10}"]
     groups: dict[tuple, dict] = {}
     for row in timed:
-        groups.setdefault((row["task"].split("/", 1)[1], row["direction"]), {})[row["contender"]] = row
+        groups.setdefault((row["task"].removeprefix("bench/"), row["direction"]), {})[row["contender"]] = row
     for (task, direction), group in groups.items():
         cells = "".join(f"{group[name]['rate']:10.0f}" if name in group else f"{'-':>10}" for name in names)
         ours = f"{group['fastattn']['of_ceiling']:10.3f}" if "fastattn" in group else f"{'-':>10}"

@@ -363,3 +363,47 @@ def test_times_are_interleaved_and_ordered():
     assert timings["b"].low <= timings["b"].ms <= timings["b"].high
     turns = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
     assert turns == ["a", "b"] * 3, "estimate, then two rounds"
+
+
+def plotted_rows():
+    shape = {"part": "bench", "status": "ok", "task": "t", "heads": 2, "kv_heads": 2, "dtype": "bf16", "head_dim": 64}
+    for length in (512, 1024):
+        for causal in (None, "upper_left"):
+            for direction in ("forward", "backward"):
+                for rate, contender in enumerate(("fastattn", "cudnn", "matmul"), start=1):
+                    labels = {"causal": causal, "direction": direction, "contender": contender}
+                    yield shape | labels | {"queries": length, "keys": length, "rate": rate * length}
+
+
+def test_plot_reads_a_result(tmp_path):
+    import gpu_plot
+
+    pytest.importorskip("matplotlib")
+    rows = list(plotted_rows())
+    rows.append(rows[0] | {"variant": "bias", "rate": -1})
+    rows.append(rows[0] | {"keys": 4, "rate": -1})
+    assert gpu_plot.shapes(rows) == [("bf16", 64)]
+    found = gpu_plot.curves(rows, "bf16", 64, "forward", None)
+    assert found == {"fastattn": {512: 512, 1024: 1024}, "cudnn": {512: 1024, 1024: 2048}}
+    head = {"machine": {"gpu": "a GPU"}, "versions": {"torch": "2"}, "date": "2026-01-01T00:00"}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"head": head, "ceilings": {"matmul_tflops": 9000}, "rows": rows}))
+    finished = run_script("plot", str(path), "--out", str(tmp_path / "docs"))
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "docs" / "gpu-bf16-d64.png").stat().st_size > 10_000
+
+
+def test_summary_names_failures_and_fits_a_short_log():
+    import gpu_report
+
+    rows = list(plotted_rows())
+    rows += [
+        {"part": "check", "task": f"check/{i}", "status": "fail", "stage": "forward", "error": "x" * 900}
+        for i in range(50)
+    ]
+    rows.append({"part": "bench", "task": "t", "status": "error", "stage": "cudnn", "error": "a peer's"})
+    text = gpu_report.summary({"rows": rows, "ceilings": {}}, ["check", "bench"])
+    assert len(text) <= 9000
+    assert "50 fail" in text
+    assert "check/0 [forward]" in text
+    assert len(gpu_report.wrong_rows(rows)) == 50, "a peer's failure is not ours"
