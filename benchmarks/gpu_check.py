@@ -74,6 +74,8 @@ def device_cases(quick: bool, tiny: bool) -> list:
         if quick:
             continue
         cases += [
+            Case(f"{name}_keys_past_causal", queries=65, keys=300, causal="upper_left", **common),
+            Case(f"{name}_keys_past_window", queries=65, keys=300, window=(9, 3), **common),
             Case(f"{name}_127", queries=127, keys=129, **common),
             Case(f"{name}_129_causal", queries=129, keys=127, causal="upper_left", **common),
             Case(f"{name}_191_lower_right", queries=191, keys=385, causal="lower_right", **common),

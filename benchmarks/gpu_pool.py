@@ -5,9 +5,9 @@ Each worker (gpu_worker.py) takes one task at a time and answers in JSON lines::
     {"ready": true}            imports done
     {"stage": "name"}          what it does next; restarts the task's clock
     {"row": {...}}             one result, kept whatever happens afterwards
-    {"end": "done"|"error", "restart": bool}
+    {"end": "done"|"error"}
 
-A stage that outlasts the task's timeout, or that takes the process down, is recorded as a row and
+A stage that outlasts the task's timeout, or that takes the process or its device down, is recorded as a row and
 the task goes on without that stage in a fresh process. A stage that has done so ``stage_limit``
 times in one run is left out of all further tasks.
 """
@@ -193,9 +193,6 @@ class Pool:
                     elif "row" in answer:
                         self._add(task, answer["row"])
                     else:
-                        if answer["restart"]:
-                            worker.kill()
-                            worker = None
                         return answer["end"], worker
             except _Died as death:
                 worker = None

@@ -56,10 +56,17 @@ def run_stage(context: Context, name: str, function, **labels):
     except AssertionError as error:
         context.row("fail", stage=name, error=describe(error), **labels)
     except Exception as error:
-        if device_is_lost():
-            raise
+        _die_with_the_device()
         context.row("error", stage=name, error=describe(error), **labels)
     return None
+
+
+def _die_with_the_device() -> None:
+    """End the process if its CUDA context is gone: the pool goes on in a new one, without this stage."""
+    if device_is_lost():
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(3)
 
 
 def device_is_lost() -> bool:
@@ -95,15 +102,15 @@ def main() -> None:
             getattr(importlib.import_module(module), function)(context, **task["arguments"])
         except Exception as error:
             traceback.print_exc()
+            _die_with_the_device()
             status = "fail" if isinstance(error, AssertionError) else "error"
             context.row(status, stage=context.current, error=describe(error))
             end = "error"
-        lost = device_is_lost()
-        if not lost:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        send({"end": end, "restart": lost})
+        _die_with_the_device()  # a fault that no call has reported yet
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        send({"end": end})
 
 
 if __name__ == "__main__":
