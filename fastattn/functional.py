@@ -118,9 +118,10 @@ def _autocast(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The floating tensors in the autocast dtype, where autocast is on; float64 stays, as in torch."""
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+    device = query.device.type if isinstance(query, Tensor) else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return query, key, value, attn_mask
-    dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:

@@ -137,9 +137,7 @@ def _fake_backward(grad_out, grad_lse, out, lse, *rest) -> tuple[Tensor, Tensor,
     bias = arguments[_BIAS]
     grads = [
         empty_laid_out_like(_with_unit_last_stride(tensor), tensor.shape[3]) if needed else None
-        for tensor, needed in zip(
-            (arguments[_QUERY], arguments[_KEY], arguments[_VALUE]), needs, strict=False
-        )
+        for tensor, needed in zip((arguments[_QUERY], arguments[_KEY], arguments[_VALUE]), needs, strict=False)
     ]
     grads.append(bias.new_empty(bias.shape) if needs[3] else None)
     return tuple(out.new_empty(0) if grad is None else grad for grad in grads)
@@ -352,7 +350,6 @@ def _is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.device.type in dispatch.AUTO
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
     )
 
 
@@ -364,7 +361,8 @@ def _register(name: str, signature: str, compute, fake, differentiate, remember,
 
     Eager calls go to an autograd.Function or straight to the computation, which takes a tenth of the
     time of PyTorch's dispatcher for operators in Python. Functorch transforms need that Function too,
-    because the formulas of ``torch.library.register_autograd`` do not nest in transforms.
+    because the formulas of ``torch.library.register_autograd`` do not nest in transforms, and so does
+    forward-mode differentiation, which those formulas would silently drop and the Function refuses.
     """
     qualified = f"fastattn::{name}"
     _LIBRARY.define(f"{name}{signature}", tags=_TAGS)
@@ -389,7 +387,7 @@ def _register(name: str, signature: str, compute, fake, differentiate, remember,
     def call(*arguments):
         if torch.compiler.is_compiling():
             return operator(*arguments)
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return function.apply(*arguments)
         if _is_observed(*arguments[first : first + 3]):
             return operator(*arguments)

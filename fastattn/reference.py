@@ -11,7 +11,9 @@ out 0 and lse -inf, and passes no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -24,6 +26,21 @@ PHILOX_ROUNDS = 10
 WORD = 0xFFFFFFFF
 
 
+def _in_own_dtype(function: Callable) -> Callable:
+    """The problem's dtype is the caller's choice, so autocast does not change it."""
+
+    @wraps(function)
+    def run(problem: Problem, *arguments, **keywords):
+        device = problem.query.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(problem, *arguments, **keywords)
+        with torch.autocast(device, enabled=False):
+            return function(problem, *arguments, **keywords)
+
+    return run
+
+
+@_in_own_dtype
 def attention(problem: Problem) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Lq, Dv] in the value's dtype and lse [B, Hq, Lq] in ``problem.lse_dtype``."""
     probabilities, lse = _softmax(problem)
@@ -31,12 +48,14 @@ def attention(problem: Problem) -> tuple[Tensor, Tensor]:
     return _apply_dropout(probabilities, problem).to(value.dtype) @ value, lse
 
 
+@_in_own_dtype
 def weights(problem: Problem, average: bool = False) -> Tensor:
     """The softmax weights after dropout, [B, Hq, Lq, Lk], or their mean over heads [B, Lq, Lk]."""
     result = _apply_dropout(_softmax(problem)[0], problem)
     return result.mean(dim=1) if average else result
 
 
+@_in_own_dtype
 def gradients(
     problem: Problem, grad_out: Tensor, grad_lse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -1,0 +1,123 @@
+"""Wrong arguments: a TypeError or ValueError that names the argument, what was given, what is right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import explain, scaled_dot_product_attention
+
+
+def zeros(*shape, **options):
+    return torch.zeros(shape, **options)
+
+
+GOOD = {"query": zeros(2, 4, 5, 8), "key": zeros(2, 4, 7, 8), "value": zeros(2, 4, 7, 8)}
+
+#: (what to change, the exception, words that the message holds)
+BAD = [
+    ({"query": [[0.0]]}, TypeError, ["query", "Tensor", "list"]),
+    ({"value": None}, TypeError, ["value", "Tensor", "NoneType"]),
+    ({"query": zeros(8)}, ValueError, ["query", "[8]", "head_dim"]),
+    ({"query": zeros(2, 4, 5, 8, dtype=torch.int32)}, TypeError, ["query", "int32", "float32"]),
+    ({"query": zeros(2, 4, 5, 8, dtype=torch.complex64)}, TypeError, ["query", "complex64", "bfloat16"]),
+    ({"key": zeros(2, 4, 7, 8, dtype=torch.float16)}, TypeError, ["key", "float16", "float32"]),
+    ({"value": zeros(2, 4, 7, 8, dtype=torch.float64)}, TypeError, ["value", "float64", "float32"]),
+    ({"key": zeros(2, 4, 7, 8, device="meta")}, ValueError, ["key", "meta", "cpu"]),
+    ({"key": zeros(2, 4, 7, 6)}, ValueError, ["key", "head_dim 8", "[2, 4, 7, 6]"]),
+    ({"value": zeros(2, 4, 6, 8)}, ValueError, ["value", "length 7", "[2, 4, 6, 8]"]),
+    ({"query": zeros(2, 4, 5, 0), "key": zeros(2, 4, 7, 0)}, ValueError, ["query", "head_dim", "at least 1"]),
+    ({"value": zeros(2, 4, 7, 0)}, ValueError, ["value", "head_dim", "at least 1"]),
+    ({"key": zeros(3, 4, 7, 8)}, ValueError, ["batch", "[2]", "[3]"]),
+    ({"key": zeros(2, 3, 7, 8), "value": zeros(2, 3, 7, 8)}, ValueError, ["4 query heads", "3 key heads"]),
+    ({"key": zeros(2, 2, 7, 8), "value": zeros(2, 2, 7, 8)}, ValueError, ["enable_gqa=True", "4 heads", "2"]),
+    ({"value": zeros(2, 2, 7, 8)}, ValueError, ["value", "4 heads", "got 2"]),
+    ({"attn_mask": [[True]]}, TypeError, ["attn_mask", "Tensor", "list"]),
+    ({"attn_mask": zeros(5, 7, dtype=torch.int64)}, TypeError, ["attn_mask", "bool", "int64"]),
+    ({"attn_mask": zeros(5, 7, dtype=torch.float64)}, TypeError, ["attn_mask", "float32", "float64"]),
+    ({"attn_mask": zeros(7, 5, dtype=torch.bool)}, ValueError, ["attn_mask", "[2, 4, 5, 7]", "[7, 5]"]),
+    ({"attn_mask": zeros(3, 1, 5, 7)}, ValueError, ["attn_mask", "[2, 4, 5, 7]", "[3, 1, 5, 7]"]),
+    ({"attn_mask": zeros(1, 2, 4, 5, 7)}, ValueError, ["attn_mask", "[2, 4, 5, 7]", "[1, 2, 4, 5, 7]"]),
+    ({"attn_mask": zeros(5, 7, device="meta")}, ValueError, ["attn_mask", "cpu", "meta"]),
+    ({"dropout_p": float("nan")}, ValueError, ["dropout_p", "nan", "less than 1"]),
+    ({"dropout_p": 1.0}, ValueError, ["dropout_p", "1.0", "less than 1"]),
+    ({"dropout_p": -0.1}, ValueError, ["dropout_p", "-0.1", "at least 0"]),
+    ({"dropout_p": "0.1"}, TypeError, ["dropout_p", "'0.1'", "float"]),
+    ({"scale": float("nan")}, ValueError, ["scale", "nan", "finite"]),
+    ({"scale": "1"}, TypeError, ["scale", "'1'", "float"]),
+    ({"causal": "left"}, ValueError, ["causal", "'left'", "'upper_left'", "'lower_right'"]),
+    ({"causal": True}, ValueError, ["causal", "True", "'upper_left'", "'lower_right'"]),
+    ({"causal": "lower_right", "is_causal": True}, ValueError, ["is_causal", "'lower_right'", "upper_left"]),
+    ({"window": 3}, TypeError, ["window", "(left, right)", "3"]),
+    ({"window": (1, 2, 3)}, TypeError, ["window", "(left, right)", "(1, 2, 3)"]),
+    ({"window": (-1, 0)}, ValueError, ["window", "left", "None", "-1"]),
+    ({"window": (0, 1.5)}, TypeError, ["window", "right", "int", "1.5"]),
+    ({"key_lengths": torch.tensor([7, 8])}, ValueError, ["key_lengths", "7", "[7, 8]"]),
+    ({"key_lengths": torch.tensor([-1, 7])}, ValueError, ["key_lengths", "between 0", "[-1, 7]"]),
+    ({"key_lengths": torch.tensor([7])}, ValueError, ["key_lengths", "[2]", "[1]"]),
+    ({"key_lengths": torch.tensor([7.0, 7.0])}, TypeError, ["key_lengths", "float32", "integers"]),
+    ({"key_lengths": "long"}, TypeError, ["key_lengths", "'long'", "ints"]),
+    ({"backend": "cuda"}, ValueError, ["backend", "'cuda'", "'triton'"]),
+]
+
+
+@pytest.mark.parametrize("function", [scaled_dot_product_attention, explain])
+@pytest.mark.parametrize(
+    ("change", "exception", "words"), BAD, ids=[f"{'-'.join(c)}-{i}" for i, (c, *_) in enumerate(BAD)]
+)
+def test_wrong_arguments_are_named(change, exception, words, function):
+    with pytest.raises(exception) as caught:
+        function(**(GOOD | change))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_nothing_is_drawn_before_an_error():
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="key_lengths"):
+        explain(**GOOD, dropout_p=0.5, key_lengths=[9, 9])
+    with pytest.raises(ValueError, match="attn_mask"):
+        scaled_dot_product_attention(**GOOD, dropout_p=0.5, attn_mask=zeros(9, 9))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+BAD_MODULES = [
+    ({"embed_dim": 10, "num_heads": 3}, ["embed_dim", "multiple", "10", "3"]),
+    ({"embed_dim": 0, "num_heads": 1}, ["embed_dim", "positive"]),
+    ({"embed_dim": 8, "num_heads": 0}, ["num_heads", "0"]),
+    ({"embed_dim": 8, "num_heads": 2, "dropout": 1.5}, ["dropout", "1.5"]),
+    ({"embed_dim": 8, "num_heads": 2, "backend": "x"}, ["backend", "'x'"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_MODULES)
+def test_wrong_module_arguments_are_named(arguments, words):
+    with pytest.raises(ValueError) as caught:
+        fastattn.MultiHeadAttention(**arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+BAD_CALLS = [
+    ({"query": zeros(2, 3, 5, 8)}, ValueError, ["query", "3-D", "[2, 3, 5, 8]"]),
+    ({"query": zeros(2, 5, 6)}, ValueError, ["query", "last size 8", "[2, 5, 6]"]),
+    ({"key": zeros(7, 8)}, ValueError, ["key", "3-D", "[7, 8]"]),
+    ({"key": zeros(3, 7, 8), "value": zeros(3, 7, 8)}, ValueError, ["key", "batch size 2", "[3, 7, 8]"]),
+    ({"value": zeros(2, 6, 8)}, ValueError, ["value", "[2, 7]", "[2, 6]"]),
+    ({"key_padding_mask": zeros(2, 6)}, ValueError, ["key_padding_mask", "[2, 7]", "[2, 6]"]),
+    ({"key_padding_mask": zeros(2, 7, dtype=torch.uint8)}, TypeError, ["key_padding_mask", "bool", "uint8"]),
+    ({"attn_mask": zeros(5, 6)}, ValueError, ["attn_mask", "[5, 7]", "[8, 5, 7]", "[2, 4, 5, 7]", "[5, 6]"]),
+    ({"attn_mask": zeros(2, 5, 7)}, ValueError, ["attn_mask", "[8, 5, 7]", "[2, 5, 7]"]),
+    ({"attn_mask": zeros(5, 7, dtype=torch.int32)}, TypeError, ["attn_mask", "bool", "int32"]),
+]
+
+
+@pytest.mark.parametrize(("change", "exception", "words"), BAD_CALLS)
+def test_wrong_module_inputs_are_named(change, exception, words):
+    module = fastattn.MultiHeadAttention(8, 4, batch_first=True)
+    inputs = {"query": zeros(2, 5, 8), "key": zeros(2, 7, 8), "value": zeros(2, 7, 8)}
+    with pytest.raises(exception) as caught:
+        module(**(inputs | change))
+    for word in words:
+        assert word in str(caught.value)
