@@ -42,6 +42,7 @@ class History:
         losses = [n for n in names if "loss" in n]
         others = [n for n in names if n not in losses and n != "learning_rate"]
         panels = [(label, group) for label, group in (("loss", losses), ("validation", others)) if group]
+        panels = [(group[0].replace("_", " ") if len(group) == 1 else label, group) for label, group in panels]
         if "learning_rate" in names:
             panels.append(("learning rate", ["learning_rate"]))
         figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")

@@ -40,6 +40,7 @@ class Run:
         plain = [p for p in task.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.98), eps=1e-9, foreach=True)
+        self.data_digest = task.digest()
         self.step = 0  # optimiser steps done
         self.epoch = 0
         self.position = 0  # batches done in this epoch
@@ -107,7 +108,7 @@ class Run:
                 "task": self.task.name,
                 "configuration": self.task.configuration(),
                 "options": asdict(self.options),
-                "data": self.task.digest(),
+                "data": self.data_digest,
                 "model": self.task.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "rng": rng,
@@ -193,7 +194,7 @@ class Run:
         path = self.directory / files.CHECKPOINT
         if state["configuration"] != self.task.configuration():
             raise CheckpointError(f"{path}: the model's configuration differs from this command's")
-        if state["data"] != self.task.digest():
+        if state["data"] != self.data_digest:
             raise CheckpointError(f"{path}: the run was trained on other data than these")
         try:
             self.task.model.load_state_dict(state["model"])

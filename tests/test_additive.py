@@ -1,0 +1,178 @@
+"""Additive attention and attention pooling against the formula written out in float64."""
+
+import pytest
+import torch
+
+from fastattn import additive
+from fastattn.additive import AdditiveAttention, additive_attention, additive_weights
+from fastattn.pooling import AttentionPooling
+
+SIZES = [  # batch, queries, keys, features, value features
+    (1, 1, 1, 1, 1),
+    (2, 1, 33, 8, 5),
+    (3, 17, 16, 12, 12),
+    (2, 40, 65, 20, 7),
+    (1, 64, 1, 3, 2),
+]
+
+
+def naive(query, key, value, weight, mask=None):
+    """The formula, every tanh stored; a query with nothing to attend to gives 0."""
+    score = torch.tanh(query[:, :, None, :] + key[:, None, :, :]) @ weight
+    if mask is None:
+        return score.softmax(-1) @ value, score.softmax(-1)
+    score = score.masked_fill(~mask[:, None, :], float("-inf"))
+    weights = score.softmax(-1).nan_to_num(0.0)
+    return weights @ value, weights
+
+
+def inputs(size, dtype=torch.float64, seed=0):
+    batch, queries, keys, features, value_features = size
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((batch, queries, features), (batch, keys, features), (batch, keys, value_features), (features,))
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def lengths_of(size):
+    """The first sequence is full, the last has no key at all where there are several."""
+    batch, _, keys, _, _ = size
+    lengths = torch.linspace(keys, 0, batch).long()
+    return lengths, torch.arange(keys) < lengths[:, None]
+
+
+@pytest.fixture(params=[1, 500, 1 << 18])
+def tile(request, monkeypatch):
+    monkeypatch.setattr(additive, "TILE_ELEMENTS", request.param)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_output_and_gradients(size, masked, tile):
+    tensors = inputs(size)
+    lengths, mask = lengths_of(size) if masked else (None, None)
+    expected = naive(*tensors, mask)[0]
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected_grads = torch.autograd.grad(expected, tensors, grad)
+    actual = additive_attention(*tensors, key_lengths=lengths)
+    torch.testing.assert_close(actual, expected)
+    for got, want in zip(torch.autograd.grad(actual, tensors, grad), expected_grads, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_gradcheck():
+    lengths = torch.tensor([5, 2, 0])
+    assert torch.autograd.gradcheck(
+        lambda *tensors: additive_attention(*tensors, key_lengths=lengths), inputs((3, 4, 5, 3, 2))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_the_naive_ones(dtype):
+    tensors = inputs((2, 30, 50, 16, 8), dtype)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    truth = naive(*exact)[0]
+    truth_grads = torch.autograd.grad(truth.sum() + truth.square().sum(), exact)
+    figures = []
+    for function in (lambda *x: naive(*x)[0], additive_attention):
+        out = function(*tensors)
+        assert out.dtype == dtype
+        grads = torch.autograd.grad(out.sum() + out.square().sum(), tensors)
+        assert all(g.dtype == dtype for g in grads)
+        pairs = zip((out, *grads), (truth, *truth_grads), strict=True)
+        figures.append([(a.double() - b).abs().max().item() for a, b in pairs])
+    for of_naive, of_ours, reference in zip(*figures, (truth, *truth_grads), strict=True):
+        floor = 2 * torch.finfo(dtype).eps * reference.abs().max().item()
+        assert of_ours <= 2 * of_naive + floor
+
+
+def test_masked_nan_does_not_leak():
+    tensors = inputs((2, 3, 6, 4, 4))
+    lengths = torch.tensor([6, 2])
+    poisoned = [t.detach().clone() for t in tensors]
+    poisoned[1][1, 2:], poisoned[2][1, 2:] = float("nan"), float("inf")
+    poisoned = [t.requires_grad_() for t in poisoned]
+    results = []
+    for x in (tensors, poisoned):
+        out = additive_attention(*x, key_lengths=lengths)
+        results.append([out, *torch.autograd.grad(out.sum(), x)])
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+def test_memory_kept_for_the_backward_is_linear():
+    """Nothing of size Lq * Lk is saved: twice the length keeps twice the bytes."""
+    kept = []
+    for length in (256, 512):
+        total = 0
+
+        def count(tensor):
+            nonlocal total
+            total += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            additive_attention(*inputs((1, length, length, 8, 8), torch.float32))
+        kept.append(total)
+    assert kept[1] < 2.1 * kept[0]
+    assert kept[0] < 256 * 256 * 4
+
+
+def test_weights_are_the_softmax():
+    size = (3, 9, 14, 6, 2)
+    query, key, value, weight = inputs(size)
+    lengths, mask = lengths_of(size)
+    other = torch.rand(3, 14, generator=torch.Generator().manual_seed(2)) < 0.7
+    expected = naive(query, key, value, weight, mask & other)[1]
+    torch.testing.assert_close(additive_weights(query, key, weight, lengths, other), expected)
+
+
+def test_module_projects_and_masks():
+    torch.manual_seed(0)
+    module = AdditiveAttention(query_dim=6, key_dim=4, hidden_dim=10)
+    query, key = torch.randn(2, 3, 6), torch.randn(2, 5, 4)
+    padding = torch.tensor([[False] * 5, [False, False, True, True, False]])
+    out, weights = module(query, key, key_padding_mask=padding, need_weights=True)
+    expected = naive(module.query_proj(query), module.key_proj(key), key, module.weight, ~padding)
+    torch.testing.assert_close((out, weights), expected)
+    assert module(query, key)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.randn(2, 3)}, ValueError, r"query must have 3 dimensions, got shape \(2, 3\)"),
+        ({"key": torch.randn(2, 5, 3)}, ValueError, r"do not fit: query \(2, 3, 4\), key \(2, 5, 3\)"),
+        ({"weight": torch.randn(5)}, ValueError, "4 features of query, got 5"),
+        ({"value": torch.ones(2, 5, 2, dtype=torch.long)}, TypeError, "value must be floating point"),
+        ({"key_lengths": torch.tensor([1.0, 2.0])}, ValueError, r"key_lengths must be int \[2\]"),
+        ({"key_mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"key_mask must be bool \(2, 5\)"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    arguments = {
+        "query": torch.randn(2, 3, 4),
+        "key": torch.randn(2, 5, 4),
+        "value": torch.randn(2, 5, 2),
+        "weight": torch.randn(4),
+    }
+    with pytest.raises(error, match=message):
+        additive_attention(**(arguments | change))
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+@pytest.mark.parametrize("attention", ["fastattn", "torch", "naive"])
+def test_pooling_ignores_padding_and_says_what_it_weighed(score, attention):
+    torch.manual_seed(0)
+    pooling = AttentionPooling(8, score, attention)
+    x = torch.randn(3, 7, 8)
+    lengths = torch.tensor([7, 4, 1])
+    pooled, weights = pooling(x, lengths), pooling.weights(x, lengths)
+    torch.testing.assert_close(pooled, (weights[:, :, None] * x).sum(1))
+    torch.testing.assert_close(weights.sum(1), torch.ones(3))
+    assert (weights[1, 4:] == 0).all() and weights[2, 0] == 1
+    torch.testing.assert_close(pooled[1], pooling(x[1:2, :4])[0])
+
+
+def test_pooling_errors():
+    with pytest.raises(ValueError, match="'cosine'"):
+        AttentionPooling(8, "cosine")

@@ -1,0 +1,268 @@
+"""The training loop: exact resumption, interruption, checkpoints that are broken or foreign, the curves."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("safetensors")
+pytest.importorskip("matplotlib")
+
+from safetensors.torch import load_file
+
+from fastattn.train.checkpoint import load_weights, read_run
+from fastattn.train.dates import date_corpus
+from fastattn.train.errors import CheckpointError, TrainingError
+from fastattn.train.loop import Run
+from fastattn.train.options import TrainOptions, learning_rate_factor
+from fastattn.train.translate import TranslationData, TranslationTask, load_translator, translate
+
+CORPUS = date_corpus(pairs=300, held_out=0.1)
+OPTIONS = TrainOptions(epochs=2, batch_size=16, warmup_steps=5, evaluate_every=10, checkpoint_every=100)
+
+
+def make_task(seed=0, corpus=CORPUS, **options):
+    options = {"embed_dim": 16, "num_heads": 2, "feedforward_dim": 32, "dropout": 0.1, "attention": "torch"} | options
+    return TranslationTask(TranslationData(*corpus), vocab_size=300, seed=seed, validation_limit=10, **options)
+
+
+def interrupt_at(task, step):
+    """Raise Ctrl-C's signal while the loss of this step is computed."""
+    loss, calls = task.loss, 0
+
+    def interrupted(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            signal.raise_signal(signal.SIGINT)
+        return loss(model, batch)
+
+    task.loss = interrupted
+    return task
+
+
+def snapshot(directory):
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 30 steps, never interrupted."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    run = Run(make_task(), OPTIONS, directory)
+    run.report = run.train()
+    return run
+
+
+@pytest.mark.parametrize("step", [4, 15, 22])
+def test_an_interrupted_run_resumes_bit_by_bit(tmp_path, finished, step):
+    directory = tmp_path / "run"
+    first = Run(interrupt_at(make_task(), step), OPTIONS, directory)
+    assert first.train() == {"interrupted": True, "step": step}
+    torch.manual_seed(99)  # a new process would have another RNG state
+    second = Run(make_task(), OPTIONS, directory, resume=True)
+    assert second.step == step
+    report = second.train()
+    ours = torch.load(directory / "checkpoint.pt", weights_only=True)
+    whole = torch.load(finished.directory / "checkpoint.pt", weights_only=True)
+    for name, tensor in whole["model"].items():
+        assert torch.equal(ours["model"][name], tensor), name
+    for ours_state, whole_state in zip(
+        ours["optimizer"]["state"].values(), whole["optimizer"]["state"].values(), strict=True
+    ):
+        assert all(torch.equal(ours_state[k], whole_state[k]) for k in whole_state)
+    assert torch.equal(ours["rng"]["cpu"], whole["rng"]["cpu"])
+    assert without_times(ours["history"]) == without_times(whole["history"])
+    assert {k: v for k, v in report.items() if k != "seconds"} == {
+        k: v for k, v in finished.report.items() if k != "seconds"
+    }
+    assert (
+        load_file(directory / "model.safetensors").keys() == load_file(finished.directory / "model.safetensors").keys()
+    )
+
+
+def test_ctrl_c_in_a_process_leaves_a_usable_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", "from fastattn.train.cli import train_app; train_app()", "translate"]
+    command += ["--data", str(small_file(tmp_path)), "--out", str(out), "--embed-dim", "16", "--num-heads", "2"]
+    command += ["--epochs", "100000", "--checkpoint-every", "1", "--evaluate-every", "100000", "--attention", "torch"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not (out / "checkpoint.pt").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume" in output
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["step"] >= 1
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+def small_file(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text("".join(f"{s}\t{t}\n" for s, t in CORPUS[0]))
+    return path
+
+
+def test_the_directory_of_a_run(finished):
+    names = {p.name for p in finished.directory.iterdir()}
+    assert names == {
+        "run.json",
+        "model.safetensors",
+        "checkpoint.pt",
+        "history.jsonl",
+        "curves.png",
+        "report.json",
+        "tokenizer.json",
+    }
+    assert (finished.directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (finished.directory / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [10, 20, 30]
+    assert rows[-2]["loss"] < rows[0]["loss"]
+    report = json.loads((finished.directory / "report.json").read_text())
+    assert report["steps"] == 30 and report["pairs"] == 30 and {"exact_match", "bleu"} <= report.keys()
+
+
+def test_saved_weights_predict_the_same(finished):
+    model, tokenizer = load_translator(finished.directory, torch.device("cpu"))
+    sources = [s for s, _ in CORPUS[2][:5]]
+    task = finished.task
+    assert translate(model, tokenizer, sources, torch.device("cpu")) == translate(
+        task.model.eval(), task.tokenizer, sources, torch.device("cpu")
+    )
+
+
+def test_a_run_is_never_overwritten(finished):
+    before = snapshot(finished.directory)
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        Run(make_task(), OPTIONS, finished.directory)
+    assert snapshot(finished.directory) == before
+
+
+def copy_run(finished, tmp_path):
+    directory = tmp_path / "copy"
+    directory.mkdir()
+    for name, data in snapshot(finished.directory).items():
+        (directory / name).write_bytes(data)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "checkpoint.pt").write_bytes((d / "checkpoint.pt").read_bytes()[:5000]), "truncated, or not"),
+        (lambda d: (d / "checkpoint.pt").write_bytes(b"PK nonsense"), "truncated, or not a checkpoint"),
+        (lambda d: torch.save({"model": {}}, d / "checkpoint.pt"), "not a checkpoint of fastattn train"),
+        (lambda d: (d / "checkpoint.pt").unlink(), "missing; the run cannot be resumed"),
+    ],
+    ids=["truncated", "nonsense", "foreign", "missing"],
+)
+def test_a_spoilt_checkpoint_is_an_error_and_left_alone(finished, tmp_path, spoil, message):
+    directory = copy_run(finished, tmp_path)
+    spoil(directory)
+    before = snapshot(directory)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: .*" + message):
+        Run(make_task(), OPTIONS, directory, resume=True)
+    assert snapshot(directory) == before
+
+
+def test_a_checkpoint_of_another_model_or_other_data(finished, tmp_path):
+    directory = copy_run(finished, tmp_path)
+    before = snapshot(directory)
+    with pytest.raises(CheckpointError, match="configuration differs"):
+        Run(make_task(embed_dim=32), OPTIONS, directory, resume=True)
+    with pytest.raises(CheckpointError, match="trained on other data"):
+        other = [(s, t + "?") for s, t in CORPUS[0]]
+        Run(make_task(corpus=(other, *CORPUS[1:])), OPTIONS, directory, resume=True)
+    assert snapshot(directory) == before
+
+
+def test_weights_that_are_truncated_or_of_another_model(finished, tmp_path):
+    directory = copy_run(finished, tmp_path)
+    weights = directory / "model.safetensors"
+    with pytest.raises(CheckpointError, match="weights are not this model's"):
+        load_weights(weights, make_task(embed_dim=32).model)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="not a safetensors file, or truncated"):
+        load_weights(weights, make_task().model)
+
+
+def test_a_directory_without_a_run(finished, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no run"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not a run's description"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="not written by fastattn train"):
+        read_run(tmp_path)
+    with pytest.raises(CheckpointError, match="a run of the task 'translate', not 'classify'"):
+        read_run(finished.directory, "classify")
+
+
+def test_early_stopping_keeps_the_best_weights(tmp_path):
+    task = make_task()
+    figures = iter([0.1, 0.5, 0.4, 0.5, 0.9])  # the fourth is no gain, so the fifth is never asked for
+    best = {}
+
+    def evaluate():
+        value = next(figures)
+        if value == 0.5 and not best:
+            best.update({k: v.clone() for k, v in task.model.state_dict().items()})
+        return {"exact_match": value}
+
+    task.evaluate = evaluate
+    options = TrainOptions(epochs=100, batch_size=16, evaluate_every=2, patience=2)
+    report = Run(task, options, tmp_path / "run").train()
+    assert report["steps"] == 8 and report["best_exact_match"] == 0.5
+    for name, tensor in task.model.state_dict().items():
+        assert torch.equal(tensor, best[name])
+
+
+def test_bf16_autocast_trains(tmp_path):
+    options = TrainOptions(steps=30, batch_size=16, warmup_steps=5, bf16=True)
+    run = Run(make_task(), options, tmp_path / "run")
+    run.train()
+    _, losses = run.history.series("loss")
+    assert losses[-1] < losses[0]
+    assert all(p.dtype == torch.float32 for p in run.task.model.parameters())
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
+    task = make_task()
+    task.loss = lambda model, batch: model(batch[0], batch[1]).sum() * float("nan")
+    with pytest.raises(TrainingError, match="not a number at step 0"):
+        Run(task, OPTIONS, tmp_path / "run").train()
+
+
+def test_schedules():
+    options = TrainOptions(schedule="inverse_sqrt", warmup_steps=10)
+    factors = [learning_rate_factor(options, step, 100) for step in (0, 4, 9, 39)]
+    assert factors == pytest.approx([0.1, 0.5, 1.0, 0.5])
+    options = TrainOptions(schedule="cosine", warmup_steps=10)
+    factors = [learning_rate_factor(options, step, 100) for step in (0, 9, 54, 99)]
+    assert factors == pytest.approx([0.1, 1.0, 0.5, 0.0])
+
+
+def test_options_that_a_resumed_run_may_change():
+    options = TrainOptions(epochs=3)
+    assert options.resumed_with(epochs=5, learning_rate=options.learning_rate).epochs == 5
+    with pytest.raises(TrainingError, match=r"started with learning_rate=0.001; it cannot be resumed with 0.1"):
+        options.resumed_with(learning_rate=0.1)
+    with pytest.raises(TrainingError, match="'linear'"):
+        TrainOptions(schedule="linear")
+    with pytest.raises(TrainingError, match="batch_size must be positive, got 0"):
+        TrainOptions(batch_size=0)
+
+
+def test_an_unknown_device(tmp_path):
+    with pytest.raises(TrainingError, match="--device abacus"):
+        Run(make_task(), TrainOptions(device="abacus"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
