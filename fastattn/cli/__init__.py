@@ -1,4 +1,4 @@
-"""The command line: ``fastattn info``, ``check``, ``bench`` and what is added to :data:`app`.
+"""The command line: ``fastattn info``, ``check``, ``bench``, and the groups ``train`` and ``predict``.
 
 A command here only parses its options; its work lies in a module that it imports when it runs, so
 that no command waits for another one's imports.
@@ -10,12 +10,17 @@ from typing import Annotated
 
 import typer
 
+from fastattn.train.cli import predict_app, train_app
+
 app = typer.Typer(
     help="Fused attention for PyTorch.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+app.add_typer(train_app, name="train")
+app.add_typer(predict_app, name="predict")
 
 Backend = Annotated[str, typer.Option(help="auto, cpu, triton or reference; auto is the one that a call would choose.")]
 Device = Annotated[str, typer.Option(help="Where the tensors lie: cpu, cuda, cuda:1...")]
