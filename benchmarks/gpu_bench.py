@@ -176,7 +176,7 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
 
     from fastattn.testing import GRADIENTS
     from gpu_contenders import CONTENDERS, OURS, Setup
-    from gpu_timing import copy, matmul, time_interleaved
+    from gpu_timing import time_beside_ceiling
     from gpu_verify import Truth
     from gpu_worker import run_stage
 
@@ -199,32 +199,13 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
 
         run_stage(context, name, verify, contender=name, **labels)
     context.stage("timing")
-    is_decode = made.queries == 1
-    ceiling, ceiling_work = (copy if is_decode else matmul)(made.device)
-    ceiling_name = "copy" if is_decode else "matmul"
-    ceiling()
-    kv_bytes = sum(made.tensors[name].numel() * made.tensors[name].element_size() for name in ("key", "value"))
     for direction in directions:
-        functions = {ceiling_name: ceiling}
-        for name, forward in forwards.items():
-            functions[name] = without_graph(forward) if direction == "forward" else backward_of(made, outputs[name])
-        timings = time_interleaved(functions, made.device)
-        ceiling_rate = ceiling_work / timings[ceiling_name].ms
-        work = float(kv_bytes) if is_decode else made.flops(direction)
-        for name, timing in timings.items():
-            amount = ceiling_work if name == ceiling_name else work
-            rate = amount / timing.ms
-            context.row(
-                "ok",
-                contender=name,
-                direction=direction,
-                unit="GB/s" if is_decode else "TFLOP/s",
-                rate=round(rate * (1e-6 if is_decode else 1e-9), 2),
-                of_ceiling=round(rate / ceiling_rate, 4),
-                of_budget=accuracy.get(name),
-                **timing.as_row(),
-                **labels,
-            )
+        functions = {
+            name: without_graph(forward) if direction == "forward" else backward_of(made, outputs[name])
+            for name, forward in forwards.items()
+        }
+        for name, timed in time_beside_ceiling(functions, made, direction).items():
+            context.row("ok", contender=name, direction=direction, of_budget=accuracy.get(name), **timed, **labels)
 
 
 def without_graph(forward):

@@ -76,20 +76,103 @@ def switches(config) -> list[tuple[str, bool]]:
     return found
 
 
+def _forward_buffers(problem) -> tuple[Tensor, Tensor]:
+    """out and lse, full of NaN."""
+    shape = (*problem.query.shape[:3], problem.value.shape[3])
+    out = problem.query.new_full(shape, torch.nan)
+    return out, torch.full(shape[:3], torch.nan, dtype=problem.lse_dtype, device=out.device)
+
+
 def _forward_candidates(launch: Callable, problem, named: dict, chosen) -> list[Candidate]:
     """``launch(problem, out, lse, config)`` for each configuration."""
-    shape = (*problem.query.shape[:3], problem.value.shape[3])
 
     def candidate(name: str, config) -> Candidate:
-        out = problem.query.new_full(shape, torch.nan)
-        lse = torch.full(shape[:3], torch.nan, dtype=problem.lse_dtype, device=out.device)
+        out, lse = _forward_buffers(problem)
         return Candidate(name, config == chosen, lambda: launch(problem, out, lse, config), {"out": out})
 
     return [candidate(name, config) for name, config in named.items()]
+
+
+def triton_forward(setup: Setup) -> list[Candidate]:
+    """kernels/configs.py, forward."""
+    from fastattn.kernels import launch
+
+    problem = problem_of(setup)
+    return _forward_candidates(launch.forward, problem, *_triton_configs("forward", setup, problem))
+
+
+def triton_decode(setup: Setup) -> list[Candidate]:
+    """kernels/configs.py, decode, each with half, the chosen and twice the number of splits."""
+    from fastattn.kernels import launch
+
+    problem = problem_of(setup)
+    splits = launch.decode_splits(problem)
+    named, chosen = _triton_configs("decode", setup, problem)
+    found = []
+    for number in sorted({max(1, splits // 2), splits, splits * 2}):
+
+        def decode(problem, out, lse, config, number=number) -> None:
+            launch.decode(problem, out, lse, number, config)
+
+        for candidate in _forward_candidates(decode, problem, named, chosen):
+            is_default = candidate.default and number == splits
+            found.append(dataclasses.replace(candidate, name=f"{candidate.name} {number} splits", default=is_default))
+    return found
+
+
+def _triton_backward(kernel: str) -> Callable[[Setup], list[Candidate]]:
+    """kernels/configs.py, one of the backward's two kernels (each time with the row statistics)."""
+
+    def list_candidates(setup: Setup) -> list[Candidate]:
+        from fastattn.kernels import launch
+
+        problem = problem_of(setup)
+        named, chosen = _triton_configs(kernel, setup, problem)
+        out, lse = _forward_buffers(problem)
+        launch.forward(problem, out, lse)
+        grad_out = setup.tensors["grad_out"]
+
+        def candidate(name: str, config) -> Candidate:
+            sources = {"grad_query": problem.query, "grad_key": problem.key, "grad_value": problem.value}
+            wanted = ("grad_query",) if kernel == "grad_query" else ("grad_key", "grad_value")
+            buffers = {key: torch.full_like(sources[key], torch.nan) for key in wanted}
+            gradients = [buffers.get(key) for key in sources]
+            configs = (None, config) if kernel == "grad_query" else (config, None)
+
+            def run() -> None:
+                launch.backward(problem, out, lse, grad_out, None, *gradients, None, *configs)
+
+            return Candidate(name, config == chosen, run, buffers)
+
+        return [candidate(name, config) for name, config in named.items()]
+
+    return list_candidates
+
+
+def _triton_configs(kernel: str, setup: Setup, problem) -> tuple[dict, object]:
+    """({name: configuration}, the chosen one) of a kernel."""
+    from fastattn.kernels import arguments, configs
+
+    padded = arguments.padded(setup.head_dim)
+    architecture = arguments.architecture_of(problem.query)
+    chosen = configs.choose(kernel, problem.query.element_size(), padded, architecture)
+    named = {_tile_name(chosen): chosen}
+    for config in configs.CANDIDATES.get((kernel, padded), ()):
+        named.setdefault(_tile_name(config), config)
+    return named, chosen
+
+
+def _tile_name(config) -> str:
+    tma = " tma" if config.tma else ""
+    return f"{config.block_m}x{config.block_n} {config.num_warps} warps {config.num_stages} stages{tma}"
 
 
 #: By engine and direction.
 ENGINES: dict[tuple[str, str], Callable[[Setup], list[Candidate]]] = {
     ("hopper", "forward"): hopper_forward,
     ("hopper_switches", "forward"): hopper_forward_switches,
+    ("triton", "forward"): triton_forward,
+    ("triton", "grad_key_value"): _triton_backward("grad_key_value"),
+    ("triton", "grad_query"): _triton_backward("grad_query"),
+    ("triton", "decode"): triton_decode,
 }

@@ -21,6 +21,9 @@ NAIVE_LIMIT_BYTES = 9e9  # of scores; the backward pass holds about six times th
 WINDOW = 256
 DROPOUT = 0.1
 
+#: Matrix products of each direction. The backward's kernels compute S and dP twice; useful are five.
+PRODUCTS = {"forward": 2, "backward": 5, "grad_key_value": 4, "grad_query": 3}
+
 #: Variants of a call, beside the plain one.
 VARIANTS = ("padding_50", "padding_25", "window", "mask", "mask_heads", "bias", "bias_grad", "dropout")
 
@@ -104,8 +107,13 @@ class Setup:
         return float(self.heads * total)
 
     def flops(self, direction: str) -> float:
-        """Two matrix products forward, five backward."""
-        return 4.0 * self.head_dim * self.pairs * (1.0 if direction == "forward" else 2.5)
+        """Floating-point operations of "forward", "backward", or one of the backward's two kernels."""
+        return 2.0 * PRODUCTS[direction] * self.head_dim * self.pairs
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(self.tensors[name].numel() * self.tensors[name].element_size() for name in ("key", "value"))
 
     @property
     def band_mask(self) -> Tensor | None:

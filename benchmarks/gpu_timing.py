@@ -57,6 +57,27 @@ def time_interleaved(
     return {name: _summary(values) for name, values in samples.items()}
 
 
+def time_beside_ceiling(functions: dict[str, Callable[[], object]], setup, direction: str) -> dict[str, dict]:
+    """Row fields by name: times, the rate of useful work, and its fraction of the ceiling.
+
+    The ceiling takes its turns under the name "matmul", or "copy" for a set-up with one query, whose
+    work is to read the keys and values.
+    """
+    decodes = setup.queries == 1
+    name, unit, scale = ("copy", "GB/s", 1e-6) if decodes else ("matmul", "TFLOP/s", 1e-9)
+    ceiling, ceiling_work = (copy if decodes else matmul)(setup.device)
+    ceiling()
+    timings = time_interleaved({name: ceiling} | functions, setup.device)
+    highest = ceiling_work / timings[name].ms
+    work = float(setup.kv_bytes) if decodes else setup.flops(direction)
+    rows = {}
+    for label, timing in timings.items():
+        rate = (ceiling_work if label == name else work) / timing.ms
+        rows[label] = {"rate": round(rate * scale, 2), "unit": unit, "of_ceiling": round(rate / highest, 4)}
+        rows[label] |= timing.as_row()
+    return rows
+
+
 def matmul(device: str) -> tuple[Callable[[], object], float]:
     """A bf16 matrix product on random data, and its floating-point operations."""
     size = MATMUL_SIZE if device == "cuda" else 64

@@ -9,6 +9,13 @@ from __future__ import annotations
 from gpu_pool import Task
 
 TOKENS, WIDTH = 16384, 2048
+PAIRS = (
+    ("hopper", "forward"),
+    ("hopper", "backward"),
+    ("triton", "forward"),
+    ("triton", "grad_key_value"),
+    ("triton", "grad_query"),
+)
 
 
 def tasks(device: str, backend: str, quick: bool) -> list[Task]:
@@ -17,21 +24,18 @@ def tasks(device: str, backend: str, quick: bool) -> list[Task]:
         return []
     wanted = []
     for head_dim in (128, 64, 256):
-        for engine, direction in (
-            ("hopper", "forward"),
-            ("hopper", "backward"),
-            ("triton", "forward"),
-            ("triton", "backward"),
-        ):
+        for engine, direction in PAIRS:
             for causal in (None, "upper_left"):
                 wanted.append(task_of("tune", engine, direction, head_dim, causal, 8192))
-    wanted += [task_of("tune", "hopper", "forward", 128, causal, 1024) for causal in (None, "upper_left")]
+    for causal in (None, "upper_left"):
+        wanted.append(task_of("tune", "hopper", "forward", 128, causal, 1024))
+    wanted.append(task_of("tune", "triton", "decode", 128, None, 8192, batch=16, heads=32, kv_heads=8, queries=1))
+    wanted.append(task_of("tune", "triton", "decode", 128, None, 65536, batch=1, heads=16, kv_heads=16, queries=1))
     return wanted[:2] if quick else wanted
 
 
-def task_of(
-    part: str, engine: str, direction: str, head_dim: int, causal: str | None, length: int, dtype: str = "bf16"
-) -> Task:
+def task_of(part: str, engine: str, direction: str, head_dim: int, causal: str | None, length: int, **changes) -> Task:
+    """A task on one shape; ``changes`` are fields of :class:`gpu_contenders.Setup`."""
     setup = {
         "batch": max(1, TOKENS // length),
         "heads": WIDTH // head_dim,
@@ -39,12 +43,12 @@ def task_of(
         "queries": length,
         "keys": length,
         "head_dim": head_dim,
-        "dtype": dtype,
+        "dtype": "bf16",
         "causal": causal,
-    }
+    } | changes
     return Task(
         part=part,
-        key=f"{part}/{engine}_{direction}_d{head_dim}_l{length}_{causal or 'full'}_{dtype}",
+        key=f"{part}/{engine}_{direction}_d{head_dim}_l{length}_{causal or 'full'}",
         handler="gpu_tune:run",
         arguments={"engine": engine, "direction": direction, "setup": setup},
         timeout=25.0,
@@ -90,14 +94,14 @@ def run(context, engine: str, direction: str, setup: dict) -> None:
 def rank(context, candidates: list, setup: dict, direction: str, labels: dict) -> None:
     """Verify candidates against the float64 reference, then time them in turns beside a matrix product."""
     from gpu_contenders import Setup
-    from gpu_timing import matmul, time_interleaved
+    from gpu_timing import time_beside_ceiling
     from gpu_verify import Truth
     from gpu_worker import run_stage
 
     if not candidates:
         return
     made = Setup(**setup)
-    truth = Truth(made, with_gradients=direction == "backward")
+    truth = Truth(made, with_gradients=direction != "forward")
     labels = labels | {"direction": direction} | {k: v for k, v in setup.items() if k not in ("device", "backend")}
     functions, default = {}, {}
     for candidate in candidates:
@@ -112,18 +116,6 @@ def rank(context, candidates: list, setup: dict, direction: str, labels: dict) -
     if not functions:
         return
     context.stage("timing")
-    ceiling, ceiling_work = matmul(made.device)
-    ceiling()
-    timings = time_interleaved({"matmul": ceiling} | functions, made.device)
-    ceiling_rate = ceiling_work / timings.pop("matmul").ms
-    for name, timing in timings.items():
-        rate = made.flops(direction) / timing.ms
-        context.row(
-            "ok",
-            variant=name,
-            default=default[name],
-            rate=round(rate * 1e-9, 2),
-            of_ceiling=round(rate / ceiling_rate, 4),
-            **timing.as_row(),
-            **labels,
-        )
+    for name, timed in time_beside_ceiling(functions, made, direction).items():
+        if name in functions:
+            context.row("ok", variant=name, default=default[name], **timed, **labels)
