@@ -19,7 +19,7 @@ import fastattn
 from fastattn import _C
 
 #: Rounds of a multiply-add probe, a few milliseconds; bytes of a memory probe, beyond any cache.
-PROBE_ROUNDS = 400_000
+PROBE_ROUNDS = 1_000_000
 PROBE_BYTES = 2**28
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -42,7 +42,7 @@ def fma_probe(dtype: torch.dtype) -> Callable[[], float]:
 
 @functools.cache
 def _probe_memory() -> torch.Tensor:
-    return torch.zeros(PROBE_BYTES // 4)
+    return torch.ones(PROBE_BYTES // 4)
 
 
 def read_rate() -> float:

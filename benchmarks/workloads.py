@@ -167,7 +167,7 @@ class Inputs:
             window=None if workload.window is None else (workload.window, workload.window),
             key_lengths=None if self.key_lengths is None else self.key_lengths[last],
         )
-        out = self._fastattn(dropout=0.0)
+        out = self._fastattn(0.0)
         actual, grad_out = {"out": out[last, heads, queries].detach()}, None
         if workload.backward:
             grads = torch.autograd.grad(out, self.leaves[:3], self.grad_out)

@@ -9,14 +9,17 @@
 namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
 
-// As many independent chains as the micro-kernel has accumulators. `values` holds two vectors of zeros that
-// the compiler cannot know, and takes the result, so that nothing is folded or dropped.
+// As many independent chains as the micro-kernel has accumulators. `values` holds probe_values<V> zeros
+// that the compiler cannot know, and takes the result, so that no chain is folded, shared or dropped.
 template <class V>
-void multiply_add_rounds(typename V::scalar* values, int64_t rounds) {
+constexpr int probe_values = 2 * V::lanes + V::tile_rows * V::tile_vectors;
+
+template <class V>
+__attribute__((noinline)) void multiply_add_rounds(typename V::scalar* values, int64_t rounds) {
   constexpr int chains = V::tile_rows * V::tile_vectors;
   const typename V::vector x = V::load(values), y = V::load(values + V::lanes);
   typename V::vector sum[chains];
-  UNROLL for (int i = 0; i < chains; i++) sum[i] = V::zero();
+  UNROLL for (int i = 0; i < chains; i++) sum[i] = V::load(values + V::lanes + i);
   for (int64_t round = 0; round < rounds; round++) {
     UNROLL for (int i = 0; i < chains; i++) {
       if constexpr (V::depth == 1) {
@@ -34,9 +37,9 @@ void multiply_add_rounds(typename V::scalar* values, int64_t rounds) {
 template <class V>
 double multiply_add_probe(int threads, int64_t rounds) {
   using T = typename V::scalar;
-  parallel_for(threads, threads, 2 * V::lanes * sizeof(T), [=](int64_t, void* scratch) {
+  parallel_for(threads, threads, probe_values<V> * sizeof(T), [=](int64_t, void* scratch) {
     T* values = static_cast<T*>(scratch);
-    for (int i = 0; i < 2 * V::lanes; i++) values[i] = 0;
+    for (int i = 0; i < probe_values<V>; i++) values[i] = 0;
     multiply_add_rounds<V>(values, rounds);
   });
   return 2.0 * V::depth * V::lanes * V::tile_rows * V::tile_vectors * rounds * threads;

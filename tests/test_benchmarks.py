@@ -73,14 +73,7 @@ def test_large_workloads_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) ->
     ):
         inputs = workload.make()
         inputs.check()
-        with torch.no_grad():
-            inputs.value[-1, -1, 0] += 1e4  # seen by what runs from now on
-        attention = inputs._fastattn
-
-        def stale(dropout: float | None = None, out=attention().detach() * 1.1, attention=attention):
-            return attention(dropout) * 0.0 + out
-
-        monkeypatch.setattr(inputs, "_fastattn", stale)
+        monkeypatch.setattr(inputs, "_fastattn", lambda dropout, right=inputs._fastattn: 1.1 * right(dropout))
         with pytest.raises(AssertionError):
             inputs.check()
 
