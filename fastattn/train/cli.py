@@ -27,6 +27,8 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...")]
 TRANSLATE = {"epochs": 8, "batch_size": 128, "learning_rate": 2e-3}
 CLASSIFY = {"epochs": 10, "batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 100, "patience": 4}
 
+DETECT = {"steps": 1500, "batch_size": 32, "warmup_steps": 100, "weight_decay": 1e-4, "evaluate_every": 250}
+
 
 @train_app.command("translate")
 @training_command(**TRANSLATE)
@@ -141,6 +143,58 @@ def train_classify(
     train_and_report(task, options, out, resume)
 
 
+@train_app.command("detect")
+@training_command(**DETECT)
+def train_detect(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="demo (scenes of handwritten digits, written to OUT/scenes), or a folder with train/, validation/ and "
+            "perhaps test/, each of images and annotations.json (COCO)."
+        ),
+    ] = "demo",
+    *,
+    out: Out,
+    resume: Resume = False,
+    attention: Attention = "fastattn",
+    channels: Annotated[int, typer.Option(help="1: read the images as grey, 3: as RGB.", min=1, max=3)] = 1,
+    num_queries: Annotated[int, typer.Option(help="Most objects found in an image.")] = 16,
+    embed_dim: int = 96,
+    num_heads: int = 4,
+    encoder_layers: int = 2,
+    decoder_layers: int = 3,
+    feedforward_dim: int = 192,
+    dropout: float = 0.0,
+    given: dict,
+) -> None:
+    """A detection transformer; reports COCO's average precision."""
+    from fastattn.train.checkpoint import require_new
+    from fastattn.train.coco import CocoFolder
+    from fastattn.train.detect import DetectionTask
+    from fastattn.train.scenes import write_demonstration
+
+    options = options_of(given, DETECT, out, resume)
+    if not resume:
+        require_new(out)
+    folder = write_demonstration(out / "scenes") if data == "demo" else Path(data)
+    parts = [CocoFolder(folder / name, channels) for name in ("train", "validation")]
+    if (folder / "test").is_dir():
+        parts.append(CocoFolder(folder / "test", channels))
+    task = DetectionTask(
+        *parts,
+        seed=options.seed,
+        num_queries=num_queries,
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        feedforward_dim=feedforward_dim,
+        dropout=dropout,
+        attention=attention,
+    )
+    train_and_report(task, options, out, resume)
+
+
 @predict_app.command("translate")
 @reports_errors
 def predict_translate(
@@ -195,6 +249,30 @@ def predict_classify(
         show.write_html(html, results)
     if png is not None:
         show.draw_words(png, results)
+
+
+@predict_app.command("detect")
+@reports_errors
+def predict_detect(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    *,
+    model: Model,
+    threshold: Annotated[float, typer.Option(help="Least score of an object.")] = 0.4,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Directory for the images with their boxes and attention drawn.")
+    ] = None,
+    attention: Attention = "fastattn",
+    device: Device = "cpu",
+) -> None:
+    """Print, as a line of JSON for each image, the objects in it: label, score, box (x, y, width, height)."""
+    import json
+
+    from fastattn.train.detect import detect, load_detector
+    from fastattn.train.loop import resolve_device
+
+    detector, names = load_detector(model, resolve_device(device), attention)
+    for found in detect(detector, names, images, threshold, pictures):
+        print(json.dumps(found))
 
 
 def _texts(arguments: list[str] | None) -> list[str]:

@@ -79,6 +79,8 @@ def training_command(**defaults: Any) -> Callable[[Callable], Callable]:
 def options_of(given: dict[str, Any], defaults: dict[str, Any], out: Path, resume: bool) -> TrainOptions:
     """The options of a new run, or of the one in ``out`` with what may be changed."""
     if not resume:
+        if "epochs" in given:  # what the user types as the length of the run replaces the task's own
+            defaults = {name: value for name, value in defaults.items() if name != "steps"}
         return TrainOptions(**{**defaults, **given})
     from fastattn.train.checkpoint import read_run
 

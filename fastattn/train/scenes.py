@@ -95,3 +95,12 @@ def write_scenes(folder: Path, count: int, seed: int, held_out: bool = False) ->
             )
     (folder / "annotations.json").write_text(json.dumps(coco))
     return folder
+
+
+def write_demonstration(folder: Path, train: int = 4000, held_out: int = 200) -> Path:
+    """``train``, ``validation`` and ``test`` folders of scenes, unless they are there already; returns the folder."""
+    parts = (("train", train, 1), ("validation", held_out, 2), ("test", held_out, 3))
+    for name, count, seed in parts:
+        if not (folder / name / "annotations.json").exists():
+            write_scenes(folder / name, count, seed, held_out=name != "train")
+    return folder
