@@ -11,7 +11,7 @@ from gluon_emulator import Descriptor, EmulationError, Pointer
 from gluon_emulator_language import load_kernels
 from hopper_cases import KERNELS, definition, make_case
 
-SOURCES = ["primitives", "schedule", "forward"]
+SOURCES = ["primitives", "schedule", "band", "forward"]
 
 
 def run_forward(problem, config, seed=0, programs=2, edits=()):

@@ -36,7 +36,25 @@ class ForwardConfig:
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """One way to run the backward kernels."""
+    """One way to run the backward kernels.
+
+    dK and dV: 128 keys per program, tiles of ``block_m`` queries in a ring of ``keys_stages``.  dQ: 128 queries per
+    program, tiles of ``block_n`` keys in a ring of ``queries_stages``.  The switches as in :class:`ForwardConfig`.
+    """
+
+    block_m: int = 64
+    keys_stages: int = 2
+    block_n: int = 64
+    queries_stages: int = 2
+    persistent: bool = True
+    heads_inner: bool | None = None
+    keys_own_out: bool = True
+    queries_own_out: bool = True
+
+    @property
+    def entry_registers(self) -> int:
+        """Registers per thread at launch: 65536 over 12 warps."""
+        return 168
 
 
 #: (head_dim, causal band or window) -> configuration, chosen by prediction (README.md), compiled for sm_90.
@@ -81,3 +99,36 @@ FORWARD_CANDIDATES = {
 def forward_config(head_dim: int, banded: bool) -> ForwardConfig:
     """The configuration for a head dimension, with or without a right or left bound to the band."""
     return FORWARD[head_dim, banded]
+
+
+BACKWARD = {
+    (64, False): BackwardConfig(block_m=64, keys_stages=3, block_n=128, queries_stages=3),
+    (64, True): BackwardConfig(block_m=64, keys_stages=3, block_n=128, queries_stages=3),
+    (128, False): BackwardConfig(block_m=64, block_n=128),
+    (128, True): BackwardConfig(block_m=64, block_n=128),
+}
+
+BACKWARD_CANDIDATES = {
+    64: {
+        "64, 128": BACKWARD[64, False],
+        "128, 128": BackwardConfig(block_m=128, keys_stages=2, block_n=128, queries_stages=3),
+        "64, 64": BackwardConfig(block_m=64, keys_stages=4, block_n=64, queries_stages=4),
+        "64, 128, one tile per program": BackwardConfig(
+            block_m=64, keys_stages=3, block_n=128, queries_stages=3, persistent=False
+        ),
+    },
+    128: {
+        "64, 128": BACKWARD[128, False],
+        "64, 64": BackwardConfig(block_m=64, block_n=64),
+        "64, 64, three stages": BackwardConfig(
+            block_m=64, block_n=64, keys_stages=3, keys_own_out=False, queries_stages=3
+        ),
+        "64, 128, shared output": BackwardConfig(block_n=128, keys_own_out=False, queries_own_out=False),
+        "64, 128, one tile per program": BackwardConfig(block_n=128, persistent=False),
+    },
+}
+
+
+def backward_config(head_dim: int, banded: bool) -> BackwardConfig:
+    """The configuration for a head dimension, with or without a right or left bound to the band."""
+    return BACKWARD[head_dim, banded]

@@ -8,6 +8,10 @@ LOG2_E = 1.4426950408889634
 L2_BYTES = 32 << 20
 
 
+#: Row statistics of the backward are padded to a multiple of every tile of queries.
+STATISTICS_ROWS = 128
+
+
 @dataclass(frozen=True)
 class Band:
     """The keys [p - left, p + right] around a query's position p; an open side has its flag False."""
@@ -36,6 +40,36 @@ class ForwardOptions:
     heads_inner: bool
     own_out: bool
     registers: int
+
+
+@dataclass(frozen=True)
+class KeysOptions:
+    """What the kernel for the gradients of keys and values is compiled for."""
+
+    head_dim: int
+    has_left: bool
+    has_right: bool
+    lower_right: bool
+    key_lengths: bool
+    block_m: int
+    stages: int
+    heads_inner: bool
+    own_out: bool
+
+
+@dataclass(frozen=True)
+class QueriesOptions:
+    """What the kernel for the gradients of queries is compiled for."""
+
+    head_dim: int
+    has_left: bool
+    has_right: bool
+    lower_right: bool
+    key_lengths: bool
+    block_n: int
+    stages: int
+    heads_inner: bool
+    own_out: bool
 
 
 @dataclass(frozen=True)
@@ -101,3 +135,60 @@ def forward_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
         registers=config.registers,
     )
     return Plan(min(total, multiprocessors) if config.persistent else total, scalars, options)
+
+
+def _backward_plan(problem, band: Band, config, multiprocessors: int, rows: int, heads: int, options, extra) -> Plan:
+    """A launch over tiles of 128 ``rows`` of each of ``heads`` heads."""
+    batch = problem.query.shape[0]
+    blocks = math.ceil(rows / 128)
+    total = blocks * batch * heads
+    scalars = {
+        "scale": problem.scale,
+        "scale_log2": problem.scale * LOG2_E,
+        "Lq": problem.query.shape[2],
+        "Lk": problem.key.shape[2],
+        "left": band.left,
+        "right": band.right,
+        "group": problem.group_size,
+        "blocks": blocks,
+        "heads": batch * heads,
+        "section": min(heads_in_l2(problem), batch * heads),
+        **extra,
+    }
+    return Plan(min(total, multiprocessors) if config.persistent else total, scalars, options)
+
+
+def _band_options(problem, band: Band, config) -> dict:
+    return {
+        "head_dim": problem.query.shape[3],
+        "has_left": band.has_left,
+        "has_right": band.has_right,
+        "lower_right": band.lower_right,
+        "key_lengths": problem.key_lengths is not None,
+        "heads_inner": band.has_right if config.heads_inner is None else config.heads_inner,
+    }
+
+
+def keys_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
+    """Arguments of :func:`.backward_keys.gradients_of_keys` but tensors and descriptors."""
+    options = KeysOptions(
+        block_m=config.block_m,
+        stages=config.keys_stages,
+        own_out=config.keys_own_out,
+        **_band_options(problem, band, config),
+    )
+    heads = problem.key.shape[1]
+    return _backward_plan(problem, band, config, multiprocessors, problem.key.shape[2], heads, options, {"Hkv": heads})
+
+
+def queries_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
+    """Arguments of :func:`.backward_queries.gradients_of_queries` but tensors and descriptors."""
+    options = QueriesOptions(
+        block_n=config.block_n,
+        stages=config.queries_stages,
+        own_out=config.queries_own_out,
+        **_band_options(problem, band, config),
+    )
+    heads, rows = problem.query.shape[1:3]
+    extra = {"Hq": heads, "padded": math.ceil(rows / STATISTICS_ROWS) * STATISTICS_ROWS}
+    return _backward_plan(problem, band, config, multiprocessors, rows, heads, options, extra)

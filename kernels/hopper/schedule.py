@@ -93,3 +93,22 @@ def key_tile(i, edge, low, low_edge, high):
     from_high = high - 1 - i
     skipped = gl.where(i > edge + low_edge, from_high + low_edge, low + i - edge - 1)
     return gl.where(i <= edge, from_high, skipped)
+
+
+@gluon.jit
+def queries_of_keys(first, band, length, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HAS_LEFT: gl.constexpr,
+                    HAS_RIGHT: gl.constexpr):
+    """(first tile, count) of the tiles of BLOCK_M queries that see any of the keys [first, first + BLOCK_N).
+
+    ``band`` as in :func:`keys_of_queries`.
+    """
+    Lq, offset, left, right = band
+    start = Lq * 0
+    end = Lq
+    if HAS_RIGHT:
+        start = gl.maximum(first - right - offset, 0)
+    if HAS_LEFT:
+        end = gl.minimum(end, gl.minimum(first + BLOCK_N, length) + left - offset)
+    low = start // BLOCK_M
+    count = gl.maximum(gl.cdiv(gl.maximum(end, 0), BLOCK_M) - low, 0)
+    return low, gl.where(first < length, count, 0)

@@ -1,0 +1,198 @@
+"""The Hopper backward kernels' own source, run on the CPU emulator against fp64 autograd."""
+
+import math
+
+import pytest
+import torch
+from gluon_emulator import Descriptor, EmulationError, Pointer
+from gluon_emulator_language import load_kernels
+from hopper_cases import KERNELS, definition, make_case
+
+from fastattn.kernels.hopper.configs import BackwardConfig
+from fastattn.kernels.hopper.plan import LOG2_E, STATISTICS_ROWS, band_of, keys_plan, queries_plan
+
+INGREDIENTS = ["primitives", "schedule", "band"]
+
+
+def saved(problem):
+    """(gradients in fp64, grad_out, lse_2, delta): the truth, and what the kernels get from the forward."""
+    leaves = [t.double().requires_grad_() for t in (problem.query, problem.key, problem.value)]
+    out, lse = definition(problem, *leaves)
+    generator = torch.Generator().manual_seed(1)
+    grad_out = torch.randn(out.shape, generator=generator).to(problem.query.dtype)
+    grad_lse = torch.randn(lse.shape, generator=generator) / 4
+    sees = lse > -math.inf
+    ((out * grad_out.double()).sum() + (torch.where(sees, lse, 0.0) * grad_lse.double()).sum()).backward()
+    rows = lse.shape[0] * lse.shape[1]
+    padding = -lse.shape[2] % STATISTICS_ROWS
+    delta = torch.where(sees, (out * grad_out.double()).sum(-1) - grad_lse, 0.0).detach().float()
+    lse_2 = torch.where(sees, lse * LOG2_E, math.inf).detach().float()
+    lse_2 = torch.nn.functional.pad(lse_2, (0, padding), value=math.inf).reshape(rows, -1)
+    delta = torch.nn.functional.pad(delta, (0, padding)).reshape(rows, -1)
+    return [leaf.grad for leaf in leaves], grad_out, lse_2.contiguous(), delta.contiguous()
+
+
+def run_keys(problem, config, seed, programs, edits=()):
+    """(grad_key, grad_value) of the emulated kernel, and the truth."""
+    kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_keys"], edits)
+    (_, *expected), grad_out, lse_2, delta = saved(problem)
+    plan = keys_plan(problem, band_of(problem), config, programs)
+    D = problem.query.shape[-1]
+    grads = [torch.full_like(t, float("nan")) for t in (problem.key, problem.value)]
+    queries, keys, rows = [1, 1, config.block_m, D], [1, 1, 64, D], [1, config.block_m]
+    tensors = {
+        "q_desc": Descriptor(problem.query, queries),
+        "do_desc": Descriptor(grad_out, queries),
+        "lse_desc": Descriptor(lse_2, rows),
+        "delta_desc": Descriptor(delta, rows),
+        "k_desc": Descriptor(problem.key, keys),
+        "v_desc": Descriptor(problem.value, keys),
+        "dk_desc": Descriptor(grads[0], keys),
+        "dv_desc": Descriptor(grads[1], keys),
+        "lengths": Pointer(problem.key_lengths if problem.key_lengths is not None else lse_2),
+    }
+    arguments = {**tensors, **plan.scalars, "OPTIONS": plan.options}
+    kernels.launch("gradients_of_keys", plan.programs, arguments, seed)
+    return grads, expected
+
+
+def run_queries(problem, config, seed, programs, edits=()):
+    """[grad_query] of the emulated kernel, and the truth."""
+    kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_queries"], edits)
+    (expected, *_), grad_out, lse_2, delta = saved(problem)
+    plan = queries_plan(problem, band_of(problem), config, programs)
+    D = problem.query.shape[-1]
+    grad = torch.full_like(problem.query, float("nan"))
+    queries, keys = [1, 1, 64, D], [1, 1, config.block_n, D]
+    tensors = {
+        "q_desc": Descriptor(problem.query, queries),
+        "do_desc": Descriptor(grad_out, queries),
+        "k_desc": Descriptor(problem.key, keys),
+        "v_desc": Descriptor(problem.value, keys),
+        "dq_desc": Descriptor(grad, queries),
+        "lse_ptr": Pointer(lse_2),
+        "delta_ptr": Pointer(delta),
+        "lengths": Pointer(problem.key_lengths if problem.key_lengths is not None else lse_2),
+    }
+    arguments = {**tensors, **plan.scalars, "OPTIONS": plan.options}
+    kernels.launch("gradients_of_queries", plan.programs, arguments, seed)
+    return [grad], [expected]
+
+
+RUNS = {"keys": run_keys, "queries": run_queries}
+
+
+def check_backward(run, problem, config, seed=0, programs=2, edits=()):
+    grads, expected = RUNS[run](problem, config, seed, programs, edits)
+    eps = torch.finfo(problem.query.dtype).eps
+    for grad, truth in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad.double(), truth, rtol=2 * eps, atol=2 * eps * max(1.0, truth.abs().max().item()))
+
+
+SMALL = BackwardConfig()
+
+PROBLEMS = {
+    "plain": {"Lq": 256, "Lk": 256},
+    "ragged": {"Lq": 131, "Lk": 200},
+    "one key": {"Lq": 65, "Lk": 1},
+    "one query": {"Lq": 1, "Lk": 257},
+    "causal": {"Lq": 320, "Lk": 320, "causal": "upper_left"},
+    "causal, more keys": {"Lq": 130, "Lk": 333, "causal": "upper_left"},
+    "lower right": {"Lq": 130, "Lk": 333, "causal": "lower_right"},
+    "lower right, more queries": {"Lq": 333, "Lk": 130, "causal": "lower_right"},
+    "window": {"Lq": 390, "Lk": 390, "window": (70, 33)},
+    "window, causal": {"Lq": 390, "Lk": 390, "window": (100, None), "causal": "upper_left"},
+    "narrow window": {"Lq": 200, "Lk": 450, "window": (0, 0), "causal": "lower_right"},
+    "left only": {"Lq": 300, "Lk": 300, "window": (64, None)},
+    "key lengths": {"B": 3, "H": 1, "Lq": 140, "Lk": 200, "lengths": (0, 77, 200)},
+    "key lengths, lower right": {"B": 3, "H": 1, "Lq": 140, "Lk": 200, "lengths": (3, 128, 197), "causal": "lower_right"},
+    "grouped heads": {"B": 2, "H": 6, "group": 3, "Lq": 128, "Lk": 128},
+    "grouped heads, causal": {"H": 4, "group": 2, "Lq": 200, "Lk": 300, "causal": "upper_left"},
+    "fp16": {"Lq": 192, "Lk": 192, "dtype": torch.float16, "causal": "upper_left"},
+    "D=128": {"Lq": 128, "Lk": 192, "D": 128},
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("run", RUNS)
+def test_every_problem(run, name):
+    check_backward(run, make_case(**PROBLEMS[name]), SMALL, seed=len(name))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BackwardConfig(block_m=128, block_n=128),
+        BackwardConfig(keys_stages=3, queries_stages=3),
+        BackwardConfig(persistent=False),
+        BackwardConfig(keys_own_out=False, queries_own_out=False, heads_inner=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("run", RUNS)
+def test_every_switch(run, config):
+    for seed, name in enumerate(("causal", "ragged", "window, causal", "key lengths")):
+        check_backward(run, make_case(**PROBLEMS[name]), config, seed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("run", RUNS)
+def test_many_schedules(run, seed):
+    config = BackwardConfig(keys_stages=2 + seed % 2, queries_stages=2 + seed % 2)
+    check_backward(run, make_case(H=3, Lq=260, Lk=260, causal="upper_left"), config, seed, programs=3)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_padded_nan_does_not_leak(run):
+    problem = make_case(B=2, H=2, Lq=140, Lk=200, lengths=(77, 130))
+    for b, length in enumerate((77, 130)):
+        problem.key[b, :, length:] = math.nan
+        problem.value[b, :, length:] = math.nan
+    check_backward(run, problem, SMALL)
+
+
+KEYS_FAULTS = {
+    "the producer does not wait for a free Q": ("                mbarrier.wait(q_empty.index(stage), free)\n", ""),
+    "the producer does not wait for a free dO": ("                mbarrier.wait(do_empty.index(stage), free)\n", ""),
+    "the producer does not wait for free keys": (
+        "            mbarrier.wait(kv_empty.index(c), (round_ & 1) ^ 1)\n",
+        "",
+    ),
+    "lse is not expected": (" + lse_desc.block_type.nbytes", ""),
+    "dO released before dV is done": ("dv = warpgroup_mma_wait(1, deps=[dv_token])", "dv = warpgroup_mma_wait(2, deps=[dv_token])"),
+    "dO used before it is there": ("            mbarrier.wait(do_full.index(stage), parity)\n", ""),
+    "one arrival frees Q": ("q_empty = new_barriers(STAGES, 2)", "q_empty = new_barriers(STAGES, 1)"),
+    "no fence before the TMA stores": ("        fence_async_shared()\n        tma_store", "        tma_store"),
+    "gradients staged over a store in flight": ("        tma.store_wait(0)\n        dk_tile =", "        dk_tile ="),
+    "a group's second head skipped": ("for i in range(0, count * group)", "for i in range(0, count)"),
+    "padded keys get gradients": ("real = gl.convert_layout(key, gl.SliceLayout(1, d_layout)) < length", "real = gl.convert_layout(key, gl.SliceLayout(1, d_layout)) < Lk"),
+    "tiles on the diagonal not masked": ("cut = start + offset + right < first + 127", "cut = start + offset + right < first - 127"),
+}
+
+QUERIES_FAULTS = {
+    "the producer does not wait for a free K": ("            mbarrier.wait(k_empty.index(stage), free)\n", ""),
+    "the producer does not wait for a free V": ("            mbarrier.wait(v_empty.index(stage), free)\n", ""),
+    "the producer does not wait for free queries": (
+        "            mbarrier.wait(q_empty.index(c), (round_ & 1) ^ 1)\n",
+        "",
+    ),
+    "K released before dQ is done": ("dq = warpgroup_mma_wait(0, deps=[dq_token])", "dq = warpgroup_mma_wait(1, deps=[dq_token])"),
+    "delta dropped": ("(dp - delta[:, None])", "dp"),
+    "no fence before the TMA store": ("        fence_async_shared()\n        tma_store", "        tma_store"),
+    "padded keys reach dQ": ("zero_tail(k_tile, length - start, CONSUMER, OPTIONS)", "pass"),
+    "padded values reach dQ": ("ds = gl.where(p == 0.0, 0.0, ds)", "pass"),
+    "border tiles not masked": ("cut = i <= edge + low_edge", "cut = False"),
+}
+
+FAULTS = [("keys", name) for name in KEYS_FAULTS] + [("queries", name) for name in QUERIES_FAULTS]
+
+
+@pytest.mark.parametrize("run, fault", FAULTS)
+def test_faults_are_caught(run, fault):
+    old, new = (KEYS_FAULTS if run == "keys" else QUERIES_FAULTS)[fault]
+    problem = make_case(B=2, H=4, group=2, Lq=300, Lk=300, lengths=(170, 300), causal="upper_left")
+    problem.key[0, :, 170:] = math.nan
+    problem.value[0, :, 170:] = math.nan
+    with pytest.raises((EmulationError, AssertionError)):
+        for seed in range(12):
+            check_backward(run, problem, SMALL, seed, edits=[(f"backward_{run}", old, new)])
