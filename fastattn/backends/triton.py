@@ -1,0 +1,101 @@
+"""The GPU backend: plain Triton kernels, and on Hopper the warp-specialised ones for what they take.
+
+With ``TRITON_INTERPRET=1`` set before Triton is imported it takes CPU tensors, for checking.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastattn.problem import Problem
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_HEAD_DIM = 512
+LEAST_CAPABILITY = (8, 0)
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU instead of compiling them."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the backend cannot be used at all, else None."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton is not installed ({error}): pip install triton==3.6.0"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        return f"Triton {triton.__version__} is too old: 3.6 or newer is needed"
+    if not interpreted() and not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return None
+
+
+@cache
+def _device_reason(index: int) -> str | None:
+    if torch.version.hip:
+        return "AMD devices are not supported"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        name = torch.cuda.get_device_name(index)
+        return f"{name} has capability {capability[0]}.{capability[1]}, 8.0 or newer is needed"
+    return None
+
+
+def reasons(problem: Problem) -> list[str]:
+    """Why the backend cannot take the problem; empty if it can."""
+    query = problem.query
+    why = []
+    if query.is_cuda:
+        reason = _device_reason(query.get_device())
+        why += [reason] if reason else []
+    elif not (query.device.type == "cpu" and interpreted()):
+        why.append(f"the tensors are on {query.device}, not on a CUDA device")
+    if query.dtype not in DTYPES:
+        why.append(f"dtype {query.dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}")
+    largest = max(query.shape[-1], problem.value.shape[-1])
+    if largest > LARGEST_HEAD_DIM:
+        why.append(f"the head dimension is {largest}, over {LARGEST_HEAD_DIM}")
+    if max(query.shape[2], problem.key.shape[2]) >= 2**30:
+        why.append("a sequence is longer than 2^30")
+    return why
+
+
+def forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
+    from fastattn.kernels import hopper, launch
+
+    if not launch.splits_keys(problem) and not hopper.reasons(problem):
+        hopper.forward(problem, out, lse)
+    else:
+        launch.forward(problem, out, lse)
+
+
+def backward(
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    from fastattn.kernels import launch
+
+    launch.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
+
+
+def weights(problem: Problem, lse: Tensor, out: Tensor, average: bool) -> None:
+    from fastattn.kernels import launch
+
+    launch.weights(problem, lse, out, average)

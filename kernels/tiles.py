@@ -1,0 +1,29 @@
+"""Loading and storing tiles of [L, D] matrices whose edges may be ragged."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(base, row0, stride, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr):
+    """[BLOCK, BLOCK_D] at row0 of a matrix with ``rows`` rows of D elements; zeros outside.
+
+    RAGGED False promises that all BLOCK rows exist.
+    """
+    r = row0 + tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    pointers = base + r[:, None].to(tl.int64) * stride + d[None, :]
+    if RAGGED:
+        return tl.load(pointers, mask=(r < rows)[:, None] & (d < D)[None, :], other=0.0)
+    if BLOCK_D == D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, x, row0, stride, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store [BLOCK, BLOCK_D] at row0 of a matrix with ``rows`` rows of D elements, converted to its dtype."""
+    r = row0 + tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    pointers = base + r[:, None].to(tl.int64) * stride + d[None, :]
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=(r < rows)[:, None] & (d < D)[None, :])
