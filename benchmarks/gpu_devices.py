@@ -20,6 +20,7 @@ CHECKS = (
     "module_weights",
     "autocast",
     "public_gradients",
+    "forbidden_column",
     "explain",
     "refusals",
 )
@@ -327,6 +328,27 @@ def public_gradients(device: str, backend: str) -> None:
     scores = query.double() @ key.double().mT / 8.0 + exact_bias
     (expected_grad,) = torch.autograd.grad((scores.softmax(-1) @ value.double()).square().sum(), exact_bias)
     _close(grad, expected_grad, "gradient of the bias", 4e-2)
+
+
+def forbidden_column(device: str, backend: str) -> None:
+    """A key that a bias of -inf hides from every query may hold NaN, in ragged tiles too."""
+    import torch
+
+    from fastattn.problem import make_problem
+    from gpu_problems import fresh_results, load_backend
+
+    engine = load_backend(backend)
+    query, key, value = _tensors(device, 1, 2, 40, 64)
+    bias = torch.randn(1, 1, 40, 40).to(device, torch.bfloat16)
+    bias[..., 7] = -torch.inf
+    grad_out = torch.ones_like(query)
+    clean = fresh_results(engine, make_problem(query, key, value, attn_mask=bias), grad_out)
+    for poisoned in (value, key):
+        poisoned[..., 7, :] = torch.nan
+        results = fresh_results(engine, make_problem(query, key, value, attn_mask=bias), grad_out)
+        for name, tensor in results.items():
+            if not torch.equal(tensor, clean[name]):
+                raise AssertionError(f"NaN in a forbidden key changes {name}")
 
 
 def explain(device: str, backend: str) -> None:

@@ -31,6 +31,7 @@ from gpu_result import ResultFile
 
 WORKER = Path(__file__).with_name("gpu_worker.py")
 START_SECONDS = 150.0  # a cold import of torch by many processes at once
+GRACE_SECONDS = 12.0  # what a task that runs at the deadline may still take
 
 
 @dataclass
@@ -121,13 +122,13 @@ class Pool:
         log_folder: Path,
         workers: int = 1,
         stage_limit: int = 3,
-        command: list[str] | None = None,
+        preload: tuple[str, ...] = ("torch",),
         environment: dict[str, str] | None = None,
         progress=lambda text: None,
     ) -> None:
         self.result, self.source, self.deadline = result, source, deadline
         self.log_folder, self.workers, self.stage_limit = log_folder, workers, stage_limit
-        self.command = command or [sys.executable, "-u", str(WORKER)]
+        self.command = [sys.executable, "-u", str(WORKER), *preload]
         self.environment = os.environ | (environment or {})
         self.progress = progress
         self._failures: Counter[str] = Counter()
@@ -165,13 +166,10 @@ class Pool:
 
     def _take(self) -> Task | None:
         with self._lock:
-            while self._pending:
-                task = self._pending.popleft()
-                if time.monotonic() < self.deadline:
-                    return task
-                self._record(task, "skipped", None, "out of time")
-                self.result.finish(task.key, "skipped", 0.0, self.source)
-            return None
+            if self._pending and time.monotonic() >= self.deadline:
+                self.result.leave_out(((task.part, task.key) for task in self._pending), self.source)
+                self._pending.clear()
+            return self._pending.popleft() if self._pending else None
 
     def _attempt(self, task: Task, worker: _Worker | None, log: Path) -> tuple[str, _Worker | None]:
         """Run a task to its end, without the stages that take the process down."""
@@ -187,7 +185,7 @@ class Pool:
                     stage = None
                 worker.send({"handler": task.handler, "arguments": task.arguments, "skip": skip})
                 while True:
-                    answer = worker.receive(min(task.timeout, self.deadline + task.timeout - time.monotonic()))
+                    answer = worker.receive(min(task.timeout, self.deadline + GRACE_SECONDS - time.monotonic()))
                     if "stage" in answer:
                         stage = answer["stage"]
                     elif "row" in answer:
@@ -196,8 +194,11 @@ class Pool:
                         return answer["end"], worker
             except _Died as death:
                 worker = None
+                if time.monotonic() > self.deadline:
+                    self._record(task, "skipped", stage, "out of time")
+                    return "skipped", None
                 self._record(task, death.status, stage, str(death))
-                if stage is None or stage == "start" or stage in skip or time.monotonic() > self.deadline:
+                if stage is None or stage == "start" or stage in skip:
                     return death.status, None
                 with self._lock:
                     self._failures[stage] += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 SCHEMA = 1
@@ -58,6 +59,15 @@ class ResultFile:
     def finish(self, key: str, status: str, seconds: float, source: str) -> None:
         with self._lock:
             self.content["tasks"][key] = {"status": status, "seconds": round(seconds, 2), "source": source}
+            self._write()
+
+    def leave_out(self, tasks: Iterable[tuple[str, str]], source: str) -> None:
+        """Note (part, key) of tasks that there was no time for."""
+        with self._lock:
+            for part, key in tasks:
+                left_out = {"part": part, "task": key, "source": source, "stage": None}
+                self.rows.append(left_out | {"status": "skipped", "error": "out of time"})
+                self.content["tasks"][key] = {"status": "skipped", "seconds": 0.0, "source": source}
             self._write()
 
     def _write(self) -> None:

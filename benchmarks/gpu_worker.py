@@ -1,4 +1,7 @@
-"""A worker process of gpu_pool.py: reads tasks as JSON lines, answers in JSON lines."""
+"""A worker process of gpu_pool.py: reads tasks as JSON lines, answers in JSON lines.
+
+Its arguments are the modules to import before it says that it is ready.
+"""
 
 from __future__ import annotations
 
@@ -89,9 +92,11 @@ def main() -> None:
         answers.write(json.dumps(message) + "\n")
 
     use_checkout()
-    import torch
-
-    torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
     send({"ready": True})
     for line in sys.stdin:
         task = json.loads(line)
@@ -108,7 +113,7 @@ def main() -> None:
             end = "error"
         _die_with_the_device()  # a fault that no call has reported yet
         gc.collect()
-        if torch.cuda.is_available():
+        if torch is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
         send({"end": end})
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -79,7 +80,8 @@ def run_pool(tmp_path, monkeypatch):
         environment = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
         deadline = time.monotonic() + seconds
         logs = tmp_path / "logs"
-        Pool(result, "source", deadline, logs, workers, environment=environment, **options).run(tasks, resume)
+        options = {"environment": environment, "preload": ()} | options
+        Pool(result, "source", deadline, logs, workers, **options).run(tasks, resume)
         return result
 
     return run
@@ -210,6 +212,21 @@ def test_without_a_gpu_a_run_says_what_can_be_done():
     finished = run_script("check")
     assert finished.returncode == 2
     assert "--dry-run" in finished.stderr
+
+
+def test_a_bare_checkout_finds_its_kernels(tmp_path):
+    """Nothing is installed, and nothing maps kernels/ to fastattn.kernels but the script itself."""
+    for folder in ("fastattn", "kernels", "benchmarks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=lambda path, names: {"__pycache__"} & set(names))
+    linked = tmp_path / "fastattn" / "kernels"
+    if linked.is_dir():
+        shutil.rmtree(linked)
+    code = "import gpu_environment as e; e.use_checkout(); import fastattn, fastattn.kernels as k; print(k.__file__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "benchmarks", capture_output=True, text=True, env=environment
+    )
+    assert finished.stdout.strip() == str(tmp_path / "kernels" / "__init__.py"), finished.stderr
 
 
 def test_an_unknown_part_is_named():
