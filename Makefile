@@ -62,7 +62,7 @@ $(VENV)/torch.stamp: requirements-torch.txt requirements-triton.txt
 	else \
 		$(PYTHON) -m venv $(VENV) && $(PIP) install -r requirements-torch.txt; \
 	fi
-	$(RUN) -c 'import torch; print("torch==" + torch.__version__)' > $(PINS)
+	$(RUN) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(PINS)
 	$(RUN) -c 'import triton' 2>/dev/null || $(PIP) install -c $(PINS) -r requirements-triton.txt
 	touch $@
 

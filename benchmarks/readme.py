@@ -43,9 +43,7 @@ def render(text: str, results: list[dict]) -> str:
 def where(result: dict) -> str:
     machine, versions = result["machine"], result["versions"]
     isa = result["parts"]["one thread"]["isa"]
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, engine `{isa}`, torch {versions['torch']}, {result['date']}."
-    )
+    return f"{machine['cpu']}, {machine['cores']} cores, engine `{isa}`, torch {versions['torch']}, {result['date']}."
 
 
 def _lines(result: dict, part: str, group: str) -> list[dict]:

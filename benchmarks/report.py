@@ -100,7 +100,7 @@ def print_result(result: dict) -> None:
     )
     figures = ("fp32 GFLOP/s", "bf16 GFLOP/s", "read GB/s", "copy GB/s")
     console.print(tables.table("Ceilings", ("part", "instruction set"), figures, tables.ceiling_rows(result)))
-    right = ("fastattn ms", "torch ms", "naive ms", "torch / fastattn", "naive / fastattn", "GFLOP/s", "of ceiling")
+    right = ("fastattn ms", *(f"x {peer}" for peer in tables.PEERS), "GFLOP/s", "of ceiling")
     for part in result["parts"]:
         rows = tables.line_rows(line for line in result["lines"] if line["part"] == part)
         if rows:

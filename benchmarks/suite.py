@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from benchmarks import onnx_peer
 from benchmarks.workloads import ModuleWorkload, Workload
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -128,7 +129,10 @@ def rate_entries(dtype: torch.dtype, column: int) -> Iterator[Entry]:
             targets.append(Target("ratio", ">=", 0.9, "float32"))
         if shape == (2, 8, 2048, 64) and (dtype, causal, backward) in AGAINST_TORCH:
             targets.append(Target("ratio", ">=", AGAINST_TORCH[dtype, causal, backward], "torch"))
-        yield Entry("rate", workload, peers_for(workload), beside, tuple(targets), seconds=2.5)
+        peers = peers_for(workload)
+        if dtype == FP32 and not backward and onnx_peer.installed():
+            peers += ("onnxruntime",)
+        yield Entry("rate", workload, peers, beside, tuple(targets), seconds=2.5)
 
 
 def ingredient_entries() -> Iterator[Entry]:

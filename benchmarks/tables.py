@@ -8,6 +8,8 @@ from rich.table import Table
 
 from benchmarks.suite import MEMORY_TARGET
 
+PEERS = ("torch", "naive", "onnxruntime")
+
 
 def table(title: str, left: Iterable[str], right: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     """A table with columns of words, aligned left, and of figures, aligned right."""
@@ -26,10 +28,6 @@ def markdown(left: Iterable[str], right: Iterable[str], rows: Iterable[Iterable[
     lines = [f"| {' | '.join(left + right)} |", f"|{'---|' * len(left)}{'---:|' * len(right)}"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)
-
-
-def milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:.3g}"
 
 
 def times(ratio: float | None) -> str:
@@ -66,7 +64,7 @@ def target_rows(result: dict) -> list[list[str]]:
 
 
 def line_rows(lines: Iterable[dict]) -> list[list[str]]:
-    """group, workload, milliseconds of fastattn, torch and naive, ratios, GFLOP/s, share of the ceiling."""
+    """group, workload, milliseconds of fastattn, ratios of peers, GFLOP/s, share of the ceiling."""
     rows = []
     for line in lines:
         seconds, ratio = line["seconds"], line["ratio"]
@@ -74,11 +72,8 @@ def line_rows(lines: Iterable[dict]) -> list[list[str]]:
             [
                 line["group"],
                 line["workload"],
-                milliseconds(seconds["fastattn"]),
-                milliseconds(seconds.get("torch")),
-                milliseconds(seconds.get("naive")),
-                times(ratio.get("torch")),
-                times(ratio.get("naive")),
+                f"{1e3 * seconds['fastattn']:.3g}",
+                *(times(ratio.get(peer)) for peer in PEERS),
                 f"{line['flops'] / seconds['fastattn'] / 1e9:.0f}",
                 f"{line['share']:.2f}",
             ]
@@ -91,7 +86,7 @@ def slower_rows(result: dict) -> list[list[str]]:
     return [
         [line["part"], line["workload"], peer, times(line["ratio"][peer])]
         for line in result["lines"]
-        for peer in ("torch", "naive")
+        for peer in PEERS
         if line["ratio"].get(peer, 1.0) < 1.0
     ]
 

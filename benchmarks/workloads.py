@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
+from benchmarks import onnx_peer
 from fastattn.problem import make_problem
 from fastattn.testing import assert_within_budget, run_reference
 
@@ -133,7 +134,12 @@ class Inputs:
                 leaf.requires_grad_()
 
     def call(self, implementation: str) -> Callable[[], object]:
-        """A function without arguments: one call of "naive", "torch" or "fastattn", gradients included."""
+        """A function without arguments: one call, gradients included.
+
+        ``implementation`` is "naive", "torch", "fastattn" or, for plain float32 forward, "onnxruntime".
+        """
+        if implementation == "onnxruntime":
+            return onnx_peer.attention(self.query, self.key, self.value, self.workload.causal)
         forward = {"naive": self._naive, "torch": self._torch, "fastattn": self._fastattn}[implementation]
         if not self.workload.backward:
             return forward

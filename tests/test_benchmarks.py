@@ -62,6 +62,15 @@ def test_a_wrong_result_is_not_timed(dtype: torch.dtype, backward: bool, monkeyp
         Workload(**SMALL, dtype=dtype, backward=backward).make().check()
 
 
+@pytest.mark.parametrize("causal", (False, True))
+def test_onnxruntime_computes_the_same(causal: bool) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    inputs = Workload(**SMALL, causal=causal).make()
+    theirs = inputs.call("onnxruntime")().unflatten(-1, (4, 16)).transpose(1, 2)
+    torch.testing.assert_close(theirs, inputs.call("torch")(), rtol=1e-4, atol=1e-5)
+
+
 def test_large_workloads_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a head, or its first queries, are compared; an error there is still found."""
     monkeypatch.setattr(workloads, "LONGEST_CHECKED_HEAD", 512)
