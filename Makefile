@@ -73,7 +73,8 @@ $(VENV)/packages.stamp: $(VENV)/torch.stamp requirements.txt
 # FASTATTN_BUILD_EMULATED adds a software model of the bf16 dot product, so that its kernels are
 # tested on machines without the instruction; it is never chosen by itself.
 $(VENV)/installed.stamp: $(VENV)/packages.stamp $(BUILD_SOURCES)
-	FASTATTN_BUILD_EMULATED=1 $(PIP) install --no-build-isolation --no-deps -e .
+	FASTATTN_BUILD_EMULATED=1 $(PIP) install -v --no-build-isolation --no-deps -e .
+	$(RUN) -c 'from fastattn import _C'  # setup.py lets an installation without the engine pass; this does not
 	touch $@
 
 clean:
