@@ -1,7 +1,6 @@
-"""Part ``ablate``: the Hopper kernels' design choices, each switched alone, against its prediction.
+"""Part ``ablate``: the Hopper kernels' design choices, each switched alone.
 
-Starts from the configuration that the engine chooses and changes one switch at a time. Where
-kernels/hopper/configs.py states a prediction for a switch, the row carries it beside the outcome.
+Starts from the configuration that the engine chooses and changes one switch at a time.
 """
 
 from __future__ import annotations

@@ -35,35 +35,59 @@ def problem_of(setup: Setup):
     return make_problem(*tensors, **setup.arguments())
 
 
-def hopper_forward(setup: Setup) -> list[Candidate]:
-    """kernels/hopper/configs.py, forward."""
-    from fastattn.kernels.hopper import capability, configs, launch
+def hopper(direction: str, switched: bool) -> Callable[[Setup], list[Candidate]]:
+    """kernels/hopper/configs.py: its candidates, or with ``switched`` its choice with one switch changed."""
 
-    problem = problem_of(setup)
-    refusals = capability.reasons(problem)
-    if refusals:
-        raise Unsupported("; ".join(refusals))
-    banded = setup.causal is not None or setup.window is not None
-    chosen = configs.forward_config(setup.head_dim, banded)
-    named = {"chosen": chosen} | {
-        name: config for name, config in configs.FORWARD_CANDIDATES[setup.head_dim].items() if config != chosen
-    }
-    return _forward_candidates(launch.forward, problem, named, chosen)
+    def list_candidates(setup: Setup) -> list[Candidate]:
+        from fastattn.kernels.hopper import capability, configs
+
+        problem = problem_of(setup)
+        refusals = capability.reasons(problem)
+        table = {"forward": configs.FORWARD_CANDIDATES, "backward": configs.BACKWARD_CANDIDATES}[direction]
+        if setup.head_dim not in table:
+            refusals = [*refusals, f"there is no {direction} for D = {setup.head_dim}"]
+        if refusals:
+            raise Unsupported("; ".join(refusals))
+        choose = {"forward": configs.forward_config, "backward": configs.backward_config}[direction]
+        chosen = choose(setup.head_dim, setup.causal is not None or setup.window is not None)
+        named = {"chosen": chosen}
+        if switched:
+            named |= {
+                f"{name}={value}": dataclasses.replace(chosen, **{name: value}) for name, value in switches(chosen)
+            }
+        else:
+            named |= {name: config for name, config in table[setup.head_dim].items() if config != chosen}
+        if direction == "forward":
+            from fastattn.kernels.hopper.launch import forward
+
+            return _forward_candidates(forward, problem, named, chosen)
+        return _hopper_backward_candidates(setup, problem, named, chosen)
+
+    return list_candidates
 
 
-def hopper_forward_switches(setup: Setup) -> list[Candidate]:
-    """The engine's choice, and each of its switches changed alone."""
-    from fastattn.kernels.hopper import capability, configs, launch
+def _hopper_backward_candidates(setup: Setup, problem, named: dict, chosen) -> list[Candidate]:
+    from fastattn.kernels.hopper.launch import forward
+    from fastattn.kernels.hopper.launch_backward import backward
 
-    problem = problem_of(setup)
-    refusals = capability.reasons(problem)
-    if refusals:
-        raise Unsupported("; ".join(refusals))
-    chosen = configs.forward_config(setup.head_dim, setup.causal is not None or setup.window is not None)
-    switched = {"chosen": chosen} | {
-        f"{name}={value}": dataclasses.replace(chosen, **{name: value}) for name, value in switches(chosen)
-    }
-    return _forward_candidates(launch.forward, problem, switched, chosen)
+    out, lse = _forward_buffers(problem)
+    forward(problem, out, lse)
+    grad_out = setup.tensors["grad_out"]
+
+    def candidate(name: str, config) -> Candidate:
+        gradients = _gradient_buffers(problem, ("grad_query", "grad_key", "grad_value"))
+
+        def run() -> None:
+            backward(problem, out, lse, grad_out, None, *gradients.values(), config)
+
+        return Candidate(name, config == chosen, run, gradients)
+
+    return [candidate(name, config) for name, config in named.items()]
+
+
+def _gradient_buffers(problem, names: tuple[str, ...]) -> dict[str, Tensor]:
+    sources = {"grad_query": problem.query, "grad_key": problem.key, "grad_value": problem.value}
+    return {name: torch.full_like(sources[name], torch.nan) for name in names}
 
 
 def switches(config) -> list[tuple[str, bool]]:
@@ -133,10 +157,9 @@ def _triton_backward(kernel: str) -> Callable[[Setup], list[Candidate]]:
         grad_out = setup.tensors["grad_out"]
 
         def candidate(name: str, config) -> Candidate:
-            sources = {"grad_query": problem.query, "grad_key": problem.key, "grad_value": problem.value}
             wanted = ("grad_query",) if kernel == "grad_query" else ("grad_key", "grad_value")
-            buffers = {key: torch.full_like(sources[key], torch.nan) for key in wanted}
-            gradients = [buffers.get(key) for key in sources]
+            buffers = _gradient_buffers(problem, wanted)
+            gradients = [buffers.get(name) for name in ("grad_query", "grad_key", "grad_value")]
             configs = (None, config) if kernel == "grad_query" else (config, None)
 
             def run() -> None:
@@ -169,8 +192,10 @@ def _tile_name(config) -> str:
 
 #: By engine and direction.
 ENGINES: dict[tuple[str, str], Callable[[Setup], list[Candidate]]] = {
-    ("hopper", "forward"): hopper_forward,
-    ("hopper_switches", "forward"): hopper_forward_switches,
+    ("hopper", "forward"): hopper("forward", switched=False),
+    ("hopper", "backward"): hopper("backward", switched=False),
+    ("hopper_switches", "forward"): hopper("forward", switched=True),
+    ("hopper_switches", "backward"): hopper("backward", switched=True),
     ("triton", "forward"): triton_forward,
     ("triton", "grad_key_value"): _triton_backward("grad_key_value"),
     ("triton", "grad_query"): _triton_backward("grad_query"),

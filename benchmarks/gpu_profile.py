@@ -6,6 +6,7 @@ counters, gives a few metrics of the main ones. The clocks are left alone.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
@@ -16,7 +17,7 @@ from gpu_pool import Task
 
 METRICS = {
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
-    "sm__inst_executed_pipe_tensor_op_hmma.avg.pct_of_peak_sustained_active": "tensor_percent",
+    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor_percent",
     "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
     "dram__bytes.sum": "dram_bytes",
     "launch__registers_per_thread": "registers",
@@ -62,7 +63,7 @@ def run_torch(context, setup: dict, direction: str) -> None:
             call()
         torch.cuda.synchronize()
     for event in recorded.key_averages():
-        microseconds = event.device_time_total / 10
+        microseconds = event.self_device_time_total / 10
         if microseconds > 0.5:
             context.row(
                 "ok",
@@ -93,7 +94,8 @@ def run_ncu(context, setup: dict, direction: str) -> None:
             metric = METRICS.get(entry.get("Metric Name", ""))
             if metric:
                 kernel = kernels.setdefault((entry["ID"], entry["Kernel Name"]), {})
-                kernel[metric] = float(entry["Metric Value"].replace(",", "") or "nan")
+                with contextlib.suppress(ValueError):  # "n/a"
+                    kernel[metric] = float(entry["Metric Value"].replace(",", ""))
         if not kernels:
             text = " ".join((finished.stdout + finished.stderr).split())
             raise Unsupported(f"ncu reported no kernel: {text[-250:]}")
