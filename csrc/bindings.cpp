@@ -26,7 +26,8 @@ class Fields {
   }
   void integers(int64_t* values, int count) {
     PyObject* inner = next();
-    if (!PyTuple_Check(inner) || PyTuple_GET_SIZE(inner) != count) throw std::invalid_argument("malformed problem");
+    if (!PyTuple_Check(inner) || PyTuple_GET_SIZE(inner) != count)
+      throw std::invalid_argument("malformed problem");
     for (int i = 0; i < count; i++) values[i] = checked(PyLong_AsLongLong(PyTuple_GET_ITEM(inner, i)));
   }
   template <class T>
@@ -126,7 +127,8 @@ DType dtype_of(const std::string& name) {
   if (name == "bfloat16") return DType::bf16;
   if (name == "float16") return DType::f16;
   if (name == "float64") return DType::f64;
-  throw std::invalid_argument("dtype must be 'float32', 'bfloat16', 'float16' or 'float64', got '" + name + "'");
+  throw std::invalid_argument("dtype must be 'float32', 'bfloat16', 'float16' or 'float64', got '" + name +
+                              "'");
 }
 
 double probe_multiply_add(const std::string& dtype, int threads, int64_t rounds) {
@@ -152,9 +154,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("backward", &backward);
   m.def("weights", &weights);
   m.def("isa", [] { return engine().name; }, "The instruction set in use.");
-  m.def("set_isa", &select_engine, "Use an instruction set by name; ValueError if that is not possible here.");
+  m.def("set_isa", &select_engine,
+        "Use an instruction set by name; ValueError if that is not possible here.");
   m.def("available_isas", &available_engines, "The instruction sets that can be used here, the best first.");
   m.def("probe_multiply_add", &probe_multiply_add,
-        "Do `rounds` rounds of independent multiply-adds on each thread; returns the floating-point operations.");
+        "Do `rounds` rounds of independent multiply-adds on each thread; returns the floating-point "
+        "operations.");
   m.def("probe_read", &probe_read, "Read `count` floats once, all threads together.");
 }

@@ -16,6 +16,7 @@ struct Engine {
   void (*probe_read)(const float* data, int64_t count, int threads);
 };
 
-extern const Engine engine_portable, engine_avx2, engine_avx512, engine_avx512_bf16, engine_avx512_bf16_emulated;
+extern const Engine engine_portable, engine_avx2, engine_avx512, engine_avx512_bf16,
+    engine_avx512_bf16_emulated;
 
 }  // namespace fastattn

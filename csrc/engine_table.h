@@ -2,16 +2,11 @@
 // FASTATTN_ISA_NAMESPACE naming both the namespace and the instruction set.
 #pragma once
 
+#include "backward_run.h"
 #include "engine.h"
-#include "forward.h"
+#include "forward_run.h"
 #include "probe.h"
 #include "weights.h"
-#if __has_include("backward_run.h")
-#include "backward_run.h"
-#define FASTATTN_BACKWARD FASTATTN_ISA_NAMESPACE::backward
-#else
-#define FASTATTN_BACKWARD nullptr
-#endif
 
 #define FASTATTN_JOIN_(a, b) a##b
 #define FASTATTN_JOIN(a, b) FASTATTN_JOIN_(a, b)
@@ -21,12 +16,9 @@
 namespace fastattn {
 
 const Engine FASTATTN_JOIN(engine_, FASTATTN_ISA_NAMESPACE) = {
-    FASTATTN_TEXT(FASTATTN_ISA_NAMESPACE),
-    FASTATTN_ISA_NAMESPACE::forward,
-    FASTATTN_BACKWARD,
-    FASTATTN_ISA_NAMESPACE::weights,
-    FASTATTN_ISA_NAMESPACE::probe_multiply_add,
-    FASTATTN_ISA_NAMESPACE::probe_read,
+    FASTATTN_TEXT(FASTATTN_ISA_NAMESPACE),      FASTATTN_ISA_NAMESPACE::forward,
+    FASTATTN_ISA_NAMESPACE::backward,           FASTATTN_ISA_NAMESPACE::weights,
+    FASTATTN_ISA_NAMESPACE::probe_multiply_add, FASTATTN_ISA_NAMESPACE::probe_read,
 };
 
 }  // namespace fastattn

@@ -87,18 +87,19 @@ class Forward {
         blocks_(ceil_div(problem.queries, panels_per_item_ * width)) {}
 
   void run(int threads) const {
-    parallel_for(problem_.batch * problem_.query_heads * blocks_, threads, Workspace(*this, ScratchLayout()).bytes,
+    parallel_for(problem_.batch * problem_.query_heads * blocks_, threads,
+                 Workspace(*this, ScratchLayout()).bytes,
                  [this](int64_t item, void* scratch) { run_item(item, scratch); });
   }
 
  private:
   struct Panel {
     Range queries;
-    int columns;      // vectors with a query in them
-    Range any, all;   // keys that some, that every query sees
-    bool ready;       // every query has a reference
-    E* query;         // [key_depth][width]
-    S *out;           // [Dv][width]
+    int columns;         // vectors with a query in them
+    Range any, all;      // keys that some, that every query sees
+    bool ready;          // every query has a reference
+    E* query;            // [key_depth][width]
+    S* out;              // [Dv][width]
     S *reference, *sum;  // [width]
   };
 
@@ -177,10 +178,12 @@ class Forward {
     panel.ready = false;
     const T* query = query_.at(b, h, first);
     if constexpr (depth == 1)
-      pack_transposed<V>(query, query_.stride[2], panel.queries.size(), problem_.head_dim, S(1), panel.query, width);
+      pack_transposed<V>(query, query_.stride[2], panel.queries.size(), problem_.head_dim, S(1), panel.query,
+                         width);
 #ifdef FASTATTN_BF16_DOT
     else
-      pack_pairs_transposed(query, query_.stride[2], panel.queries.size(), problem_.head_dim, panel.query, width);
+      pack_pairs_transposed(query, query_.stride[2], panel.queries.size(), problem_.head_dim, panel.query,
+                            width);
 #endif
     memset(panel.out, 0, problem_.value_dim * width * sizeof(S));
     for (int j = 0; j < columns; j++) {
@@ -197,11 +200,13 @@ class Forward {
       return {key, key_.stride[2], value, value_.stride[2]};
     } else if constexpr (depth == 1) {
       copy_widened<V>(key, key_.stride[2], keys.size(), problem_.head_dim, work.key, key_depth_);
-      copy_widened<V>(value, value_.stride[2], keys.size(), problem_.value_dim, work.value, problem_.value_dim);
+      copy_widened<V>(value, value_.stride[2], keys.size(), problem_.value_dim, work.value,
+                      problem_.value_dim);
       return {work.key, key_depth_, work.value, problem_.value_dim};
     } else {
 #ifdef FASTATTN_BF16_DOT
-      interleave_row_pairs(value, value_.stride[2], keys.size(), problem_.value_dim, work.value, problem_.value_dim);
+      interleave_row_pairs(value, value_.stride[2], keys.size(), problem_.value_dim, work.value,
+                           problem_.value_dim);
       if (problem_.head_dim % 2 == 0 && key_.stride[2] % 2 == 0)
         return {reinterpret_cast<const E*>(key), key_.stride[2] / 2, work.value, problem_.value_dim};
       // Pairs must not reach into the next row.
@@ -261,11 +266,19 @@ class Forward {
     Reach reach[columns];
     long depth_end[columns];  // how many (pairs of) keys each vector reaches; never decreases
     for (int j = 0; j < panel.columns; j++) {
-      reach[j] = whole ? Reach{0, 0, rows, rows} : by_bytes ? Reach{0, rows, rows, rows} : band_reach(band, tile, j);
+      reach[j] = whole      ? Reach{0, 0, rows, rows}
+                 : by_bytes ? Reach{0, rows, rows, rows}
+                            : band_reach(band, tile, j);
       depth_end[j] = max(ceil_div(reach[j].end, depth), j ? depth_end[j - 1] : 0L);
     }
-    const ScoreBlock<V> block{work.products, work.bias, by_bytes ? work.seen : nullptr, work.kept,
-                              static_cast<S>(problem_.scale * log2_e), &band, tile.queries, tile.keys};
+    const ScoreBlock<V> block{work.products,
+                              work.bias,
+                              by_bytes ? work.seen : nullptr,
+                              work.kept,
+                              static_cast<S>(problem_.scale * log2_e),
+                              &band,
+                              tile.queries,
+                              tile.keys};
     score(panel, keys, rows, depth_end, work.products);
     S sum[width];
     if (!panel.ready || !weigh(panel, block, reach, depth_end, sum)) {
@@ -277,9 +290,9 @@ class Forward {
       S* total = panel.sum + j * V::lanes;
       V::store(total, V::add(V::load(total), V::load(sum + j * V::lanes)));
     }
-    gemm_columns<V, AccumulateStairs>(panel.columns, problem_.value_dim,
-                                      RowsContiguous<E>{keys.value, keys.value_stride},
-                                      reinterpret_cast<const E*>(work.products), width, depth_end, panel.out, width);
+    gemm_columns<V, AccumulateStairs>(
+        panel.columns, problem_.value_dim, RowsContiguous<E>{keys.value, keys.value_stride},
+        reinterpret_cast<const E*>(work.products), width, depth_end, panel.out, width);
   }
 
   Reach band_reach(const Band& band, const Tile& tile, int j) const {
@@ -294,15 +307,16 @@ class Forward {
   }
 
   // S^T, each key against the vectors that reach it.
-  void score(const Panel& panel, const KeyBlock<V>& keys, long rows, const long* depth_end, S* products) const {
+  void score(const Panel& panel, const KeyBlock<V>& keys, long rows, const long* depth_end,
+             S* products) const {
     long done = 0;
     for (int j = 0; j < panel.columns && done < rows; j++) {
       const long end = min(rows, depth_end[j] * depth);
       if (end == done) continue;
       gemm_columns<V, Store>(panel.columns - j, end - done,
                              DepthContiguous<E>{keys.key + done * keys.key_stride, keys.key_stride},
-                             panel.query + j * V::lanes, width, key_depth_, products + done * width + j * V::lanes,
-                             width);
+                             panel.query + j * V::lanes, width, key_depth_,
+                             products + done * width + j * V::lanes, width);
       done = end;
     }
   }
@@ -401,9 +415,11 @@ class Forward {
       // A query without keys: no weight was ever added.
       const bool none = panel.reference[i] < Limits<S>::lowest;
       inverse[i] = none ? S(0) : S(1) / (sum * kept);
-      lse[i] = none ? -Limits<S>::infinity : static_cast<S>((panel.reference[i] + __builtin_log2(sum)) * ln_2);
+      lse[i] =
+          none ? -Limits<S>::infinity : static_cast<S>((panel.reference[i] + __builtin_log2(sum)) * ln_2);
     }
-    memcpy(static_cast<S*>(output_.lse) + (b * problem_.query_heads + h) * problem_.queries + panel.queries.begin,
+    memcpy(static_cast<S*>(output_.lse) + (b * problem_.query_heads + h) * problem_.queries +
+               panel.queries.begin,
            lse, panel.queries.size() * sizeof(S));
     unpack_transposed<V>(panel.out, width, inverse, panel.queries.size(), problem_.value_dim,
                          output_.out.as<T>().at(b, h, panel.queries.begin), output_.out.stride[2]);
@@ -416,15 +432,6 @@ class Forward {
   const int panels_per_item_;
   const long blocks_;
 };
-
-inline void forward(const Problem& problem, const ForwardOutput& output, int threads) {
-  switch (problem.dtype) {
-    case DType::f32: return Forward<float>(problem, output).run(threads);
-    case DType::bf16: return Forward<bf16>(problem, output).run(threads);
-    case DType::f16: return Forward<fp16>(problem, output).run(threads);
-    case DType::f64: return Forward<double>(problem, output).run(threads);
-  }
-}
 
 }  // namespace FASTATTN_ISA_NAMESPACE
 }  // namespace fastattn

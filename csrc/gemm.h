@@ -86,12 +86,8 @@ struct AccumulateStairs : Accumulate {
 template <int vectors>
 struct Depth {
   long end[vectors];
-  INLINE explicit Depth(long depth) {
-    UNROLL for (int j = 0; j < vectors; j++) end[j] = depth;
-  }
-  INLINE explicit Depth(const long* ends) {
-    UNROLL for (int j = 0; j < vectors; j++) end[j] = ends[j];
-  }
+  INLINE explicit Depth(long depth) { UNROLL for (int j = 0; j < vectors; j++) end[j] = depth; }
+  INLINE explicit Depth(const long* ends) { UNROLL for (int j = 0; j < vectors; j++) end[j] = ends[j]; }
 };
 
 template <class V, int rows, int vectors, int first = 0, class A>
@@ -114,41 +110,47 @@ INLINE void gemm_tile(A a, const typename V::element* b, long b_stride, const De
   else
     multiply<V, rows, vectors>(sum, a, b, b_stride, depth.end[0]);
   UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < vectors; j++)
-    Finish::template apply<V>(c + i * c_stride + j * V::lanes, sum[i][j]);
+      Finish::template apply<V>(c + i * c_stride + j * V::lanes, sum[i][j]);
 }
 
-template <class V, int rows, int vectors, class Finish, class A>
-inline void gemm_tail(long count, A a, const typename V::element* b, long b_stride, const Depth<vectors>& depth,
-                      typename V::scalar* c, long c_stride) {
-  if constexpr (rows > 0) {
-    if (count == rows)
-      gemm_tile<V, rows, vectors, Finish>(a, b, b_stride, depth, c, c_stride);
-    else
-      gemm_tail<V, rows - 1, vectors, Finish>(count, a, b, b_stride, depth, c, c_stride);
-  }
+// The rows of the next tile when `left` are left. Tiles of 6, 4, 3, 2 and 1 rows exist; few rows share a tile
+// evenly, so that none is too small to hide the latency of the multiply-adds.
+INLINE long next_rows(long left) {
+  constexpr signed char few[12] = {0, 1, 2, 3, 4, 3, 6, 4, 4, 6, 6, 4};
+  return left >= 12 ? 6 : few[left];
 }
 
-// C[rows, vectors * lanes] (=, +=) A B for any number of rows. Rows that do not fill a tile are shared with
-// the last full one, so that no tile is too small to hide the latency of the multiply-adds.
+// C[rows, vectors * lanes] (=, +=) A B for any number of rows.
 template <class V, int vectors, class Finish, class A>
 inline void gemm(long rows, A a, const typename V::element* b, long b_stride, const Depth<vectors>& depth,
                  typename V::scalar* c, long c_stride) {
-  constexpr int full = V::tile_rows;
-  long row = 0;
-  while (rows - row >= 2 * full || rows - row == full) {
-    gemm_tile<V, full, vectors, Finish>(a.rows_from(row), b, b_stride, depth, c + row * c_stride, c_stride);
-    row += full;
-  }
-  while (row < rows) {
-    const long left = rows - row, count = left > full ? (left + 1) / 2 : left;
-    gemm_tail<V, full, vectors, Finish>(count, a.rows_from(row), b, b_stride, depth, c + row * c_stride,
-                                        c_stride);
+  static_assert(V::tile_rows == 6, "next_rows() knows the tiles");
+  for (long row = 0; row < rows;) {
+    const long count = next_rows(rows - row);
+    const A from = a.rows_from(row);
+    typename V::scalar* to = c + row * c_stride;
+    switch (count) {
+      case 6:
+        gemm_tile<V, 6, vectors, Finish>(from, b, b_stride, depth, to, c_stride);
+        break;
+      case 4:
+        gemm_tile<V, 4, vectors, Finish>(from, b, b_stride, depth, to, c_stride);
+        break;
+      case 3:
+        gemm_tile<V, 3, vectors, Finish>(from, b, b_stride, depth, to, c_stride);
+        break;
+      case 2:
+        gemm_tile<V, 2, vectors, Finish>(from, b, b_stride, depth, to, c_stride);
+        break;
+      default:
+        gemm_tile<V, 1, vectors, Finish>(from, b, b_stride, depth, to, c_stride);
+    }
     row += count;
   }
 }
 template <class V, int vectors, class Finish, class A>
-inline void gemm(long rows, A a, const typename V::element* b, long b_stride, long depth, typename V::scalar* c,
-                 long c_stride) {
+inline void gemm(long rows, A a, const typename V::element* b, long b_stride, long depth,
+                 typename V::scalar* c, long c_stride) {
   gemm<V, vectors, Finish>(rows, a, b, b_stride, Depth<vectors>(depth), c, c_stride);
 }
 

@@ -11,8 +11,8 @@ namespace FASTATTN_ISA_NAMESPACE {
 // panel[depth][lanes of the vectors] = transpose of rows [rows][depth], widened, times `factor`; lanes past
 // the last row are 0 up to a whole number of vectors. row_stride counts elements of T.
 template <class V, class T>
-inline void pack_transposed(const T* rows, long row_stride, long row_count, long depth, typename V::scalar factor,
-                            typename V::scalar* panel, long panel_stride) {
+inline void pack_transposed(const T* rows, long row_stride, long row_count, long depth,
+                            typename V::scalar factor, typename V::scalar* panel, long panel_stride) {
   constexpr int W = V::lanes;
   const auto f = V::set1(factor);
   for (long row = 0; row < row_count; row += W) {
@@ -24,8 +24,8 @@ inline void pack_transposed(const T* rows, long row_stride, long row_count, long
       if (count == W && width == W) {
         UNROLL for (int i = 0; i < W; i++) block[i] = V::mul(V::load(source + i * row_stride), f);
       } else {
-        UNROLL for (int i = 0; i < W; i++)
-          block[i] = i < count ? V::mul(V::load(source + i * row_stride, width), f) : V::zero();
+        UNROLL for (int i = 0; i < W; i++) block[i] =
+            i < count ? V::mul(V::load(source + i * row_stride, width), f) : V::zero();
       }
       V::transpose(block);
       typename V::scalar* target = panel + d * panel_stride + row;
@@ -40,8 +40,9 @@ inline void pack_transposed(const T* rows, long row_stride, long row_count, long
 
 // rows[r][d] = panel[d][r] * factor[r], narrowed: the way back.
 template <class V, class T>
-inline void unpack_transposed(const typename V::scalar* panel, long panel_stride, const typename V::scalar* factor,
-                              long row_count, long depth, T* rows, long row_stride) {
+inline void unpack_transposed(const typename V::scalar* panel, long panel_stride,
+                              const typename V::scalar* factor, long row_count, long depth, T* rows,
+                              long row_stride) {
   constexpr int W = V::lanes;
   for (long row = 0; row < row_count; row += W) {
     const long count = min<long>(W, row_count - row);
@@ -53,8 +54,8 @@ inline void unpack_transposed(const typename V::scalar* panel, long panel_stride
       if (width == W) {
         UNROLL for (int i = 0; i < W; i++) block[i] = V::mul(V::load(source + i * panel_stride), f);
       } else {
-        UNROLL for (int i = 0; i < W; i++)
-          block[i] = i < width ? V::mul(V::load(source + i * panel_stride), f) : V::zero();
+        UNROLL for (int i = 0; i < W; i++) block[i] =
+            i < width ? V::mul(V::load(source + i * panel_stride), f) : V::zero();
       }
       V::transpose(block);
       T* target = rows + row * row_stride + d;
@@ -69,8 +70,8 @@ inline void unpack_transposed(const typename V::scalar* panel, long panel_stride
 
 // target[rows][width] = rows of T, widened.
 template <class V, class T>
-inline void copy_widened(const T* rows, long row_stride, long row_count, long width, typename V::scalar* target,
-                       long target_stride) {
+inline void copy_widened(const T* rows, long row_stride, long row_count, long width,
+                         typename V::scalar* target, long target_stride) {
   constexpr int W = V::lanes;
   for (long row = 0; row < row_count; row++) {
     const T* source = rows + row * row_stride;
@@ -83,8 +84,8 @@ inline void copy_widened(const T* rows, long row_stride, long row_count, long wi
 
 #ifdef FASTATTN_BF16_DOT
 // panel[pair of depth][rows] = pairs (row[2p], row[2p + 1]); an odd depth is padded with 0.
-inline void pack_pairs_transposed(const bf16* rows, long row_stride, long row_count, long depth, uint32_t* panel,
-                                  long panel_stride) {
+inline void pack_pairs_transposed(const bf16* rows, long row_stride, long row_count, long depth,
+                                  uint32_t* panel, long panel_stride) {
   constexpr int W = F32::lanes;
   for (long row = 0; row < row_count; row += W) {
     const long count = min<long>(W, row_count - row);
@@ -99,17 +100,16 @@ inline void pack_pairs_transposed(const bf16* rows, long row_stride, long row_co
       F32::transpose(block);
       uint32_t* target = panel + d / 2 * panel_stride + row;
       const long pairs = (width + 1) / 2;
-      UNROLL for (int i = 0; i < W; i++)
-        if (i < pairs) _mm512_storeu_ps(target + i * panel_stride, block[i]);
+      UNROLL for (int i = 0; i < W; i++) if (i < pairs) _mm512_storeu_ps(target + i * panel_stride, block[i]);
     }
   }
 }
 
 // target[pair of rows][width] = pairs (row 2p, row 2p + 1); an odd count of rows is padded with 0.
-inline void interleave_row_pairs(const bf16* rows, long row_stride, long row_count, long width, uint32_t* target,
-                                 long target_stride) {
-  const __m512i low_index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
-                                             6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+inline void interleave_row_pairs(const bf16* rows, long row_stride, long row_count, long width,
+                                 uint32_t* target, long target_stride) {
+  const __m512i low_index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39,
+                                             7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high_index = _mm512_add_epi16(low_index, _mm512_set1_epi16(16));
   for (long row = 0; row < row_count; row += 2) {
     const bf16 *first = rows + row * row_stride, *second = first + (row + 1 < row_count ? row_stride : 0);

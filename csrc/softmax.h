@@ -35,9 +35,9 @@ struct ScoreBlock {
   using S = typename V::scalar;
   static constexpr int width = V::lanes * V::tile_vectors;
 
-  S* products;          // [keys][width]
-  const S* bias;        // [keys][width] in log2 units, or null
-  const uint8_t* seen;  // [keys][width] bytes from classify(), or null: `band` tells
+  S* products;                   // [keys][width]
+  const S* bias;                 // [keys][width] in log2 units, or null
+  const uint8_t* seen;           // [keys][width] bytes from classify(), or null: `band` tells
   const typename V::mask* kept;  // dropout, [keys][tile_vectors], or null
   S factor;
   const Band* band;
@@ -174,8 +174,16 @@ inline void draw_dropout(const Problem& problem, const Tile& tile, int columns, 
   }
 }
 
-// bias [keys][width] in log2 units from the problem's bias, whatever its layout and dtype. A finite bias
-// stays finite: only -inf forbids.
+// A finite bias stays finite in log2 units: only -inf forbids.
+template <class V>
+INLINE typename V::vector bias_in_log2(typename V::vector x) {
+  using S = typename V::scalar;
+  // The operands' order lets NaN pass.
+  const auto finite = V::max(V::set1(Limits<S>::lowest), V::mul(x, V::set1(static_cast<S>(log2_e))));
+  return V::select(V::greater(V::set1(Limits<S>::lowest), x), x, finite);
+}
+
+// bias [keys][width] in log2 units from the problem's bias, whatever its layout and dtype.
 template <class V, class T>
 inline void load_bias(const Problem& problem, const Tile& tile, typename V::scalar* bias) {
   using S = typename V::scalar;
@@ -184,12 +192,6 @@ inline void load_bias(const Problem& problem, const Tile& tile, typename V::scal
   const long query_stride = source.stride[2], key_stride = source.stride[3];
   const long queries = tile.queries.size(), keys = tile.keys.size();
   const T* data = source.at(tile.batch, tile.head, tile.queries.begin, tile.keys.begin);
-  const auto in_log2 = [](typename V::vector x) {
-    const auto scaled = V::mul(x, V::set1(static_cast<S>(log2_e)));
-    // Written so that NaN passes: the operands' order matters.
-    const auto finite = V::max(V::set1(Limits<S>::lowest), scaled);
-    return V::select(V::greater(V::set1(Limits<S>::lowest), x), x, finite);
-  };
   const auto gather = [&](long q, long k) {
     alignas(64) S buffer[W] = {};
     for (long i = 0; i < min<long>(W, queries - q); i++)
@@ -202,7 +204,8 @@ inline void load_bias(const Problem& problem, const Tile& tile, typename V::scal
     if (key_stride == 1 && query_stride != 0 && count == W) {
       for (; k + W <= keys; k += W) {
         typename V::vector block[W];
-        UNROLL for (int i = 0; i < W; i++) block[i] = in_log2(V::load(data + (q + i) * query_stride + k));
+        UNROLL for (int i = 0; i < W; i++) block[i] =
+            bias_in_log2<V>(V::load(data + (q + i) * query_stride + k));
         V::transpose(block);
         UNROLL for (int i = 0; i < W; i++) V::store(bias + (k + i) * width + q, block[i]);
       }
@@ -216,7 +219,7 @@ inline void load_bias(const Problem& problem, const Tile& tile, typename V::scal
       } else {
         row = gather(q, k);
       }
-      V::store(bias + k * width + q, in_log2(row));
+      V::store(bias + k * width + q, bias_in_log2<V>(row));
     }
   }
 }

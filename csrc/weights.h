@@ -24,10 +24,11 @@ class Weights {
 
   void run(int threads) const {
     const long heads = output_.average ? 1 : problem_.query_heads;
-    parallel_for(problem_.batch * heads * panels_ * key_blocks_, threads, Workspace(problem_, ScratchLayout()).bytes,
-                 [this, heads](int64_t item, void* scratch) {
+    parallel_for(problem_.batch * heads * panels_ * key_blocks_, threads,
+                 Workspace(problem_, ScratchLayout()).bytes, [this, heads](int64_t item, void* scratch) {
                    const long block = item % key_blocks_, panel = item / key_blocks_ % panels_,
-                              head = item / key_blocks_ / panels_ % heads, b = item / key_blocks_ / panels_ / heads;
+                              head = item / key_blocks_ / panels_ % heads,
+                              b = item / key_blocks_ / panels_ / heads;
                    run_item(b, head, panel, block, scratch);
                  });
   }
@@ -76,16 +77,16 @@ class Weights {
     if (kind == TileKind::empty) return;
     const long rows = tile.keys.size(), columns = ceil_div(tile.queries.size(), V::lanes);
     const Tensor4<const T> query = problem_.query.as<const T>(), key = problem_.key.as<const T>();
-    pack_transposed<V>(query.at(tile.batch, tile.head, tile.queries.begin), query.stride[2], tile.queries.size(),
-                       problem_.head_dim, S(1), work.query, width);
+    pack_transposed<V>(query.at(tile.batch, tile.head, tile.queries.begin), query.stride[2],
+                       tile.queries.size(), problem_.head_dim, S(1), work.query, width);
     DepthContiguous<S> from{work.key, problem_.head_dim};
     const T* source = key.at(tile.batch, tile.head / problem_.group(), tile.keys.begin);
     if constexpr (sizeof(T) == sizeof(S))
       from = {source, key.stride[2]};
     else
       copy_widened<V>(source, key.stride[2], rows, problem_.head_dim, work.key, problem_.head_dim);
-    gemm_columns<V, Store>(static_cast<int>(columns), rows, from, work.query, width, problem_.head_dim, work.products,
-                           width);
+    gemm_columns<V, Store>(static_cast<int>(columns), rows, from, work.query, width, problem_.head_dim,
+                           work.products, width);
     if (problem_.bias.data) {
       if (problem_.bias_dtype == problem_.dtype)
         load_bias<V, T>(problem_, tile, work.bias);
@@ -96,16 +97,21 @@ class Weights {
 
     const S* lse = static_cast<const S*>(output_.lse) +
                    (tile.batch * problem_.query_heads + tile.head) * problem_.queries + tile.queries.begin;
-    const ScoreBlock<V> block{work.products, problem_.bias.data ? work.bias : nullptr,
+    const ScoreBlock<V> block{work.products,
+                              problem_.bias.data ? work.bias : nullptr,
                               kind == TileKind::mixed ? work.seen : nullptr,
-                              problem_.dropout_p > 0 ? work.kept : nullptr, static_cast<S>(problem_.scale * log2_e),
-                              &band, tile.queries, tile.keys};
+                              problem_.dropout_p > 0 ? work.kept : nullptr,
+                              static_cast<S>(problem_.scale * log2_e),
+                              &band,
+                              tile.queries,
+                              tile.keys};
     for (int j = 0; j < columns; j++) {
       const auto saved = V::load(lse + j * V::lanes, tile.queries.size() - j * V::lanes);
       const auto none = V::greater(V::set1(Limits<S>::lowest), saved);
       // Against +inf every weight of a query without keys is 0.
       const auto reference = V::select(none, V::set1(Limits<S>::infinity), V::mul(saved, V::set1(S(log2_e))));
-      exponentiate<V, 5>(block, j, kind == TileKind::mixed ? Reach{0, rows, rows, rows} : Reach{0, 0, rows, rows},
+      exponentiate<V, 5>(block, j,
+                         kind == TileKind::mixed ? Reach{0, rows, rows, rows} : Reach{0, 0, rows, rows},
                          reference, rows);
       for (long r = 0; r < rows; r++) {
         S* total = work.total + r * width + j * V::lanes;
@@ -121,10 +127,14 @@ class Weights {
 
 inline void weights(const Problem& problem, const WeightsOutput& output, int threads) {
   switch (problem.dtype) {
-    case DType::f32: return Weights<float>(problem, output).run(threads);
-    case DType::bf16: return Weights<bf16>(problem, output).run(threads);
-    case DType::f16: return Weights<fp16>(problem, output).run(threads);
-    case DType::f64: return Weights<double>(problem, output).run(threads);
+    case DType::f32:
+      return Weights<float>(problem, output).run(threads);
+    case DType::bf16:
+      return Weights<bf16>(problem, output).run(threads);
+    case DType::f16:
+      return Weights<fp16>(problem, output).run(threads);
+    case DType::f64:
+      return Weights<double>(problem, output).run(threads);
   }
 }
 

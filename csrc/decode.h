@@ -1,0 +1,290 @@
+// The forward pass for few queries (decoding): each key and value is read once, from memory, by all query
+// heads that share it, and the rate is that of the memory.
+//
+// Here lanes lie along the head dimension for both products, so that keys and values are read in place and
+// widened in registers. The keys are split into chunks (Flash-Decoding, Dao et al. 2023), as many as the
+// shape asks for and not the threads; the chunks' results are merged in order.
+#pragma once
+
+#include "mask.h"
+#include "pack.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "softmax.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+template <class T>
+class Decode {
+  using V = std::conditional_t<sizeof(T) == 8, F64, F32>;
+  using S = typename V::scalar;
+  using vector = typename V::vector;
+  static constexpr int W = V::lanes;
+  static constexpr int degree = sizeof(T) == 2 ? 3 : 5;
+  static constexpr long block_keys = 64;  // per step: fits the L1 cache beside the queries
+  static constexpr bool in_place = sizeof(T) == sizeof(S);
+
+ public:
+  // With at most half a vector of queries, lanes along the queries would mostly idle.
+  static bool suits(const Problem& problem) { return problem.queries <= max(1, W / 2); }
+
+  Decode(const Problem& problem, const ForwardOutput& output)
+      : problem_(problem),
+        output_(output),
+        rows_(problem.group() * problem.queries),
+        record_(problem.value_dim + 2),
+        chunk_keys_(choose_chunk(problem)),
+        chunks_(max(1L, ceil_div(problem.keys, chunk_keys_))) {}
+
+  void run(int threads) const {
+    const long heads = problem_.batch * problem_.kv_heads;
+    const AlignedBuffer partial(heads * chunks_ * rows_ * record_ * sizeof(S));
+    S* records = static_cast<S*>(partial.data());
+    parallel_for(heads * chunks_, threads, Workspace(*this, ScratchLayout()).bytes,
+                 [=](int64_t item, void* scratch) {
+                   attend_chunk(item / chunks_, item % chunks_, scratch, records + item * rows_ * record_);
+                 });
+    parallel_for(heads, threads, 0,
+                 [=](int64_t head, void*) { merge(head, records + head * chunks_ * rows_ * record_); });
+  }
+
+ private:
+  struct Workspace {
+    Workspace(const Decode& d, ScratchLayout layout) {
+      const Problem& p = d.problem_;
+      query = layout.take<S>(d.rows_ * round_up(p.head_dim, W));
+      weight = layout.take<S>(d.rows_ * block_keys);
+      wide = layout.take<S>(in_place || d.rows_ == 1 ? 0 : block_keys * max(p.head_dim, p.value_dim));
+      bytes = layout.used();
+    }
+    S *query, *weight, *wide;
+    size_t bytes;
+  };
+
+  // Enough chunks for many threads even with one head, but long enough to be worth a merge.
+  static long choose_chunk(const Problem& problem) {
+    const long heads = problem.batch * problem.kv_heads;
+    return max(512L, round_up(ceil_div(problem.keys * heads, 64), block_keys));
+  }
+
+  // Row r of a key head's group is query r % Lq of its query head r / Lq.
+  INLINE long head_of(long kv_head, long row) const {
+    return kv_head * problem_.group() + row / problem_.queries;
+  }
+  INLINE long query_of(long row) const { return row % problem_.queries; }
+
+  // A record is what one row got from one chunk: reference, sum of weights, output not yet divided.
+  void attend_chunk(long head, long chunk, void* scratch, S* records) const {
+    const long b = head / problem_.kv_heads, kv_head = head % problem_.kv_heads;
+    const Workspace work(*this, ScratchLayout(scratch));
+    const Band band(problem_, b);
+    const long padded = round_up(problem_.head_dim, W);
+    const Tensor4<const T> query = problem_.query.as<const T>();
+    for (long r = 0; r < rows_; r++) {
+      S* row = work.query + r * padded;
+      memset(row, 0, padded * sizeof(S));
+      copy_widened<V>(query.at(b, head_of(kv_head, r), query_of(r)), 0, 1, problem_.head_dim, row, 0);
+      S* record = records + r * record_;
+      memset(record, 0, record_ * sizeof(S));
+      record[0] = -Limits<S>::infinity;
+    }
+    const Range keys = intersect(band.seen_by_any({0, problem_.queries}),
+                                 {chunk * chunk_keys_, min((chunk + 1) * chunk_keys_, problem_.keys)});
+    for (long k = keys.begin; k < keys.end; k += block_keys)
+      attend_block(b, kv_head, {k, min(k + block_keys, keys.end)}, band, work, records);
+  }
+
+  void attend_block(long b, long kv_head, Range keys, const Band& band, const Workspace& work,
+                    S* records) const {
+    const Tensor4<const T> key = problem_.key.as<const T>(), value = problem_.value.as<const T>();
+    const T *k = key.at(b, kv_head, keys.begin), *v = value.at(b, kv_head, keys.begin);
+    const long padded = round_up(problem_.head_dim, W), count = keys.size();
+    // Widened once where several rows read them; by each load where only one does.
+    if (in_place || rows_ == 1) {
+      for (long r = 0; r < rows_; r++)
+        score(work.query + r * padded, k, key.stride[2], count, work.weight + r * block_keys);
+    } else {
+      copy_widened<V>(k, key.stride[2], count, problem_.head_dim, work.wide, problem_.head_dim);
+      for (long r = 0; r < rows_; r++)
+        score(work.query + r * padded, work.wide, problem_.head_dim, count, work.weight + r * block_keys);
+    }
+    for (long r = 0; r < rows_; r++)
+      weigh(b, head_of(kv_head, r), query_of(r), keys, band, work.weight + r * block_keys,
+            records + r * record_);
+    if (in_place || rows_ == 1) {
+      for (long r = 0; r < rows_; r++)
+        accumulate(work.weight + r * block_keys, v, value.stride[2], count, records + r * record_ + 2);
+    } else {
+      copy_widened<V>(v, value.stride[2], count, problem_.value_dim, work.wide, problem_.value_dim);
+      for (long r = 0; r < rows_; r++)
+        accumulate(work.weight + r * block_keys, work.wide, problem_.value_dim, count,
+                   records + r * record_ + 2);
+    }
+  }
+
+  // scores[count] = keys . query, W at a time: W sums across lanes are one transpose.
+  template <class K>
+  void score(const S* query, const K* keys, long stride, long count, S* scores) const {
+    const long whole = problem_.head_dim / W * W, rest = problem_.head_dim - whole;
+    for (long first = 0; first < count; first += W) {
+      vector products[W];
+      for (int i = 0; i < W; i++) {
+        const K* key = keys + min(first + i, count - 1) * stride;
+        vector sum[2] = {V::zero(), V::zero()};
+        long d = 0;
+        for (; d + 2 * W <= whole; d += 2 * W) {
+          sum[0] = V::fma(V::load(key + d), V::load(query + d), sum[0]);
+          sum[1] = V::fma(V::load(key + d + W), V::load(query + d + W), sum[1]);
+        }
+        if (d < whole) sum[0] = V::fma(V::load(key + d), V::load(query + d), sum[0]);
+        if (rest) sum[1] = V::fma(V::load(key + whole, rest), V::load(query + whole), sum[1]);
+        products[i] = V::add(sum[0], sum[1]);
+      }
+      V::transpose(products);
+      UNROLL for (int half = W / 2; half > 0; half /= 2) UNROLL for (int i = 0; i < half; i++) products[i] =
+          V::add(products[i], products[i + half]);
+      V::store(scores + first, products[0]);
+    }
+  }
+
+  // Turns the scores of one row into weights, and brings the row's record to the new reference.
+  void weigh(long b, long h, long i, Range keys, const Band& band, S* scores, S* record) const {
+    const long count = keys.size();
+    const Range seen = intersect(band.row(i), keys);
+    auto largest = V::set1(-Limits<S>::infinity);
+    for (long k = 0; k < count; k += W) {
+      auto score = V::mul(V::load(scores + k), V::set1(static_cast<S>(problem_.scale * log2_e)));
+      if (problem_.bias.data) score = V::add(score, bias(b, h, i, keys.begin + k, min<long>(W, count - k)));
+      const auto inside =
+          V::both(V::first_lanes(seen.end - keys.begin - k), V::lanes_from(seen.begin - keys.begin - k));
+      score = V::select(inside, score, V::set1(-Limits<S>::infinity));
+      if (problem_.mask.data) {
+        uint8_t bytes[W];
+        for (int lane = 0; lane < W; lane++)
+          bytes[lane] = k + lane < count && *problem_.mask.at(b, h, i, keys.begin + k + lane);
+        score = V::select(V::nonzero(bytes), score, V::set1(-Limits<S>::infinity));
+      }
+      V::store(scores + k, score);
+      largest = V::max(largest, score);
+    }
+    const S old = record[0], now = max(old, V::maximum(largest));
+    if (now < Limits<S>::lowest) {  // nothing to attend to yet
+      memset(scores, 0, block_keys * sizeof(S));
+      return;
+    }
+    if (now > old) {
+      const auto factor = V::template exp2<5>(V::set1(old - now));
+      record[0] = now;
+      for (long d = 1; d < record_; d += W)
+        V::store(record + d, V::mul(V::load(record + d, record_ - d), factor), record_ - d);
+    }
+    auto total = V::zero();
+    for (long k = 0; k < count; k += W) {
+      const auto p = V::template exp2<degree>(V::sub(V::load(scores + k), V::set1(now)));
+      total = V::add(total, p);
+      V::store(scores + k, p);
+    }
+    record[1] += V::sum(total);
+    if (problem_.dropout_p > 0) drop(b, h, i, keys, scores);
+  }
+
+  vector bias(long b, long h, long i, long k, long count) const {
+    const auto read = [&](auto source) {
+      const auto* data = source.at(b, h, i, k);
+      const long stride = source.stride[3];
+      vector x;
+      if (stride == 1) {
+        x = V::load(data, count);
+      } else {
+        alignas(64) S buffer[W] = {};
+        for (long lane = 0; lane < count; lane++)
+          V::store(buffer + lane, V::load(data + lane * stride, 1), 1);
+        x = V::load(buffer);
+      }
+      return bias_in_log2<V>(x);
+    };
+    return problem_.bias_dtype == problem_.dtype ? read(problem_.bias.as<const T>())
+                                                 : read(problem_.bias.as<const float>());
+  }
+
+  void drop(long b, long h, long i, Range keys, S* weights) const {
+    const PhiloxKey key{static_cast<uint32_t>(problem_.dropout_seed),
+                        static_cast<uint32_t>(problem_.dropout_seed >> 32)};
+    const uint32_t threshold = static_cast<uint32_t>(problem_.dropout_p * 4294967296.0);
+    // Of the generator's lanes, one query per lane, only the first is of use here.
+    const PhiloxQueries<W> generator(key, static_cast<uint32_t>(problem_.dropout_offset),
+                                     static_cast<uint32_t>(b * problem_.query_heads + h),
+                                     static_cast<uint32_t>(i));
+    typename PhiloxQueries<W>::Vector word[4];
+    for (long k = keys.begin; k < keys.end; k++) {
+      if (k == keys.begin || k % 4 == 0) generator.words(static_cast<uint32_t>(k / 4), word);
+      if (word[k % 4][0] < threshold) weights[k - keys.begin] = 0;
+    }
+  }
+
+  // out[Dv] += weights . values. A weight of 0 skips its value, which may be NaN in padding.
+  template <class K>
+  void accumulate(const S* weights, const K* values, long stride, long count, S* out) const {
+    constexpr int vectors = 8;
+    long d = 0;
+    for (; d + vectors * W <= problem_.value_dim; d += vectors * W)
+      accumulate_columns<vectors>(weights, values + d, stride, count, out + d);
+    for (; d + W <= problem_.value_dim; d += W)
+      accumulate_columns<1>(weights, values + d, stride, count, out + d);
+    if (const long rest = problem_.value_dim - d) {
+      vector sum = V::load(out + d, rest);
+      for (long k = 0; k < count; k++)
+        if (weights[k] != 0) sum = V::fma(V::set1(weights[k]), V::load(values + k * stride + d, rest), sum);
+      V::store(out + d, sum, rest);
+    }
+  }
+  template <int vectors, class K>
+  INLINE static void accumulate_columns(const S* weights, const K* values, long stride, long count, S* out) {
+    vector sum[vectors];
+    UNROLL for (int j = 0; j < vectors; j++) sum[j] = V::load(out + j * W);
+    for (long k = 0; k < count; k++) {
+      if (weights[k] == 0) continue;
+      const vector p = V::set1(weights[k]);
+      UNROLL for (int j = 0; j < vectors; j++) sum[j] =
+          V::fma(p, V::load(values + k * stride + j * W), sum[j]);
+    }
+    UNROLL for (int j = 0; j < vectors; j++) V::store(out + j * W, sum[j]);
+  }
+
+  // The rows of one key head from their chunks' records, which the first chunk's take up.
+  void merge(long head, S* records) const {
+    const long b = head / problem_.kv_heads, kv_head = head % problem_.kv_heads;
+    const Tensor4<T> out = output_.out.as<T>();
+    for (long r = 0; r < rows_; r++) {
+      S* total = records + r * record_;
+      S reference = -Limits<S>::infinity;
+      for (long c = 0; c < chunks_; c++) reference = max(reference, total[c * rows_ * record_]);
+      const bool none = reference < Limits<S>::lowest;
+      for (long c = 0; c < chunks_; c++) {
+        const S* record = total + c * rows_ * record_;
+        const auto factor = none ? V::zero() : V::template exp2<5>(V::set1(record[0] - reference));
+        for (long d = 1; d < record_; d += W) {
+          const auto scaled = V::mul(V::load(record + d, record_ - d), factor);
+          V::store(total + d, c ? V::add(V::load(total + d, record_ - d), scaled) : scaled, record_ - d);
+        }
+      }
+      const long h = head_of(kv_head, r), i = query_of(r);
+      const auto share = V::set1(none ? S(0) : static_cast<S>(1 / (total[1] * (1 - problem_.dropout_p))));
+      T* target = out.at(b, h, i);
+      for (long d = 0; d < problem_.value_dim; d += W) {
+        const long width = problem_.value_dim - d;
+        V::store(target + d, V::mul(V::load(total + 2 + d, width), share), width);
+      }
+      static_cast<S*>(output_.lse)[(b * problem_.query_heads + h) * problem_.queries + i] =
+          none ? -Limits<S>::infinity : static_cast<S>((reference + __builtin_log2(total[1])) * ln_2);
+    }
+  }
+
+  const Problem& problem_;
+  const ForwardOutput& output_;
+  const long rows_, record_, chunk_keys_, chunks_;
+};
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn

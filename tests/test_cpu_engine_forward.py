@@ -1,0 +1,146 @@
+"""Forward of the CPU engine against the float64 reference, on every instruction set of the machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from fastattn import reference
+from fastattn.backends import cpu
+from fastattn.problem import make_problem
+from fastattn.testing import CASES, Case, assert_within_budget, run_backend, run_reference
+
+if cpu.unavailable():
+    pytest.skip(cpu.unavailable(), allow_module_level=True)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: Several blocks of keys and panels of queries, and few queries against keys in several chunks.
+LONG_CASES = (
+    Case("blocks", batch=1, heads=1, queries=300, keys=700, head_dim=24),
+    Case("blocks_causal", batch=1, heads=2, kv_heads=1, queries=530, head_dim=16, causal="upper_left"),
+    Case("blocks_lower_right", batch=2, queries=70, keys=400, causal="lower_right", key_lengths=(400, 131)),
+    Case("blocks_window", batch=1, heads=1, queries=530, head_dim=16, window=(70, 33)),
+    Case("blocks_window_causal", batch=1, heads=1, queries=600, head_dim=8, window=(100, None), causal="upper_left"),
+    Case("blocks_everything", heads=4, kv_heads=2, queries=200, keys=333, head_dim=16, mask="full", bias="keys",
+         masked_rows=True, key_lengths=(333, 140), causal="lower_right", dropout_p=0.3),
+    Case("chunks", heads=4, kv_heads=1, queries=1, keys=1500, head_dim=80, value_dim=200),
+    Case("chunks_two_queries", heads=2, queries=2, keys=1300, head_dim=33, causal="lower_right", bias="full"),
+    Case("chunks_mask", queries=3, keys=1300, head_dim=64, mask="full", masked_rows=True, dropout_p=0.2),
+    Case("chunks_window", queries=1, keys=2000, head_dim=64, causal="lower_right", window=(600, None)),
+)  # fmt: skip
+
+
+@pytest.fixture(params=cpu.available_isas())
+def isa(request):
+    chosen = cpu.isa()
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa(chosen)
+
+
+@cache
+def _references(case: Case, dtype: torch.dtype):
+    problem = case.make(dtype=dtype)
+    return run_reference(problem), run_reference(problem, dtype=None)
+
+
+@pytest.mark.parametrize("case", (*CASES, *LONG_CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_within_budget(case, dtype, isa):
+    problem = case.make(dtype=dtype)
+    assert_within_budget(run_backend(cpu, problem), problem, *_references(case, dtype))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("causal_lower_right", "mask_rows", "dropout", "everything",
+                                                     "gqa", "bias_full", "empty_keys", "value_dim_5_80")],
+    ids=lambda case: case.name,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.float64), ids=str)
+@pytest.mark.parametrize("average", (False, True))
+def test_weights(case, dtype, average, isa):
+    problem = case.make(dtype=dtype)
+    out = torch.empty(*problem.query.shape[:3], problem.value.shape[3], dtype=dtype)
+    lse = torch.empty(out.shape[:3], dtype=problem.lse_dtype)
+    cpu.forward(problem, out, lse)
+    exact = reference.weights(reference.in_dtype(problem, torch.float64), average)
+    actual = torch.full_like(exact, torch.nan, dtype=problem.lse_dtype)
+    cpu.weights(problem, lse, actual, average)
+    tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-4}[dtype]
+    torch.testing.assert_close(actual.double(), exact, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_out_is_written_in_any_layout(dtype, isa):
+    problem = Case("layout", queries=70, head_dim=40, value_dim=24).make(dtype=dtype)
+    expected = run_backend(cpu, problem)["out"]
+    buffer = torch.full((2, 70, 2, 30), torch.nan, dtype=dtype)  # [B, L, H, Dv + 6]
+    out = buffer.permute(0, 2, 1, 3)[..., 3:27]
+    cpu.forward(problem, out, torch.empty(2, 2, 70, dtype=problem.lse_dtype))
+    assert torch.equal(out, expected)
+    assert buffer[..., :3].isnan().all() and buffer[..., 27:].isnan().all()
+
+
+@pytest.mark.parametrize("queries", (1, 65))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+@pytest.mark.parametrize("form", ("key_lengths", "mask"))
+def test_padding_does_not_leak(queries, dtype, value, form, isa):
+    clean = Case("clean", queries=queries, keys=200, head_dim=32).make(dtype=dtype)
+    if form == "key_lengths":
+        clean = replace(clean, key_lengths=torch.tensor([131, 131]))
+    else:
+        clean = replace(clean, attn_mask=(torch.arange(200) < 131).expand(2, 2, queries, 200))
+    expected = run_backend(cpu, clean)
+    assert expected["out"].isfinite().all()
+    key, val = clean.key.clone(), clean.value.clone()
+    key[:, :, 131:] = value
+    val[:, :, 131:] = value
+    actual = run_backend(cpu, replace(clean, key=key, value=val))
+    assert torch.equal(actual["out"], expected["out"]) and torch.equal(actual["lse"], expected["lse"])
+
+
+@pytest.mark.parametrize("queries", (1, 65))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_of_lowest_bias_is_the_mean(queries, dtype, isa):
+    problem = Case("lowest", queries=queries, keys=150, head_dim=16).make(dtype=dtype)
+    bias = torch.full((2, 2, queries, 150), torch.finfo(dtype).min, dtype=dtype)
+    out = run_backend(cpu, replace(problem, bias=bias))["out"]
+    if dtype in (torch.float32, torch.float64):
+        mean = problem.value.double().mean(2, keepdim=True).expand_as(out)
+        torch.testing.assert_close(out.double(), mean, atol=1e-5, rtol=0)
+    else:
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("growth", (0.0, 3.0, -3.0))
+def test_scores_that_grow_along_the_keys(growth, isa):
+    """Maxima far above those of earlier blocks make the engine renew its reference."""
+    problem = Case("growth", batch=1, queries=40, keys=900, head_dim=16).make()
+    key = problem.key + growth * torch.arange(900.0)[:, None] / problem.scale / 16
+    query = problem.query * 0.01 + 1.0
+    case = replace(problem, query=query, key=key)
+    assert_within_budget(run_backend(cpu, case), case, run_reference(case), run_reference(case, dtype=None))
+
+
+def test_nan_in_a_query_stays_in_its_row(isa):
+    problem = Case("nan", batch=1, queries=70, head_dim=16).make()
+    expected = run_backend(cpu, problem)["out"]
+    query = problem.query.clone()
+    query[0, 0, 5, 3] = torch.nan
+    out = run_backend(cpu, replace(problem, query=query))["out"]
+    assert out[0, 0, 5].isnan().all()
+    out[0, 0, 5] = expected[0, 0, 5]
+    torch.testing.assert_close(out, expected)
+
+
+def test_scores_beyond_the_range_of_exponentials(isa):
+    query = torch.tensor([1e4, -1e4]).repeat(40)[None, None, :, None]
+    problem = make_problem(
+        query, torch.tensor([-1.0, 1.0]).repeat(60)[None, None, :, None], torch.arange(120.0)[None, None, :, None]
+    )
+    expected, _ = reference.attention(reference.in_dtype(problem, torch.float64))
+    torch.testing.assert_close(run_backend(cpu, problem)["out"].double(), expected, atol=1e-4, rtol=0)

@@ -1,0 +1,123 @@
+"""What holds around the CPU engine's kernels: threads, fork, the choice of the instruction set, the GIL."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from fastattn.backends import cpu
+from fastattn.testing import Case, run_backend
+
+if cpu.unavailable():
+    pytest.skip(cpu.unavailable(), allow_module_level=True)
+
+CASES = (
+    Case("full", heads=3, queries=300, keys=400),
+    Case("causal", heads=3, queries=300, causal="upper_left"),
+    Case("decode", heads=2, queries=1, keys=3000),
+    Case("mask_dropout", heads=2, queries=130, mask="full", dropout_p=0.2),
+)
+
+
+@pytest.fixture(params=cpu.available_isas())
+def isa(request):
+    chosen = cpu.isa()
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa(chosen)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_bitwise_equal_over_thread_counts(case, dtype, isa, threads):
+    problem = case.make(dtype=dtype)
+    threads(1)
+    expected = run_backend(cpu, problem)
+    for count in (1, 2, 3):
+        threads(count)
+        actual = run_backend(cpu, problem)
+        assert torch.equal(actual["out"], expected["out"]) and torch.equal(actual["lse"], expected["lse"])
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_child_forked_after_a_parallel_region_does_not_hang():
+    # The child calls nothing of torch's that might use torch's own threads.
+    run = _python("""
+import os, numpy, torch
+from fastattn.backends import cpu
+from fastattn.testing import Case, run_backend
+torch.set_num_threads(2)
+problem = Case("fork", queries=300).make()
+expected = run_backend(cpu, problem)["out"].numpy()
+out, lse = torch.full((2, 2, 300, 64), torch.nan), torch.empty(2, 2, 300)
+child = os.fork()
+if child == 0:
+    cpu.forward(problem, out, lse)
+    os._exit(0 if numpy.array_equal(out.numpy(), expected) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""")
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", cpu.available_isas())
+def test_environment_chooses_the_instruction_set(name):
+    run = _python("from fastattn.backends import cpu; print(cpu.isa())", FASTATTN_CPU_ISA=name)
+    assert run.stdout.strip() == name, run.stderr
+
+
+def test_unknown_instruction_set_in_the_environment():
+    run = _python("from fastattn.backends import cpu; cpu.isa()", FASTATTN_CPU_ISA="mmx")
+    assert run.returncode != 0
+    assert "ValueError: FASTATTN_CPU_ISA must be one of" in run.stderr and "got 'mmx'" in run.stderr
+
+
+def test_set_isa_checks_its_argument():
+    with pytest.raises(ValueError, match=r"isa must be one of .*portable.*, got 'sse9'"):
+        cpu.set_isa("sse9")
+
+
+def test_emulated_instruction_set_is_never_chosen_by_itself():
+    run = _python("from fastattn.backends import cpu; print(cpu.isa())", FASTATTN_CPU_ISA="")
+    assert run.stdout.strip() in cpu.available_isas() and "emulated" not in run.stdout
+
+
+def test_other_threads_run_during_a_call(threads):
+    threads(1)
+    problem = Case("long", batch=1, queries=3000).make()
+    counted, done = [0], threading.Event()
+
+    def count():
+        while not done.is_set():
+            counted[0] += 1
+            time.sleep(0.0005)
+
+    worker = threading.Thread(target=count)
+    worker.start()
+    before = counted[0]
+    run_backend(cpu, problem)
+    after = counted[0]
+    done.set()
+    worker.join()
+    assert after - before > 2
