@@ -20,6 +20,13 @@ INLINE void store_some(T* p, typename V::vector v, long count) {
 }
 
 template <class V, class T>
+INLINE typename V::scalar first_of(const T* p) {
+  typename V::scalar values[V::lanes];
+  V::store(values, V::load(p, 1));
+  return values[0];
+}
+
+template <class V, class T>
 INLINE typename V::scalar dot(const T* a, const T* b, long count) {
   typename V::vector sum = V::zero();
   for (long c = 0; c < count; c += V::lanes)

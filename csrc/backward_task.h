@@ -35,7 +35,7 @@ struct BackwardWorkspace {
   E *key_rows, *key_columns;          // [ceil(chunk / depth)][padded], [chunk][ceil(D / depth)]
   E* value_columns;                   // [chunk][ceil(Dv / depth)]
   E* block_key_rows;                  // key_rows of one block, without those that are not finite
-  S *shift, *delta;                   // [Lq]: -lse in log2 units, rowsum(dO O) - dlse
+  S *shift, *correction, *delta;      // [Lq]: -lse in log2 units, what it lacks, rowsum(dO O) - dlse
   S *grad_query, *grad_key, *grad_value;
   S *scores, *products, *bias;            // [block_keys][scores_stride], bias [block_keys][width]
   uint8_t* allowed;                       // [block_keys][width]
@@ -66,6 +66,7 @@ struct BackwardWorkspace {
     query_rows = layout_.template take<E>(ceil_div(queries, depth) * dim);
     grad_out_rows = layout_.template take<E>(ceil_div(queries, depth) * value_dim);
     shift = layout_.template take<S>(queries);
+    correction = layout_.template take<S>(queries);
     delta = layout_.template take<S>(queries);
     if (plan.chunks == 1) grad_query = layout_.template take<S>(queries * dim);
   }
@@ -91,6 +92,9 @@ class BackwardTask {
   static constexpr long depth = V::depth, width = panel_width<V>;
   static constexpr bool pairs = depth == 2;
   static constexpr bool in_place = sizeof(T) == sizeof(E) && !pairs;
+  // Q carries the scale where that does not cost precision worth having: bf16 would be rounded once more,
+  // and fp64's callers ask for all its digits.
+  static constexpr bool scales_query = sizeof(S) == 4 && !pairs;
   static constexpr long block_keys = Plan::block_keys, block_queries = Plan::block_queries;
   static constexpr long panels = block_queries / width;
 
@@ -186,7 +190,7 @@ class BackwardTask {
                       : partial_ + plan_.head_query_size() *
                                        ((chunk_ * problem_.batch + batch_) * problem_.query_heads + head_);
     if (wants) memset(grad_query_ + span.begin * dim, 0, sizeof(S) * span.size() * dim);
-    prepare_queries(span);
+    prepare_queries(band, span);
 
     for (long k = keys_.begin; k < keys_.end; k += block_keys) {
       const Range keys{k, min(keys_.end, k + block_keys)};
@@ -205,7 +209,7 @@ class BackwardTask {
     zero_rows(rows + span.end * stride, stride, problem_.queries - span.end, problem_.head_dim);
   }
 
-  void prepare_queries(Range span) {
+  void prepare_queries(const Band& band, Range span) {
     const T* query = element<T>(problem_.query, batch_, head_, 0);
     const T* out = element<T>(args_.out, batch_, head_, 0);
     const T* grad_out = element<T>(args_.grad_out, batch_, head_, 0);
@@ -213,9 +217,9 @@ class BackwardTask {
                grad_out_stride = args_.grad_out.stride[2];
     const long dim = problem_.head_dim, value_dim = problem_.value_dim;
     const long first = span.begin, rows = span.size();
-    // bf16 keeps Q as it is and scales the scores instead.
     const S scale_log2 = static_cast<S>(problem_.scale) * static_cast<S>(log2_e);
-    score_factor_ = pairs ? scale_log2 : 1;
+    const S query_scale = scales_query ? scale_log2 : 1;
+    score_factor_ = scales_query ? 1 : scale_log2;
     for (long q = first; q < span.end; q += width) {
       const long count = min(width, span.end - q);
       E* query_panel = work_.query_panels + q * ceil_div(dim, depth);
@@ -231,7 +235,7 @@ class BackwardTask {
                               grad_out_panel, width);
 #endif
       } else {
-        pack_transposed<V>(query + q * query_stride, query_stride, count, dim, scale_log2, query_panel,
+        pack_transposed<V>(query + q * query_stride, query_stride, count, dim, query_scale, query_panel,
                            width);
         pack_transposed<V>(grad_out + q * grad_out_stride, grad_out_stride, count, value_dim, S{1},
                            grad_out_panel, width);
@@ -260,18 +264,54 @@ class BackwardTask {
     const S* lse = static_cast<const S*>(args_.lse) + offset;
     const S* grad_lse = args_.grad_lse ? static_cast<const S*>(args_.grad_lse) + offset : nullptr;
     for (long q = first; q < span.end; q++) {
-      const S shift = -lse[q] * static_cast<S>(log2_e);
-      // A row without keys has lse -inf and only masked weights; the rest stays finite.
-      work_.shift[q] = lse[q] == -Limits<S>::infinity ? 0
-                       : shift > -Limits<S>::lowest   ? -Limits<S>::lowest
-                                                      : shift;
+      set_shift(band, q, lse[q]);
       work_.delta[q] = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim) -
                        (grad_lse ? grad_lse[q] : 0);
     }
     for (long q = span.end; q < round_up(span.end, block_queries); q++) {
       work_.shift[q] = static_cast<S>(-1e30);  // weight 0
-      work_.delta[q] = 0;
+      work_.correction[q] = work_.delta[q] = 0;
     }
+  }
+
+  void set_shift(const Band& band, long query, S lse) {
+    constexpr S large = 1e6;  // fp32 holds lse itself to 1/16 there, and at finfo.min not even log(Lk)
+    const double exact = -lse * log2_e;
+    const S shift = static_cast<S>(exact);
+    // A row without keys has lse -inf and only masked weights.
+    work_.shift[query] = lse == -Limits<S>::infinity ? 0 : shift;
+    work_.correction[query] = lse == -Limits<S>::infinity ? 0 : static_cast<S>(exact - shift);
+    if (problem_.bias.data && (lse > large || lse < -large) && lse != -Limits<S>::infinity) {
+      if (problem_.bias_dtype == problem_.dtype)
+        renormalise<T>(band, query);
+      else
+        renormalise<float>(band, query);
+    }
+  }
+
+  // Splits -lse of one query into minus the largest score and minus the logarithm of the sum beside it.
+  template <class B>
+  void renormalise(const Band& band, long query) {
+    const Tensor4<const B> bias = problem_.bias.template as<const B>();
+    const T* row = element<T>(problem_.query, batch_, head_, query);
+    const Range keys = band.row(query);
+    const auto score = [&](long key) {
+      const S b = first_of<F>(bias.at(batch_, head_, query, key));
+      const bool allowed =
+          b != -Limits<S>::infinity && (!problem_.mask.data || *problem_.mask.at(batch_, head_, query, key));
+      if (!allowed) return -Limits<S>::infinity;
+      const S product = dot<F>(row, element<T>(problem_.key, batch_, kv_head_, key), problem_.head_dim);
+      const S scaled_bias = max(Limits<S>::lowest, b * static_cast<S>(log2_e));
+      return max(Limits<S>::lowest,
+                 product * (static_cast<S>(problem_.scale) * static_cast<S>(log2_e)) + scaled_bias);
+    };
+    S largest = -Limits<S>::infinity;
+    for (long key = keys.begin; key < keys.end; key++) largest = max(largest, score(key));
+    S sum = 0;
+    for (long key = keys.begin; key < keys.end; key++)
+      sum += V::sum(V::zero_unless(V::first_lanes(1), V::exp2(V::set1(score(key) - largest))));
+    work_.shift[query] = -largest;
+    work_.correction[query] = -static_cast<S>(__builtin_log2(sum));
   }
 
   void tile(const Band& band, Range keys, Range queries) {
@@ -342,15 +382,15 @@ class BackwardTask {
                                     width, ceil_div(problem_.head_dim, depth), scores.data, scores.stride);
     const uint8_t* allowed = kind == TileKind::mixed ? work_.allowed : nullptr;
     if (problem_.bias.data) read_bias(where);
-    const S* shift = work_.shift + queries.begin;
+    const S *shift = work_.shift + queries.begin, *correction = work_.correction + queries.begin;
     if (problem_.bias.data && allowed)
-      weights_of<V, true, true>(scores, count, shift, score_factor_, work_.bias, allowed);
+      weights_of<V, true, true>(scores, count, shift, correction, score_factor_, work_.bias, allowed);
     else if (problem_.bias.data)
-      weights_of<V, true, false>(scores, count, shift, score_factor_, work_.bias, nullptr);
+      weights_of<V, true, false>(scores, count, shift, correction, score_factor_, work_.bias, nullptr);
     else if (allowed)
-      weights_of<V, false, true>(scores, count, shift, score_factor_, nullptr, allowed);
+      weights_of<V, false, true>(scores, count, shift, correction, score_factor_, nullptr, allowed);
     else
-      weights_of<V, false, false>(scores, count, shift, score_factor_, nullptr, nullptr);
+      weights_of<V, false, false>(scores, count, shift, correction, score_factor_, nullptr, nullptr);
     if (problem_.dropout_p > 0) mark_dropped<V>(problem_, where, scores);
 
     const Block<S> products{work_.products + first * work_.scores_stride + column, work_.scores_stride};

@@ -55,10 +55,12 @@ void add_transposed(Block<typename V::scalar> gradient, long queries, long keys,
 }
 
 // Scores -> softmax weights exp2(factor * score + bias - lse), in place. `shift` holds -lse in log2 units
-// for each query; bias [keys][panel] and allowed [keys][panel] may be null.
+// for each query, `correction` what it lacks in precision beside a large bias; bias [keys][panel] and
+// allowed [keys][panel] are null where the template says so.
 template <class V, bool has_bias, bool has_mask>
 void weights_of(Block<typename V::scalar> scores, long keys, const typename V::scalar* shift,
-                typename V::scalar factor, const typename V::scalar* bias, const uint8_t* allowed) {
+                const typename V::scalar* correction, typename V::scalar factor,
+                const typename V::scalar* bias, const uint8_t* allowed) {
   using S = typename V::scalar;
   constexpr int degree = V::depth == 2 ? 3 : 5;
   constexpr long width = panel_width<V>;
@@ -68,7 +70,7 @@ void weights_of(Block<typename V::scalar> scores, long keys, const typename V::s
       if constexpr (has_bias) {
         const typename V::vector b = V::load(bias + k * width + q);
         x = V::max(V::set1(Limits<S>::lowest), V::fma(x, V::set1(factor), b));
-        x = V::template exp2<degree>(V::add(x, V::load(shift + q)));
+        x = V::template exp2<degree>(V::add(V::add(x, V::load(shift + q)), V::load(correction + q)));
         x = V::zero_unless(V::not_less_equal(b, V::set1(-Limits<S>::infinity)), x);
       } else {
         x = V::template exp2<degree>(V::fma(x, V::set1(factor), V::load(shift + q)));

@@ -30,21 +30,6 @@ INLINE uint32_t multiply_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
 }
 
-// One counter, in place.
-inline void philox4x32(uint32_t (&counter)[4], PhiloxKey key) {
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint32_t low0 = kPhiloxMultiplier0 * counter[0], low1 = kPhiloxMultiplier1 * counter[2];
-    const uint32_t high0 = multiply_high(kPhiloxMultiplier0, counter[0]);
-    const uint32_t high1 = multiply_high(kPhiloxMultiplier1, counter[2]);
-    counter[0] = high1 ^ counter[1] ^ key.low;
-    counter[1] = low1;
-    counter[2] = high0 ^ counter[3] ^ key.high;
-    counter[3] = low0;
-    key.low += kPhiloxWeyl0;
-    key.high += kPhiloxWeyl1;
-  }
-}
-
 template <class T, int kLanes>
 struct LaneVector {
   using Type [[gnu::vector_size(sizeof(T) * kLanes)]] = T;

@@ -1,0 +1,154 @@
+"""Gradients of the CPU engine against float64 autograd, on every instruction set of the machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from fastattn.backends import cpu
+from fastattn.testing import (
+    CASES,
+    GRADIENTS,
+    Case,
+    assert_within_budget,
+    run_backend,
+    run_reference,
+)
+
+if cpu.unavailable():
+    pytest.skip(cpu.unavailable(), allow_module_level=True)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: Sizes that the table does not have: several blocks and chunks of keys, few heads, and bits of each.
+LONG_CASES = (
+    Case("chunks", batch=1, heads=1, queries=130, keys=1100, head_dim=24),
+    Case("chunks_causal", batch=1, heads=2, kv_heads=1, queries=1030, head_dim=16, causal="upper_left"),
+    Case("chunks_window", batch=1, heads=1, queries=1030, head_dim=16, window=(70, 3)),
+    Case("chunks_lower_right", batch=2, heads=1, queries=70, keys=1050, causal="lower_right", key_lengths=(1050, 600)),
+    Case("chunks_bias", batch=2, heads=2, queries=33, keys=1100, head_dim=16, bias="shared"),
+    Case("chunks_bias_keys", batch=2, heads=2, queries=33, keys=1100, head_dim=16, bias="keys", dropout_p=0.2),
+    Case("chunks_bias_queries", batch=2, heads=2, queries=33, keys=1100, head_dim=16, bias="queries"),
+    Case("chunks_mask", batch=1, heads=2, queries=100, keys=1100, head_dim=16, mask="shared", masked_rows=True),
+)
+
+
+@pytest.fixture(params=cpu.available_isas())
+def isa(request):
+    chosen = cpu.isa()
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa(chosen)
+
+
+def _problem_and_gradients(case: Case, dtype: torch.dtype):
+    problem = case.make(dtype=dtype)
+    return problem, case.make_grad_out(dtype=dtype), case.make_grad_lse(dtype=problem.lse_dtype)
+
+
+@cache
+def _references(case: Case, dtype: torch.dtype):
+    given = _problem_and_gradients(case, dtype)
+    return run_reference(*given), run_reference(*given, dtype=None)
+
+
+@pytest.mark.parametrize("case", (*CASES, *LONG_CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_within_budget(case, dtype, isa):
+    problem, grad_out, grad_lse = _problem_and_gradients(case, dtype)
+    results = run_backend(cpu, problem, grad_out, grad_lse)
+    assert_within_budget(results, problem, *_references(case, dtype), grad_out)
+
+
+def _gradients(problem, out, lse, grad_out, grad_lse, wanted):
+    """The engine's gradients; those not in ``wanted`` are not asked for."""
+    like = dict(zip(GRADIENTS, (problem.query, problem.key, problem.value), strict=False))
+    buffers = {
+        name: torch.full(tensor.shape, torch.nan, dtype=tensor.dtype) if name in wanted else None
+        for name, tensor in like.items()
+    }
+    shape = [1 if stride == 0 else size for size, stride in zip(problem.bias.shape, problem.bias.stride(), strict=True)]
+    buffers["grad_bias"] = torch.zeros(shape) if "grad_bias" in wanted else None
+    cpu.backward(problem, out, lse, grad_out, grad_lse, **buffers)
+    return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+
+
+@pytest.mark.parametrize("wanted", GRADIENTS)
+def test_each_gradient_alone_is_the_same(wanted, isa):
+    case = Case("alone", heads=4, kv_heads=2, queries=70, keys=90, head_dim=24, bias="per_head", dropout_p=0.2)
+    problem, grad_out, grad_lse = _problem_and_gradients(case, torch.float32)
+    out, lse = (tensor.float() for tensor in list(run_reference(problem).values())[:2])
+    together = _gradients(problem, out, lse, grad_out, grad_lse, GRADIENTS)
+    alone = _gradients(problem, out, lse, grad_out, grad_lse, (wanted,))
+    assert torch.equal(alone[wanted], together[wanted])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    "case",
+    (
+        Case("heads", batch=2, heads=4, kv_heads=2, queries=130, head_dim=32, causal="upper_left", dropout_p=0.1),
+        Case("chunks", batch=1, heads=1, queries=300, keys=1600, head_dim=32),
+        Case("shared_bias", batch=2, heads=2, queries=70, keys=1100, head_dim=16, bias="shared"),
+    ),
+    ids=lambda case: case.name,
+)
+def test_bitwise_equal_across_threads(case, dtype, isa):
+    given = _problem_and_gradients(case, dtype)
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            runs.append(run_backend(cpu, *given))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        for name, tensor in runs[0].items():
+            assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("poison", (torch.nan, torch.inf))
+@pytest.mark.parametrize("ingredient", ("key_lengths", "mask", "bias", "window"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_unattended_keys_and_values_change_nothing(ingredient, poison, dtype, isa):
+    case = Case("padding", heads=2, kv_heads=1, queries=70, keys=220, head_dim=24)
+    problem, grad_out, grad_lse = _problem_and_gradients(case, dtype)
+    unattended = torch.zeros(220, dtype=torch.bool)
+    if ingredient == "key_lengths":
+        problem = replace(problem, key_lengths=torch.tensor([100, 64]))
+        unattended[100:] = True
+    elif ingredient == "window":
+        problem = replace(problem, window_left=3, window_right=5)
+        unattended[75:] = True
+    else:
+        unattended[torch.tensor([0, 1, 17, 63, 64, 101, 219])] = True
+        if ingredient == "mask":
+            problem = replace(problem, attn_mask=(~unattended).expand(2, 2, 70, 220))
+        else:
+            forbidding = torch.zeros(2, 2, 70, 220, dtype=dtype).masked_fill_(unattended, -torch.inf)
+            problem = replace(problem, bias=forbidding)
+    clean = run_backend(cpu, problem, grad_out, grad_lse)
+    key, value = problem.key.clone(), problem.value.clone()
+    key[..., unattended, :] = poison
+    value[..., unattended, :] = poison
+    poisoned = run_backend(cpu, replace(problem, key=key, value=value), grad_out, grad_lse)
+    for name, tensor in clean.items():
+        assert torch.equal(tensor, poisoned[name]), name
+    assert not poisoned["grad_key"][..., unattended, :].any()
+    assert not poisoned["grad_value"][..., unattended, :].any()
+
+
+def test_rows_that_only_a_finite_bias_discourages(isa):
+    """A bias of finfo.min, or another huge constant, on a whole row leaves nothing but equal weights."""
+    case = Case("constant", queries=20, keys=40, head_dim=16, bias="full")
+    problem, grad_out, _ = _problem_and_gradients(case, torch.float32)
+    bias = problem.bias.clone()
+    bias[:, :, 3] = torch.finfo(torch.float32).min
+    bias[:, :, 7] = -1e9
+    problem = replace(problem, bias=bias)
+    results = run_backend(cpu, problem, grad_out)
+    references = run_reference(problem, grad_out), run_reference(problem, grad_out, dtype=None)
+    assert_within_budget({name: results[name] for name in GRADIENTS}, problem, *references, grad_out)
