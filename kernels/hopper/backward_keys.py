@@ -45,7 +45,7 @@ def consumer(CONSUMER: gl.constexpr, descriptors, kv_bufs, ring, lengths, scale,
     """A warpgroup: 64 keys of every work tile."""
     q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dk_desc, dv_desc = descriptors
     k_tiles, v_tiles, dk_tiles, dv_tiles, kv_full, kv_empty = kv_bufs
-    q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, q_empty, do_full, do_empty = ring
+    q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty = ring
     Lq, Lk, left, right, Hkv, group, blocks, heads, section = sizes
     M: gl.constexpr = OPTIONS.block_m
     D: gl.constexpr = OPTIONS.head_dim
@@ -94,10 +94,8 @@ def consumer(CONSUMER: gl.constexpr, descriptors, kv_bufs, ring, lengths, scale,
             dv_token = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do_tile, dv, is_async=True)
             ds = p * (dp - delta_tiles.index(stage).load(s_layout))
             dk_token = warpgroup_mma(gl.convert_layout(ds.to(dtype), a_layout), q_tile, dk, is_async=True)
-            dv = warpgroup_mma_wait(1, deps=[dv_token])
-            mbarrier.arrive(do_empty.index(stage), count=1)
-            dk = warpgroup_mma_wait(0, deps=[dk_token])
-            mbarrier.arrive(q_empty.index(stage), count=1)
+            dk, dv = warpgroup_mma_wait(0, deps=[dk_token, dv_token])
+            mbarrier.arrive(empty.index(stage), count=1)
         loads += count * group
         if OPTIONS.own_out:
             mbarrier.arrive(kv_empty.index(CONSUMER), count=1)
@@ -128,7 +126,7 @@ def producer(descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTI
     """One warp: K and V of every work tile, then the queries that see them through the ring."""
     q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dk_desc, dv_desc = descriptors
     k_tiles, v_tiles, dk_tiles, dv_tiles, kv_full, kv_empty = kv_bufs
-    q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, q_empty, do_full, do_empty = ring
+    q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty = ring
     Lq, Lk, left, right, Hkv, group, blocks, heads, section = sizes
     loads = 0
     for round_ in range(0, tiles_of_program(gl.program_id(0), gl.num_programs(0), blocks * heads)):
@@ -144,12 +142,10 @@ def producer(descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTI
             for m in range(0, count):
                 start = (low + m) * OPTIONS.block_m
                 stage = loads % OPTIONS.stages
-                free = ((loads // OPTIONS.stages) & 1) ^ 1
-                mbarrier.wait(q_empty.index(stage), free)
+                mbarrier.wait(empty.index(stage), ((loads // OPTIONS.stages) & 1) ^ 1)
                 mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
                 tma_load(q_desc, [batch, query_head, start, 0], q_full.index(stage), q_tiles.index(stage))
                 tma_load(lse_desc, [row, start], q_full.index(stage), lse_tiles.index(stage))
-                mbarrier.wait(do_empty.index(stage), free)
                 mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
                 tma_load(do_desc, [batch, query_head, start, 0], do_full.index(stage), do_tiles.index(stage))
                 tma_load(delta_desc, [row, start], do_full.index(stage), delta_tiles.index(stage))
@@ -184,13 +180,12 @@ def gradients_of_keys(q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dk_
     kv_full = new_barriers(2, 1)
     kv_empty = new_barriers(2, 1)
     q_full = new_barriers(STAGES, 1)
-    q_empty = new_barriers(STAGES, 2)
     do_full = new_barriers(STAGES, 1)
-    do_empty = new_barriers(STAGES, 2)
+    empty = new_barriers(STAGES, 2)
     fence_async_shared()
     descriptors = (q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dk_desc, dv_desc)
     kv_bufs = (k_tiles, v_tiles, dk_tiles, dv_tiles, kv_full, kv_empty)
-    ring = (q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, q_empty, do_full, do_empty)
+    ring = (q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty)
     sizes = (Lq, Lk, left, right, Hkv, group, blocks, heads, section)
     gl.warp_specialize([
         (consumer, (0, descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTIONS)),

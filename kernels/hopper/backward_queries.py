@@ -57,7 +57,7 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, delta_p
     """A warpgroup: 64 queries of every work tile."""
     q_desc, do_desc, k_desc, v_desc, dq_desc = descriptors
     q_tiles, do_tiles, dq_tiles, q_full, q_empty = q_bufs
-    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = ring
+    k_tiles, v_tiles, k_full, v_full, empty = ring
     Lq, Lk, left, right, Hq, group, blocks, heads, section = sizes
     N: gl.constexpr = OPTIONS.block_n
     D: gl.constexpr = OPTIONS.head_dim
@@ -103,13 +103,12 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, delta_p
                 s = mask_scores(s, row_low - start, row_high - start, OPTIONS.has_left, True, s_layout)
             p = gl.exp2(s * scale_log2 - lse[:, None])
             dp = warpgroup_mma_wait(0, deps=[dp_token])
-            mbarrier.arrive(v_empty.index(stage), count=1)
             ds = p * (dp - delta[:, None])
             if OPTIONS.key_lengths:
                 ds = gl.where(p == 0.0, 0.0, ds)  # dP of a padded value may be NaN
             dq_token = warpgroup_mma(gl.convert_layout(ds.to(dtype), a_layout), k_tile, dq, is_async=True)
             dq = warpgroup_mma_wait(0, deps=[dq_token])
-            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.arrive(empty.index(stage), count=1)
         loads += count
         if OPTIONS.own_out:
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
@@ -136,7 +135,7 @@ def producer(descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scal
     """One warp: Q and dO of every work tile, then its K and V through the ring."""
     q_desc, do_desc, k_desc, v_desc, dq_desc = descriptors
     q_tiles, do_tiles, dq_tiles, q_full, q_empty = q_bufs
-    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = ring
+    k_tiles, v_tiles, k_full, v_full, empty = ring
     Lq, Lk, left, right, Hq, group, blocks, heads, section = sizes
     loads = 0
     for round_ in range(0, tiles_of_program(gl.program_id(0), gl.num_programs(0), blocks * heads)):
@@ -150,11 +149,9 @@ def producer(descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scal
         for i in range(0, count):
             start = key_tile(i, edge, low, low_edge, high) * OPTIONS.block_n
             stage = loads % OPTIONS.stages
-            free = ((loads // OPTIONS.stages) & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), free)
+            mbarrier.wait(empty.index(stage), ((loads // OPTIONS.stages) & 1) ^ 1)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             tma_load(k_desc, [batch, head // group, start, 0], k_full.index(stage), k_tiles.index(stage))
-            mbarrier.wait(v_empty.index(stage), free)
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma_load(v_desc, [batch, head // group, start, 0], v_full.index(stage), v_tiles.index(stage))
             loads += 1
@@ -183,13 +180,12 @@ def gradients_of_queries(q_desc, do_desc, k_desc, v_desc, dq_desc, lse_ptr, delt
     q_full = new_barriers(2, 1)
     q_empty = new_barriers(2, 1)
     k_full = new_barriers(STAGES, 1)
-    k_empty = new_barriers(STAGES, 2)
     v_full = new_barriers(STAGES, 1)
-    v_empty = new_barriers(STAGES, 2)
+    empty = new_barriers(STAGES, 2)
     fence_async_shared()
     descriptors = (q_desc, do_desc, k_desc, v_desc, dq_desc)
     q_bufs = (q_tiles, do_tiles, dq_tiles, q_full, q_empty)
-    ring = (k_tiles, v_tiles, k_full, k_empty, v_full, v_empty)
+    ring = (k_tiles, v_tiles, k_full, v_full, empty)
     sizes = (Lq, Lk, left, right, Hq, group, blocks, heads, section)
     gl.warp_specialize([
         (consumer, (0, descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes, padded, OPTIONS)),

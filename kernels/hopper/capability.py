@@ -5,7 +5,8 @@ import os
 
 import torch
 
-HEAD_DIMS = (64, 128, 256)
+#: Head dimensions by direction; a problem that may be differentiated must be among both.
+HEAD_DIMS = {"forward": (64, 128, 256), "backward": (64, 128)}
 #: TMA takes base addresses and strides in units of this many bytes.
 TMA_ALIGNMENT = 16
 
@@ -42,15 +43,16 @@ def tma_reason(name: str, tensor: torch.Tensor) -> str | None:
     return None
 
 
-def problem_reasons(problem) -> list[str]:
+def problem_reasons(problem, direction: str = "backward") -> list[str]:
     """The reasons that lie in the problem alone, whatever the device."""
     found = []
+    head_dims = HEAD_DIMS[direction]
     query, key, value = problem.query, problem.key, problem.value
     if query.dtype not in (torch.bfloat16, torch.float16):
         found.append(f"the Hopper kernels take bfloat16 and float16, not {query.dtype}")
-    if query.shape[-1] != value.shape[-1] or query.shape[-1] not in HEAD_DIMS:
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] not in head_dims:
         found.append(
-            f"the Hopper kernels take equal head dimensions of {HEAD_DIMS}, not {query.shape[-1]} and {value.shape[-1]}"
+            f"the Hopper kernels take equal head dimensions of {head_dims}, not {query.shape[-1]} and {value.shape[-1]}"
         )
     if problem.attn_mask is not None or problem.bias is not None:
         found.append("the Hopper kernels take no attn_mask")
@@ -66,14 +68,15 @@ def problem_reasons(problem) -> list[str]:
     return found
 
 
-def reasons(problem) -> list[str]:
+def reasons(problem, direction: str = "backward") -> list[str]:
     """Why the Hopper kernels cannot take a problem; [] means that they can.
 
-    FASTATTN_HOPPER=0 turns them off.
+    ``direction`` "backward" asks for both directions, "forward" for that one alone, which takes larger head
+    dimensions.  FASTATTN_HOPPER=0 turns the kernels off.
     """
     if os.environ.get("FASTATTN_HOPPER", "1") == "0":
         return ["FASTATTN_HOPPER=0"]
     if not problem.query.is_cuda:
         return ["the Hopper kernels need a CUDA device"]
     reason = _environment_reason() or _device_reason(problem.query.get_device())
-    return [reason] if reason else problem_reasons(problem)
+    return [reason] if reason else problem_reasons(problem, direction)

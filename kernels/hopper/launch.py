@@ -1,5 +1,6 @@
 """From a problem to the arguments and the grid of the forward kernel."""
 
+import contextlib
 import functools
 import math
 
@@ -15,10 +16,21 @@ from .plan import band_of, forward_plan
 GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
+#: Streaming multiprocessors of an H100 or H200 (SXM), assumed where kernels are compiled without a GPU.
+ASSUMED_MULTIPROCESSORS = 132
+
+
 @functools.cache
-def multiprocessors(index: int) -> int:
+def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a device."""
-    return torch.cuda.get_device_properties(index).multi_processor_count
+    if device.type != "cuda":
+        return ASSUMED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_device(tensor: torch.Tensor):
+    """Makes the tensor's device the current one; does nothing where kernels are compiled without a GPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @functools.cache
@@ -65,10 +77,10 @@ def forward(problem, out: torch.Tensor, lse: torch.Tensor, config=None) -> None:
         return
     band = band_of(problem)
     config = config or forward_config(query.shape[-1], band.has_left or band.has_right)
-    plan = forward_plan(problem, band, config, multiprocessors(query.get_device()))
+    plan = forward_plan(problem, band, config, multiprocessors(query.device))
     target = writable(out)
     lengths = problem.key_lengths if problem.key_lengths is not None else lse
-    with torch.cuda.device(query.device):
+    with on_device(query):
         attention_forward[(plan.programs,)](
             tile_descriptor(query, 64),
             tile_descriptor(key, config.block_n),

@@ -7,7 +7,7 @@ from .backward_keys import gradients_of_keys
 from .backward_queries import gradients_of_queries
 from .capability import tma_reason
 from .configs import backward_config
-from .launch import multiprocessors, tile_descriptor, tile_layout, writable
+from .launch import multiprocessors, on_device, tile_descriptor, tile_layout, writable
 from .plan import band_of, keys_plan, queries_plan
 from .statistics import row_statistics
 
@@ -36,9 +36,9 @@ def backward(
         grad_out = grad_out.contiguous()
     band = band_of(problem)
     config = config or backward_config(query.shape[-1], band.has_left or band.has_right)
-    programs = multiprocessors(query.get_device())
+    programs = multiprocessors(query.device)
     lengths = problem.key_lengths if problem.key_lengths is not None else lse
-    with torch.cuda.device(query.device):
+    with on_device(query):
         lse_2, delta = row_statistics(out, lse, grad_out, grad_lse)
         if grad_key is not None or grad_value is not None:
             targets = [
