@@ -432,3 +432,24 @@ def test_summary_names_failures_and_fits_a_short_log():
     assert "50 fail" in text
     assert "check/0 [forward]" in text
     assert len(gpu_report.wrong_rows(rows)) == 50, "a peer's failure is not ours"
+
+
+def test_device_cpu_stops_what_takes_too_long_and_keeps_what_it_said():
+    import device_cpu
+
+    code = "import sys, time; print('first', flush=True); print('why', file=sys.stderr, flush=True); time.sleep(60)"
+    run = device_cpu._run([sys.executable, "-c", code], 3.0)
+    assert run["status"] == "stopped after 3 s"
+    assert run["lines"] == ["first"]
+    assert "why" in run["output"]
+    run = device_cpu._run([sys.executable, "-c", "import os, sys; sys.exit(os.environ['CODE'] == 'x')"], 60.0, CODE="x")
+    assert run["status"] == "exit status 1"
+
+
+def test_device_cpu_measures_each_target_once():
+    """Every column of the table of targets is measured in an instruction set that can reach it."""
+    import device_cpu
+
+    columns = [(isa, column) for isa, rows in device_cpu.MEASURED.items() for dtype, column in rows]
+    assert {column for _, column in columns} == {"avx512", "avx512_bf16", "avx2"}
+    assert all(isa.startswith(column) for isa, column in columns), "avx512_bf16 includes avx512"
