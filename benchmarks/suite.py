@@ -182,7 +182,7 @@ def odd_size_entries() -> Iterator[Entry]:
 def decode_entries() -> Iterator[Entry]:
     """One query: the rate at which keys and values are read, from memory and from the caches."""
     for dtype in (FP32, BF16, FP16):
-        for heads, keys in ((16, 8192), (16, 32768), (2, 65536)):
+        for heads, keys in ((16, 8192), (16, 16384), (2, 65536)):
             workload = Workload(1, heads, 1, 128, dtype, keys=keys)
             yield Entry("decode", workload, ("torch",), {}, (Target("share", ">=", 0.8),), ceiling="read", seconds=1.0)
         for keys in (64, 256, 1024):

@@ -153,7 +153,8 @@ class Inputs:
         """
         workload = self.workload
         group = workload.heads // (workload.kv_heads or workload.heads)
-        small = workload.batch * workload.heads * workload.length * workload.key_count <= 2**22
+        rows = max(workload.length, workload.head_dim)
+        small = workload.batch * workload.heads * workload.key_count * rows <= 2**22
         heads = slice(None) if small else slice(-group, None)
         kv_heads = slice(None) if small else slice(-1, None)
         long = workload.length > LONGEST_CHECKED_HEAD
