@@ -35,7 +35,7 @@ bench-micro: $(VENV)/packages.stamp
 	$(VENV)/bin/cmake -S csrc -B build/micro -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTATTN_BENCH=ON \
 		-DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) -DPython_EXECUTABLE=$(abspath $(RUN))
 	$(VENV)/bin/cmake --build build/micro --target bench_micro
-	build/micro/bench_micro
+	build/micro/bench/bench_micro
 
 gpu-compile-report: $(VENV)/installed.stamp
 	$(RUN) -m kernels.compile_report
