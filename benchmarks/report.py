@@ -58,7 +58,7 @@ def run(
     result["minutes"] = round((time.monotonic() - start) / 60, 1)
     print_result(result)
 
-    slug = name or "cpu-" + re.sub(r"[^a-z0-9.]+", "-", result["machine"]["cpu"].lower()).strip("-")
+    result["name"] = slug = name or "cpu-" + re.sub(r"[^a-z0-9.]+", "-", result["machine"]["cpu"].lower()).strip("-")
     results.mkdir(parents=True, exist_ok=True)
     plots.mkdir(parents=True, exist_ok=True)
     path = results / f"{slug}.json"

@@ -244,12 +244,18 @@ def test_readme_blocks_are_replaced_and_nothing_else() -> None:
             {"implementation": "fastattn", "length": 2048, "bytes": 10 * 2**20},
         ]
     }
-    filled = readme.render(text, [result])
+    filled = readme.render(text, [result], [])
     assert filled.startswith("before\n<!-- memory")
     assert filled.endswith("<!-- end -->\nafter\n")
     assert "| 2048 | 400 |  | 10 |" in filled
     assert "2.5%" in filled
     assert "old" not in filled
-    assert readme.render(filled, [result]) == filled
+    assert readme.render(filled, [result], []) == filled
     with pytest.raises(ValueError, match="no-such-table"):
-        readme.render(text.replace("memory", "no-such-table"), [result])
+        readme.render(text.replace("memory", "no-such-table"), [result], [])
+
+
+def test_the_readme_says_what_the_committed_results_say(tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    assert not readme.update(copy, ROOT / "benchmarks" / "results"), "run `make readme`"
