@@ -122,6 +122,50 @@ void weights(const py::tuple& problem_tuple, uintptr_t lse, uintptr_t out, bool 
   chosen.weights(problem, output, threads);
 }
 
+AdditiveProblem read_additive(const py::tuple& tuple) {
+  Fields fields(tuple);
+  AdditiveProblem p;
+  p.dtype = static_cast<DType>(fields.integer());
+  p.batch = fields.integer();
+  p.queries = fields.integer();
+  p.keys = fields.integer();
+  p.features = fields.integer();
+  p.value_dim = fields.integer();
+  p.query = fields.pointer<const void>();
+  p.key = fields.pointer<const void>();
+  p.value = fields.pointer<const void>();
+  p.weight = fields.pointer<const void>();
+  p.mask = fields.pointer<const uint8_t>();
+  p.offset = fields.real();
+  return p;
+}
+
+void additive_forward(const py::tuple& problem_tuple, uintptr_t out, uintptr_t largest, uintptr_t sum,
+                      int threads) {
+  const AdditiveProblem problem = read_additive(problem_tuple);
+  const AdditiveOutput output{address(out), address(largest), address(sum)};
+  const Engine& chosen = engine();
+  const py::gil_scoped_release unlocked;
+  chosen.additive_forward(problem, output, threads);
+}
+
+void additive_backward(const py::tuple& problem_tuple, int64_t chunks, uintptr_t lse, uintptr_t delta,
+                       uintptr_t grad_out, uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value,
+                       uintptr_t grad_weight, int threads) {
+  const AdditiveProblem problem = read_additive(problem_tuple);
+  const AdditiveGradients gradients{chunks,
+                                    address(lse),
+                                    address(delta),
+                                    address(grad_out),
+                                    address(grad_query),
+                                    address(grad_key),
+                                    address(grad_value),
+                                    address(grad_weight)};
+  const Engine& chosen = engine();
+  const py::gil_scoped_release unlocked;
+  chosen.additive_backward(problem, gradients, threads);
+}
+
 DType dtype_of(const std::string& name) {
   if (name == "float32") return DType::f32;
   if (name == "bfloat16") return DType::bf16;
@@ -153,6 +197,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("weights", &weights);
+  m.def("additive_forward", &additive_forward);
+  m.def("additive_backward", &additive_backward);
   m.def("isa", [] { return engine().name; }, "The instruction set in use.");
   m.def("set_isa", &select_engine,
         "Use an instruction set by name; ValueError if that is not possible here.");

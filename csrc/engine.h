@@ -1,6 +1,7 @@
 // The entry points of one instruction set. Each engine_<isa>.cpp defines one table.
 #pragma once
 
+#include "additive.h"
 #include "backward.h"
 #include "problem.h"
 
@@ -11,6 +12,8 @@ struct Engine {
   void (*forward)(const Problem&, const ForwardOutput&, int threads);
   void (*backward)(const Problem&, const BackwardArgs&, int threads);
   void (*weights)(const Problem&, const WeightsOutput&, int threads);
+  void (*additive_forward)(const AdditiveProblem&, const AdditiveOutput&, int threads);
+  void (*additive_backward)(const AdditiveProblem&, const AdditiveGradients&, int threads);
   // The machine's ceilings: multiply-adds on registers, and reading memory.
   double (*probe_multiply_add)(DType, int threads, int64_t rounds);
   void (*probe_read)(const float* data, int64_t count, int threads);

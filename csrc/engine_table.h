@@ -2,6 +2,7 @@
 // FASTATTN_ISA_NAMESPACE naming both the namespace and the instruction set.
 #pragma once
 
+#include "additive_run.h"
 #include "backward_run.h"
 #include "engine.h"
 #include "forward_run.h"
@@ -18,6 +19,7 @@ namespace fastattn {
 const Engine FASTATTN_JOIN(engine_, FASTATTN_ISA_NAMESPACE) = {
     FASTATTN_TEXT(FASTATTN_ISA_NAMESPACE),      FASTATTN_ISA_NAMESPACE::forward,
     FASTATTN_ISA_NAMESPACE::backward,           FASTATTN_ISA_NAMESPACE::weights,
+    FASTATTN_ISA_NAMESPACE::additive_forward,   FASTATTN_ISA_NAMESPACE::additive_backward,
     FASTATTN_ISA_NAMESPACE::probe_multiply_add, FASTATTN_ISA_NAMESPACE::probe_read,
 };
 

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-#: Elements of one [B, block_q, block_k, D] tile of tanh: 1 MiB of float32, to stay in a core's cache.
-TILE_ELEMENTS = 1 << 18
+from fastattn.backends import additive_cpu, additive_tiles
 
 
 def additive_attention(
@@ -56,13 +55,7 @@ def additive_weights(
         mask = _checked_mask(query, key, key, weight, key_lengths, key_mask)
         lse = _call(query, key, key[..., :1], weight, None, mask)[1]
         query, key, weight = (_working(x) for x in (query, key, weight))
-        if mask is not None:
-            key = key.masked_fill(~mask[:, :, None], 0.0)
-        out = query.new_empty(query.shape[0], query.shape[1], key.shape[1])
-        for rows, columns in _tiles(query, key):
-            score = torch.tanh(query[:, rows, None] + key[:, None, columns]) @ weight
-            out[:, rows, columns] = _probability(score, lse[:, rows], mask, columns)
-        return out
+        return additive_tiles.weights(query, _without_masked(key, mask), weight, mask, lse)
 
 
 class AdditiveAttention(nn.Module):
@@ -138,78 +131,31 @@ def _working(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _tiles(query: torch.Tensor, key: torch.Tensor):
-    """Slices (rows, columns) that cover the scores with at most TILE_ELEMENTS tanh each."""
-    batch, rows, features = query.shape
-    columns = key.shape[1]
-    pairs = max(1, TILE_ELEMENTS // max(1, batch * features))
-    block_q = max(1, min(rows, int(pairs**0.5)))
-    block_k = max(1, pairs // block_q)
-    for i in range(0, rows, block_q):
-        for j in range(0, columns, block_k):
-            yield slice(i, min(i + block_q, rows)), slice(j, min(j + block_k, columns))
+def _without_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values with those masked set to 0: zero times a masked NaN would be NaN."""
+    return x if mask is None else x.masked_fill(~mask[:, :, None], 0.0)
 
 
-def _probability(score, lse, mask, columns):
-    """exp(score - lse) ``[B, rows, columns]``, 0 where masked and in rows with nothing to attend to."""
-    p = (score - lse[:, :, None]).exp()
-    return p if mask is None else p.masked_fill(~mask[:, None, columns], 0.0)
+def _make_call(query, key, value, weight, mask):
+    engine = additive_tiles if additive_cpu.reasons(query, key, value) else additive_cpu
+    return engine.Call(query, key, value, weight, mask)
 
 
 class _Additive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, weight, mask):
         q, k, v, w = (_working(x) for x in (query, key, value, weight))
-        if mask is not None:  # zero times a masked NaN would be NaN
-            k, v = (x.masked_fill(~mask[:, :, None], 0.0) for x in (k, v))
-        out, lse = _forward(q, k, v, w, mask)
-        ctx.save_for_backward(query, key, value, weight, mask, out, lse)
+        ctx.call = _make_call(q, _without_masked(k, mask), _without_masked(v, mask), w, mask)
+        ctx.dtypes = [x.dtype for x in (query, key, value, weight)]
+        out, lse = ctx.call.forward()
+        ctx.save_for_backward(out, lse)
         ctx.mark_non_differentiable(lse)
         return out.to(query.dtype), lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _):
-        query, key, value, weight, mask, out, lse = ctx.saved_tensors
-        q, k, v, w = (_working(x) for x in (query, key, value, weight))
-        if mask is not None:
-            k, v = (x.masked_fill(~mask[:, :, None], 0.0) for x in (k, v))
-        grads = _backward(q, k, v, w, mask, out, lse, _working(grad_out))
-        return *(g.to(x.dtype) for g, x in zip(grads, (query, key, value, weight), strict=True)), None
-
-
-def _forward(q, k, v, w, mask):
-    batch, rows, _ = q.shape
-    maximum = q.new_full((batch, rows), float("-inf"))
-    total = q.new_zeros(batch, rows)
-    out = q.new_zeros(batch, rows, v.shape[2])
-    for i, j in _tiles(q, k):
-        score = torch.tanh(q[:, i, None] + k[:, None, j]) @ w  # [B, block_q, block_k]
-        if mask is not None:
-            score = score.masked_fill(~mask[:, None, j], float("-inf"))
-        new_maximum = torch.maximum(maximum[:, i], score.amax(-1))
-        finite = new_maximum.clamp_min(torch.finfo(q.dtype).min)  # -inf - -inf would be NaN
-        correction = (maximum[:, i] - finite).exp()
-        p = (score - finite[:, :, None]).exp()
-        total[:, i] = total[:, i] * correction + p.sum(-1)
-        out[:, i] = out[:, i] * correction[:, :, None] + p @ v[:, j]
-        maximum[:, i] = new_maximum
-    empty = total == 0
-    out = out / total.masked_fill(empty, 1.0)[:, :, None]
-    return out, (maximum + total.log()).masked_fill(empty, float("-inf"))
-
-
-def _backward(q, k, v, w, mask, out, lse, grad_out):
-    grad_q, grad_k, grad_v, grad_w = (torch.zeros_like(x) for x in (q, k, v, w))
-    delta = (grad_out * out).sum(-1)  # [B, Lq]
-    lse = lse.masked_fill(lse == float("-inf"), 0.0)  # such rows are masked everywhere
-    for i, j in _tiles(q, k):
-        t = torch.tanh(q[:, i, None] + k[:, None, j])  # [B, block_q, block_k, D]
-        p = _probability(t @ w, lse[:, i], mask, j)  # [B, block_q, block_k]
-        grad_v[:, j] += p.transpose(1, 2) @ grad_out[:, i]
-        grad_score = p * (grad_out[:, i] @ v[:, j].transpose(1, 2) - delta[:, i, None])
-        grad_w += (grad_score.flatten()[None] @ t.flatten(0, 2))[0]
-        grad_t = (1 - t * t) * grad_score[..., None] * w
-        grad_q[:, i] += grad_t.sum(2)
-        grad_k[:, j] += grad_t.sum(1)
-    return grad_q, grad_k, grad_v, grad_w
+        out, lse = ctx.saved_tensors
+        grad_out = _working(grad_out)
+        grads = ctx.call.backward(lse, (grad_out * out).sum(-1), grad_out)
+        return *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None

@@ -1,10 +1,14 @@
 """Additive attention and attention pooling against the formula written out in float64."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from fastattn import additive
 from fastattn.additive import AdditiveAttention, additive_attention, additive_weights
+from fastattn.backends import additive_cpu, additive_tiles, cpu
 from fastattn.pooling import AttentionPooling
 
 SIZES = [  # batch, queries, keys, features, value features
@@ -40,14 +44,29 @@ def lengths_of(size):
     return lengths, torch.arange(keys) < lengths[:, None]
 
 
-@pytest.fixture(params=[1, 500, 1 << 18])
-def tile(request, monkeypatch):
-    monkeypatch.setattr(additive, "TILE_ELEMENTS", request.param)
+def engines():
+    """The tiles of PyTorch operations at several sizes, and the C++ engine with each instruction set."""
+    tiles = ["tiles of 1", "tiles of 500", "tiles of 262144"]
+    missing = additive_cpu.reasons(*(torch.ones(1, 1, 1) for _ in range(3)))
+    return tiles if missing else [*tiles, *cpu.available_isas()]
+
+
+@pytest.fixture(params=engines())
+def engine(request, monkeypatch):
+    if request.param.startswith("tiles"):
+        monkeypatch.setattr(additive_tiles, "TILE_ELEMENTS", int(request.param.split()[-1]))
+        monkeypatch.setattr(additive_cpu, "reasons", lambda q, k, v: ["not in this test"])
+        yield
+    else:
+        before = cpu.isa()
+        cpu.set_isa(request.param)
+        yield
+        cpu.set_isa(before)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_output_and_gradients(size, masked, tile):
+def test_output_and_gradients(size, masked, engine):
     tensors = inputs(size)
     lengths, mask = lengths_of(size) if masked else (None, None)
     expected = naive(*tensors, mask)[0]
@@ -59,7 +78,7 @@ def test_output_and_gradients(size, masked, tile):
         torch.testing.assert_close(got, want)
 
 
-def test_gradcheck():
+def test_gradcheck(engine):
     lengths = torch.tensor([5, 2, 0])
     assert torch.autograd.gradcheck(
         lambda *tensors: additive_attention(*tensors, key_lengths=lengths), inputs((3, 4, 5, 3, 2))
@@ -67,7 +86,7 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_is_at_most_twice_the_naive_ones(dtype):
+def test_error_is_at_most_twice_the_naive_ones(dtype, engine):
     tensors = inputs((2, 30, 50, 16, 8), dtype)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     truth = naive(*exact)[0]
@@ -85,7 +104,7 @@ def test_error_is_at_most_twice_the_naive_ones(dtype):
         assert of_ours <= 2 * of_naive + floor
 
 
-def test_masked_nan_does_not_leak():
+def test_masked_nan_does_not_leak(engine):
     tensors = inputs((2, 3, 6, 4, 4))
     lengths = torch.tensor([6, 2])
     poisoned = [t.detach().clone() for t in tensors]
@@ -99,22 +118,63 @@ def test_masked_nan_does_not_leak():
         assert torch.equal(clean, dirty)
 
 
-def test_memory_kept_for_the_backward_is_linear():
-    """Nothing of size Lq * Lk is saved: twice the length keeps twice the bytes."""
-    kept = []
-    for length in (256, 512):
-        total = 0
+MEASURE_PEAK = r"""
+import re, sys, torch
+from pathlib import Path
+from fastattn.additive import additive_attention
+from fastattn.backends import additive_cpu
 
-        def count(tensor):
-            nonlocal total
-            total += tensor.numel() * tensor.element_size()
-            return tensor
+if sys.argv[1] == "tiles":
+    additive_cpu.reasons = lambda q, k, v: ["not in this test"]
 
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            additive_attention(*inputs((1, length, length, 8, 8), torch.float32))
-        kept.append(total)
-    assert kept[1] < 2.1 * kept[0]
-    assert kept[0] < 256 * 256 * 4
+def step(length):
+    tensors = [torch.randn(1, length, 8, requires_grad=True) for _ in range(3)] + [torch.randn(8, requires_grad=True)]
+    additive_attention(*tensors).sum().backward()
+
+def memory(field):
+    return int(re.search(field + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+step(64)
+Path("/proc/self/clear_refs").write_text("5")
+before = memory("VmRSS")
+step(2048)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
+@pytest.mark.parametrize("engine", ["tiles", "cpu"])
+def test_peak_memory_of_forward_and_backward(engine):
+    """The tanh of every (query, key, feature) are 128 MiB here, and the scores alone 16."""
+    command = [sys.executable, "-c", MEASURE_PEAK, engine]
+    measured = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(measured.stdout) < 16
+
+
+def test_projections_beyond_the_engines_range_are_computed_all_the_same():
+    """Where exp(2 q) would overflow, or tell nothing of q + k, the tiles answer."""
+    query, key, value, weight = (x.detach() for x in inputs((1, 4, 6, 3, 2), torch.float32))
+    query, key = query * 30 + 100, key * 30 - 100
+    assert additive_cpu.reasons(query, key, value)
+    expected = naive(*(x.double() for x in (query, key, value, weight)))[0]
+    out = additive_attention(query, key, value, weight)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    assert additive_attention(query.fill_(float("nan")), key, value, weight).isnan().all()
+
+
+@pytest.mark.skipif(engines()[-1].startswith("tiles"), reason="needs the C++ engine")
+def test_the_engine_is_deterministic_over_thread_counts():
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        tensors = inputs((2, 100, 700, 24, 9), torch.float32)
+        out = additive_attention(*tensors)
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_weights_are_the_softmax():

@@ -1,0 +1,100 @@
+"""Additive attention on the C++ engine.
+
+With ``a = exp(2 q)`` and ``b = exp(2 k)``, computed once for each query and key, ``tanh(q + k)`` is
+``1 - 2 / (1 + a b)``: the engine needs one multiply-add and a share of a division for each (query, key,
+feature).  Tensors are float32 or float64; masked keys and values are 0.  ``lse`` is in log2 units.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.backends import cpu
+
+#: Larger projections go to the other engine: a product of four exp(2 q + 2 k) must stay finite in float32.
+LARGEST = 21.0
+#: Features and value dimensions are padded to a multiple of this, the lanes of the widest vectors.
+LANES = 16
+
+_LOG2_E = 1.0 / math.log(2.0)
+#: As in csrc/problem.h.
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 3}
+
+
+def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    """Why the engine cannot take the tensors; empty if it can."""
+    missing = cpu.unavailable()
+    if missing:
+        return [missing]
+    if not hasattr(cpu._C, "additive_forward"):
+        return ["the C++ extension was built before it had additive attention"]
+    if q.device.type != "cpu":
+        return [f"the tensors are on {q.device}, not on the CPU"]
+    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        return ["a tensor is empty"]
+    for x in (q, k):
+        least, most = x.aminmax()
+        if not (least >= -LARGEST and most <= LARGEST):  # also where it is NaN
+            return [f"projections reach from {least.item()} to {most.item()}, beyond {LARGEST}"]
+    return []
+
+
+class Call:
+    """One call of the engine: q [B, Lq, D], k [B, Lk, D], v [B, Lk, Dv], w [D], mask bool [B, Lk] or None.
+
+    Keeps the arrays as the engine reads them, for the backward pass.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None):
+        self.features, self.value_dim = q.shape[2], v.shape[2]
+        self.query, self.key = _padded((2.0 * q).exp_(), 1.0), _padded((2.0 * k).exp_(), 1.0)
+        self.value, self.slope = _padded(v), -4.0 * w
+        self.weight = _padded(-2.0 * _LOG2_E * w)
+        self.mask = None if mask is None else mask.contiguous()
+        self.description = (
+            _DTYPE_CODES[q.dtype],
+            *(q.shape[0], q.shape[1], k.shape[1], self.query.shape[2], self.value.shape[2]),
+            *(x.data_ptr() for x in (self.query, self.key, self.value, self.weight)),
+            0 if mask is None else self.mask.data_ptr(),
+            _LOG2_E * w.double().sum().item(),
+        )
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """out [B, Lq, Dv] and lse [B, Lq]."""
+        batch, rows, _ = self.query.shape
+        out = self.value.new_empty(batch, rows, self.value.shape[2])
+        largest, total = out.new_empty(batch, rows), out.new_empty(batch, rows)
+        cpu._C.additive_forward(
+            self.description, out.data_ptr(), largest.data_ptr(), total.data_ptr(), torch.get_num_threads()
+        )
+        return out[:, :, : self.value_dim], largest + total.log2()
+
+    def backward(self, lse: Tensor, delta: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v and w; delta [B, Lq] is rowsum(grad_out * out)."""
+        batch, keys, padded = self.key.shape
+        # By the shape alone: the sums' order, and so their rounding, must not depend on the threads.
+        chunks = max(1, min(-(-keys // 256), 16 // batch))
+        grad_query = self.query.new_empty(chunks, *self.query.shape)
+        grad_weight = self.query.new_empty(chunks, batch, padded)
+        grad_key, grad_value = torch.empty_like(self.key), torch.empty_like(self.value)
+        inputs = (lse.contiguous(), delta.contiguous(), _padded(grad_out))
+        outputs = (grad_query, grad_key, grad_value, grad_weight)
+        addresses = [tensor.data_ptr() for tensor in (*inputs, *outputs)]
+        cpu._C.additive_backward(self.description, chunks, *addresses, torch.get_num_threads())
+        # The engine sums dS (r^2 - r) with r = (1 - tanh) / 2, and 1 - tanh^2 is -4 (r^2 - r).  The weight's
+        # gradient is sum dS (1 - 2 r), and the dS of a query add up to 0.
+        return (
+            grad_query.sum(0)[:, :, : self.features].mul_(self.slope),
+            grad_key[:, :, : self.features].mul_(self.slope),
+            grad_value[:, :, : self.value_dim],
+            -2.0 * grad_weight.sum((0, 1))[: self.features],
+        )
+
+
+def _padded(x: Tensor, value: float = 0.0) -> Tensor:
+    missing = -x.shape[-1] % LANES
+    return F.pad(x, (0, missing), value=value) if missing else x.contiguous()
