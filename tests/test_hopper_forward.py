@@ -62,7 +62,14 @@ PROBLEMS = {
     "narrow window": {"Lq": 200, "Lk": 450, "window": (0, 0), "causal": "lower_right"},
     "left only": {"Lq": 300, "Lk": 300, "window": (64, None)},
     "key lengths": {"B": 3, "H": 1, "Lq": 140, "Lk": 200, "lengths": (0, 77, 200)},
-    "key lengths, lower right": {"B": 3, "H": 1, "Lq": 140, "Lk": 200, "lengths": (3, 128, 197), "causal": "lower_right"},
+    "key lengths, lower right": {
+        "B": 3,
+        "H": 1,
+        "Lq": 140,
+        "Lk": 200,
+        "lengths": (3, 128, 197),
+        "causal": "lower_right",
+    },
     "grouped heads": {"B": 2, "H": 6, "group": 3, "Lq": 128, "Lk": 128},
     "fp16": {"Lq": 192, "Lk": 192, "dtype": torch.float16, "causal": "upper_left"},
     "D=128": {"Lq": 128, "Lk": 192, "D": 128},
@@ -121,7 +128,10 @@ def test_padded_nan_does_not_leak():
 FAULTS = {
     "the producer does not wait for a free K": ("            mbarrier.wait(k_empty.index(stage), free)\n", ""),
     "the producer does not wait for a free V": ("            mbarrier.wait(v_empty.index(stage), free)\n", ""),
-    "the producer waits with the wrong parity": ("free = ((loads // OPTIONS.stages) & 1) ^ 1", "free = (loads // OPTIONS.stages) & 1"),
+    "the producer waits with the wrong parity": (
+        "free = ((loads // OPTIONS.stages) & 1) ^ 1",
+        "free = (loads // OPTIONS.stages) & 1",
+    ),
     "the producer does not wait for a free Q": ("            mbarrier.wait(q_empty.index(i), (round_ & 1) ^ 1)\n", ""),
     "half of the bytes expected": ("k_desc.block_type.nbytes)", "k_desc.block_type.nbytes // 2)"),
     "V used before it is there": ("    mbarrier.wait(v_full.index(before), ((load - 1) // STAGES) & 1)\n", ""),
@@ -142,8 +152,8 @@ FAULTS = {
         "s = warpgroup_mma_wait(2, deps=[s_token])",
     ),
     "output not rescaled": (
-        "    output = output * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]\n    mbarrier.wait(k_full",
-        "    mbarrier.wait(k_full",
+        "output = output * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]\n    mbarrier.wait(k_full",
+        "mbarrier.wait(k_full",
     ),
     "no fence before the TMA store": ("        fence_async_shared()\n        tma_store(", "        tma_store("),
     "output staged over a store in flight": (

@@ -11,7 +11,9 @@ from fastattn.kernels.offline import SHARED_MEMORY  # noqa: E402
 OVERLAP = 0.95
 
 
-@pytest.mark.parametrize("case", report.shipped(), ids=lambda case: f"{case[0]}-{case[1]}-{'causal' if case[2] else 'full'}")
+@pytest.mark.parametrize(
+    "case", report.shipped(), ids=lambda case: f"{case[0]}-{case[1]}-{'causal' if case[2] else 'full'}"
+)
 def test_compiled_configuration(case):
     rows = report.compile_rows(*case)
     assert len(rows) == (1 if case[0] == "forward" else 2)

@@ -26,8 +26,8 @@ from .schedule import locate_tile, queries_of_keys, tile_of_round, tiles_of_prog
 
 @gluon.jit
 def work_item(round_, lengths, sizes, OPTIONS: gl.constexpr):
-    """The block of keys of this program's round: (first key, batch, key head, key length, position offset, first query tile,
-    query tiles per head)."""
+    """The block of keys of this program's round: (first key, batch, key head, key length, position offset, first query
+    tile, query tiles per head)."""
     Lq, Lk, left, right, Hkv, group, blocks, heads, section = sizes
     tile = tile_of_round(round_, gl.program_id(0), gl.num_programs(0))
     block, batch_head = locate_tile(tile, blocks, heads, section, False, OPTIONS.heads_inner)
@@ -35,13 +35,16 @@ def work_item(round_, lengths, sizes, OPTIONS: gl.constexpr):
     batch = batch_head // Hkv
     length = sequence_length(lengths, batch, Lk, OPTIONS)
     offset = position_offset(Lq, length, OPTIONS)
-    low, count = queries_of_keys(first, (Lq, offset, left, right), length, OPTIONS.block_m, 128, OPTIONS.has_left,
-                                 OPTIONS.has_right)
+    low, count = queries_of_keys(
+        first, (Lq, offset, left, right), length, OPTIONS.block_m, 128, OPTIONS.has_left, OPTIONS.has_right
+    )
     return first, batch, batch_head % Hkv, length, offset, low, count
 
 
 @gluon.jit
-def consumer(CONSUMER: gl.constexpr, descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTIONS: gl.constexpr):
+def consumer(
+    CONSUMER: gl.constexpr, descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTIONS: gl.constexpr
+):
     """A warpgroup: 64 keys of every work tile."""
     q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dk_desc, dv_desc = descriptors
     k_tiles, v_tiles, dk_tiles, dv_tiles, kv_full, kv_empty = kv_bufs
@@ -88,7 +91,9 @@ def consumer(CONSUMER: gl.constexpr, descriptors, kv_bufs, ring, lengths, scale,
                     else:
                         cut = start + M - 1 + offset - left > first
                 if cut:
-                    s = mask_scores(s, from_query - start, to_query - start, OPTIONS.has_right, OPTIONS.has_left, s_layout)
+                    s = mask_scores(
+                        s, from_query - start, to_query - start, OPTIONS.has_right, OPTIONS.has_left, s_layout
+                    )
             p = gl.exp2(s * scale_log2 - lse_tiles.index(stage).load(s_layout))
             dp = warpgroup_mma_wait(0, deps=[dp_token])
             dv_token = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do_tile, dv, is_async=True)
@@ -153,8 +158,29 @@ def producer(descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTI
 
 
 @gluon.jit(do_not_specialize=["Lq", "Lk", "left", "right", "Hkv", "group", "blocks", "heads", "section"])
-def gradients_of_keys(q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dk_desc, dv_desc, lengths, scale,
-                      scale_log2, Lq, Lk, left, right, Hkv, group, blocks, heads, section, OPTIONS: gl.constexpr):
+def gradients_of_keys(
+    q_desc,
+    do_desc,
+    lse_desc,
+    delta_desc,
+    k_desc,
+    v_desc,
+    dk_desc,
+    dv_desc,
+    lengths,
+    scale,
+    scale_log2,
+    Lq,
+    Lk,
+    left,
+    right,
+    Hkv,
+    group,
+    blocks,
+    heads,
+    section,
+    OPTIONS: gl.constexpr,
+):
     """Grid: any number of programs; they share the ``blocks * heads`` work tiles of 128 keys.
 
     q_desc, do_desc: [B, Hq, Lq, D] in boxes of block_m rows; lse_desc, delta_desc: fp32 [B * Hq, Lq rounded up], boxes
@@ -187,8 +213,12 @@ def gradients_of_keys(q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dk_
     kv_bufs = (k_tiles, v_tiles, dk_tiles, dv_tiles, kv_full, kv_empty)
     ring = (q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty)
     sizes = (Lq, Lk, left, right, Hkv, group, blocks, heads, section)
-    gl.warp_specialize([
-        (consumer, (0, descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTIONS)),
-        (consumer_1, (descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTIONS)),
-        (producer, (descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTIONS)),
-    ], [4, 1], [240, 24])
+    gl.warp_specialize(
+        [
+            (consumer, (0, descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTIONS)),
+            (consumer_1, (descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTIONS)),
+            (producer, (descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTIONS)),
+        ],
+        [4, 1],
+        [240, 24],
+    )

@@ -18,42 +18,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .band import mask_scores, position_offset, sequence_length
-from .primitives import named_barrier, new_barriers, tma_load, tma_store
-from .schedule import key_tile, keys_of_queries, locate_tile, tile_of_round, tiles_of_program
+from .band import mask_scores, query_item, zero_tail
+from .primitives import new_barriers, tma_load, tma_store
+from .schedule import key_tile, tiles_of_program
 
 
 @gluon.jit
-def work_item(round_, lengths, sizes, OPTIONS: gl.constexpr):
-    """The tile of queries of this program's round: (first query, batch, head, key length, position offset), and its key
-    tiles by :func:`keys_of_queries`."""
-    Lq, Lk, left, right, Hq, group, blocks, heads, section = sizes
-    tile = tile_of_round(round_, gl.program_id(0), gl.num_programs(0))
-    block, batch_head = locate_tile(tile, blocks, heads, section, OPTIONS.has_right, OPTIONS.heads_inner)
-    first = block * 128
-    batch = batch_head // Hq
-    length = sequence_length(lengths, batch, Lk, OPTIONS)
-    offset = position_offset(Lq, length, OPTIONS)
-    keys = keys_of_queries(first, (Lq, offset, left, right), length, 128, OPTIONS.block_n, OPTIONS.has_left,
-                           OPTIONS.has_right)
-    return first, batch, batch_head % Hq, length, offset, keys
-
-
-@gluon.jit
-def zero_tail(tile, rows, CONSUMER: gl.constexpr, OPTIONS: gl.constexpr):
-    """Zero the rows of a K tile at or past ``rows``: a padded key must not reach dQ through 0 * NaN."""
-    if CONSUMER == 0:
-        D: gl.constexpr = OPTIONS.head_dim
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-        row = gl.arange(0, OPTIONS.block_n, gl.SliceLayout(1, layout))
-        tile.store(gl.where((row < rows)[:, None], tile.load(layout), 0.0))
-        fence_async_shared()
-    named_barrier("sync", "11", "256")
-
-
-@gluon.jit
-def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes,
-             padded, OPTIONS: gl.constexpr):
+def consumer(
+    CONSUMER: gl.constexpr,
+    descriptors,
+    q_bufs,
+    ring,
+    lse_ptr,
+    delta_ptr,
+    lengths,
+    scale,
+    scale_log2,
+    sizes,
+    padded,
+    OPTIONS: gl.constexpr,
+):
     """A warpgroup: 64 queries of every work tile."""
     q_desc, do_desc, k_desc, v_desc, dq_desc = descriptors
     q_tiles, do_tiles, dq_tiles, q_full, q_empty = q_bufs
@@ -71,7 +55,7 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, delta_p
     s_zero = gl.zeros([64, N], gl.float32, s_layout)
     loads = 0
     for round_ in range(0, tiles_of_program(gl.program_id(0), gl.num_programs(0), blocks * heads)):
-        first, batch, head, length, offset, keys = work_item(round_, lengths, sizes, OPTIONS)
+        first, batch, head, length, offset, keys = query_item(round_, lengths, sizes, 128, OPTIONS)
         count, edge, low, low_edge, high = keys
         row = first + 64 * CONSUMER + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
         row_low = row + (offset - left)
@@ -90,9 +74,9 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, delta_p
             start = key_tile(i, edge, low, low_edge, high) * N
             k_tile = k_tiles.index(stage).reshape((N, D))
             mbarrier.wait(k_full.index(stage), parity)
-            if OPTIONS.key_lengths:
-                if (i == 0) & (length < gl.minimum(high * N, Lk)):  # noqa: SIM102 - a compile-time and a run-time condition
-                    zero_tail(k_tile, length - start, CONSUMER, OPTIONS)
+            if OPTIONS.key_lengths:  # noqa: SIM102 - a compile-time and a run-time condition
+                if (i == 0) & (length < gl.minimum(high * N, Lk)):
+                    zero_tail(k_tile, length - start, CONSUMER, 2)
             s_token = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(stage), parity)
             v_tile = v_tiles.index(stage).reshape((N, D))
@@ -124,14 +108,16 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, delta_p
 
 
 @gluon.jit
-def consumer_1(descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes, padded,
-               OPTIONS: gl.constexpr):
+def consumer_1(
+    descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes, padded, OPTIONS: gl.constexpr
+):
     consumer(1, descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes, padded, OPTIONS)
 
 
 @gluon.jit
-def producer(descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes, padded,
-             OPTIONS: gl.constexpr):
+def producer(
+    descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes, padded, OPTIONS: gl.constexpr
+):
     """One warp: Q and dO of every work tile, then its K and V through the ring."""
     q_desc, do_desc, k_desc, v_desc, dq_desc = descriptors
     q_tiles, do_tiles, dq_tiles, q_full, q_empty = q_bufs
@@ -139,7 +125,7 @@ def producer(descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scal
     Lq, Lk, left, right, Hq, group, blocks, heads, section = sizes
     loads = 0
     for round_ in range(0, tiles_of_program(gl.program_id(0), gl.num_programs(0), blocks * heads)):
-        first, batch, head, length, offset, keys = work_item(round_, lengths, sizes, OPTIONS)
+        first, batch, head, length, offset, keys = query_item(round_, lengths, sizes, 128, OPTIONS)
         count, edge, low, low_edge, high = keys
         for c in gl.static_range(2):
             mbarrier.wait(q_empty.index(c), (round_ & 1) ^ 1)
@@ -158,8 +144,29 @@ def producer(descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scal
 
 
 @gluon.jit(do_not_specialize=["Lq", "Lk", "left", "right", "Hq", "group", "blocks", "heads", "section", "padded"])
-def gradients_of_queries(q_desc, do_desc, k_desc, v_desc, dq_desc, lse_ptr, delta_ptr, lengths, scale, scale_log2, Lq,
-                         Lk, left, right, Hq, group, blocks, heads, section, padded, OPTIONS: gl.constexpr):
+def gradients_of_queries(
+    q_desc,
+    do_desc,
+    k_desc,
+    v_desc,
+    dq_desc,
+    lse_ptr,
+    delta_ptr,
+    lengths,
+    scale,
+    scale_log2,
+    Lq,
+    Lk,
+    left,
+    right,
+    Hq,
+    group,
+    blocks,
+    heads,
+    section,
+    padded,
+    OPTIONS: gl.constexpr,
+):
     """Grid: any number of programs; they share the ``blocks * heads`` work tiles of 128 queries.
 
     q_desc, do_desc, dq_desc: [B, Hq, Lq, D] in boxes of 64 rows; k_desc, v_desc: [B, Hkv, Lk, D] in boxes of block_n
@@ -187,8 +194,21 @@ def gradients_of_queries(q_desc, do_desc, k_desc, v_desc, dq_desc, lse_ptr, delt
     q_bufs = (q_tiles, do_tiles, dq_tiles, q_full, q_empty)
     ring = (k_tiles, v_tiles, k_full, v_full, empty)
     sizes = (Lq, Lk, left, right, Hq, group, blocks, heads, section)
-    gl.warp_specialize([
-        (consumer, (0, descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes, padded, OPTIONS)),
-        (consumer_1, (descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes, padded, OPTIONS)),
-        (producer, (descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes, padded, OPTIONS)),
-    ], [4, 1], [240, 24])
+    gl.warp_specialize(
+        [
+            (
+                consumer,
+                (0, descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes, padded, OPTIONS),
+            ),
+            (
+                consumer_1,
+                (descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes, padded, OPTIONS),
+            ),
+            (
+                producer,
+                (descriptors, q_bufs, ring, lse_ptr, delta_ptr, lengths, scale, scale_log2, sizes, padded, OPTIONS),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )

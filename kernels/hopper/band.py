@@ -2,6 +2,10 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from .primitives import named_barrier
+from .schedule import keys_of_queries, locate_tile, tile_of_round
 
 
 @gluon.jit
@@ -53,3 +57,35 @@ def mask_scores(s, row_low, row_high, HAS_LOW: gl.constexpr, HAS_HIGH: gl.conste
     if HAS_LOW:
         s = gl.where(chunk >= gl.convert_layout(row_low, row)[:, None, None] - lane, s, -float("inf"))
     return gl.convert_layout(s.reshape([64, columns]), s_layout)
+
+
+@gluon.jit
+def zero_tail(tile, rows, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Zero the rows of a K or V tile at or past ``rows``; every consumer calls it before it multiplies by the tile.
+
+    A product over keys adds 0 * NaN = NaN for a padded key of probability 0: padding must not reach wgmma.
+    """
+    if CONSUMER == 0:
+        length: gl.constexpr = tile.shape[0]
+        D: gl.constexpr = tile.shape[1]
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+        row = gl.arange(0, length, gl.SliceLayout(1, layout))
+        tile.store(gl.where((row < rows)[:, None], tile.load(layout), 0.0))
+        fence_async_shared()
+    named_barrier("sync", "11", "256" if CONSUMERS == 2 else "384")
+
+
+@gluon.jit
+def query_item(round_, lengths, sizes, BLOCK_M: gl.constexpr, OPTIONS: gl.constexpr):
+    """The tile of BLOCK_M queries of this program's round: (first query, batch, head, key length, position offset), and
+    its key tiles by :func:`.schedule.keys_of_queries`."""
+    Lq, Lk, left, right, Hq, group, blocks, heads, section = sizes
+    tile = tile_of_round(round_, gl.program_id(0), gl.num_programs(0))
+    block, batch_head = locate_tile(tile, blocks, heads, section, OPTIONS.has_right, OPTIONS.heads_inner)
+    first = block * BLOCK_M
+    batch = batch_head // Hq
+    length = sequence_length(lengths, batch, Lk, OPTIONS)
+    offset = position_offset(Lq, length, OPTIONS)
+    band = (Lq, offset, left, right)
+    keys = keys_of_queries(first, band, length, BLOCK_M, OPTIONS.block_n, OPTIONS.has_left, OPTIONS.has_right)
+    return first, batch, batch_head % Hq, length, offset, keys

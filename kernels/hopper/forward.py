@@ -27,13 +27,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .band import mask_scores, position_offset, sequence_length
-from .primitives import named_barrier, new_barriers, pass_turn, take_turn, tma_load, tma_store
-from .schedule import key_tile, keys_of_queries, locate_tile, tile_of_round, tiles_of_program
+from .band import mask_scores, query_item, zero_tail
+from .primitives import new_barriers, pass_turn, take_turn, tma_load, tma_store
+from .schedule import key_tile, tiles_of_program
 
 
 @gluon.jit
-def softmax_tile(s, state, scale, rows, start, cut, MASKED: gl.constexpr, OPTIONS: gl.constexpr, s_layout: gl.constexpr):
+def softmax_tile(
+    s, state, scale, rows, start, cut, MASKED: gl.constexpr, OPTIONS: gl.constexpr, s_layout: gl.constexpr
+):
     """One step of the online softmax in base 2; ``scale`` includes log2(e).
 
     s [64, block_n] raw scores of the keys from ``start``, ``rows`` the (low, high) bounds of each row's keys, which
@@ -41,8 +43,8 @@ def softmax_tile(s, state, scale, rows, start, cut, MASKED: gl.constexpr, OPTION
     factor of what was summed before.
     """
     row_max, row_sum, alpha = state
-    if MASKED:
-        if cut:  # noqa: SIM102 - a compile-time and a run-time condition
+    if MASKED:  # noqa: SIM102 - a compile-time and a run-time condition
+        if cut:
             row_low, row_high = rows
             s = mask_scores(s, row_low - start, row_high - start, OPTIONS.has_left, True, s_layout)
     new_max = gl.maximum(row_max, gl.max(s, 1) * scale)
@@ -55,36 +57,22 @@ def softmax_tile(s, state, scale, rows, start, cut, MASKED: gl.constexpr, OPTION
 
 
 @gluon.jit
-def zero_tail(v_tile, rows, CONSUMER: gl.constexpr, OPTIONS: gl.constexpr):
-    """Zero the rows of a V tile at or past ``rows``: 0 * NaN is NaN, so a padded value must not reach wgmma."""
-    if CONSUMER == 0:
-        D: gl.constexpr = OPTIONS.head_dim
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-        row = gl.arange(0, OPTIONS.block_n, gl.SliceLayout(1, layout))
-        v_tile.store(gl.where((row < rows)[:, None], v_tile.load(layout), 0.0))
-        fence_async_shared()
-    named_barrier("sync", "11", "256" if OPTIONS.consumers == 2 else "384")
-
-
-@gluon.jit
-def work_item(round_, lengths, sizes, OPTIONS: gl.constexpr):
-    """The tile of queries of this program's round: (first query, batch, head, key length, position offset), and its key
-    tiles by :func:`keys_of_queries`."""
-    Lq, Lk, left, right, Hq, group, blocks, heads, section = sizes
-    tile = tile_of_round(round_, gl.program_id(0), gl.num_programs(0))
-    block, batch_head = locate_tile(tile, blocks, heads, section, OPTIONS.has_right, OPTIONS.heads_inner)
-    first = block * 64 * OPTIONS.consumers
-    batch = batch_head // Hq
-    length = sequence_length(lengths, batch, Lk, OPTIONS)
-    offset = position_offset(Lq, length, OPTIONS)
-    keys = keys_of_queries(first, (Lq, offset, left, right), length, 64 * OPTIONS.consumers, OPTIONS.block_n,
-                           OPTIONS.has_left, OPTIONS.has_right)
-    return first, batch, batch_head % Hq, length, offset, keys
-
-
-@gluon.jit
-def step(i, load, keys, o_token, p_operand, state, q_tile, ring, rows, scale, CONSUMER: gl.constexpr,
-         OPTIONS: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr):
+def step(
+    i,
+    load,
+    keys,
+    o_token,
+    p_operand,
+    state,
+    q_tile,
+    ring,
+    rows,
+    scale,
+    CONSUMER: gl.constexpr,
+    OPTIONS: gl.constexpr,
+    s_layout: gl.constexpr,
+    o_layout: gl.constexpr,
+):
     """Key tile i >= 1: scores and softmax of tile i, the product with V of tile i - 1.
 
     ``load`` numbers tile i among all that this program loads: it gives stage and parity.
@@ -117,8 +105,9 @@ def step(i, load, keys, o_token, p_operand, state, q_tile, ring, rows, scale, CO
         o_token = warpgroup_mma_init(output)
     mbarrier.arrive(k_empty.index(stage), count=1)
     start = key_tile(i, edge, low, low_edge, high) * N
-    p, row_max, row_sum, alpha = softmax_tile(s, state, scale, rows, start, i <= edge + low_edge,
-                                              OPTIONS.has_left or OPTIONS.has_right, OPTIONS, s_layout)
+    p, row_max, row_sum, alpha = softmax_tile(
+        s, state, scale, rows, start, i <= edge + low_edge, OPTIONS.has_left or OPTIONS.has_right, OPTIONS, s_layout
+    )
     p_operand = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, o_layout, 2))
     return o_token, p_operand, row_max, row_sum, alpha
 
@@ -138,11 +127,11 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, lengths
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
     q_tile = q_tiles.index(CONSUMER).reshape((64, D))
-    if OPTIONS.ping_pong and CONSUMER == OPTIONS.consumers - 1:
+    if OPTIONS.ping_pong and OPTIONS.consumers - 1 == CONSUMER:
         pass_turn(CONSUMER, OPTIONS.consumers)  # consumer 0 goes first
     loads = 0
     for round_ in range(0, tiles_of_program(gl.program_id(0), gl.num_programs(0), blocks * heads)):
-        first, batch, head, length, offset, keys = work_item(round_, lengths, sizes, OPTIONS)
+        first, batch, head, length, offset, keys = query_item(round_, lengths, sizes, 64 * OPTIONS.consumers, OPTIONS)
         count, edge, low, low_edge, high = keys
         row = first + 64 * CONSUMER + gl.arange(0, 64, s_row)
         row_high = gl.zeros([64], gl.int32, s_row) + length
@@ -162,19 +151,34 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, lengths
         mbarrier.arrive(k_empty.index(stage), count=1)
         nothing = gl.full([64], -float("inf"), gl.float32, s_row)
         zero = gl.zeros([64], gl.float32, s_row)
-        p, row_max, row_sum, alpha = softmax_tile(s, (nothing, zero, zero), scale, rows, (high - 1) * N, True, True,
-                                                  OPTIONS, s_layout)
+        p, row_max, row_sum, alpha = softmax_tile(
+            s, (nothing, zero, zero), scale, rows, (high - 1) * N, True, True, OPTIONS, s_layout
+        )
         p_operand = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, o_layout, 2))
-        if OPTIONS.key_lengths:
-            if length < gl.minimum(high * N, Lk):  # noqa: SIM102 - a compile-time and a run-time condition
+        if OPTIONS.key_lengths:  # noqa: SIM102 - a compile-time and a run-time condition
+            if length < gl.minimum(high * N, Lk):
                 mbarrier.wait(v_full.index(stage), parity)
-                zero_tail(v_tiles.index(stage).reshape((N, D)), length - (high - 1) * N, CONSUMER, OPTIONS)
+                v_tile = v_tiles.index(stage).reshape((N, D))
+                zero_tail(v_tile, length - (high - 1) * N, CONSUMER, OPTIONS.consumers)
 
         o_token = warpgroup_mma_init(gl.zeros([64, D], gl.float32, o_layout))
         for i in range(1, count):
             o_token, p_operand, row_max, row_sum, alpha = step(
-                i, loads + i, keys, o_token, p_operand, (row_max, row_sum, alpha), q_tile, ring, rows, scale, CONSUMER,
-                OPTIONS, s_layout, o_layout)
+                i,
+                loads + i,
+                keys,
+                o_token,
+                p_operand,
+                (row_max, row_sum, alpha),
+                q_tile,
+                ring,
+                rows,
+                scale,
+                CONSUMER,
+                OPTIONS,
+                s_layout,
+                o_layout,
+            )
         loads += count
         if OPTIONS.own_out:
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
@@ -225,7 +229,7 @@ def producer(descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS:
     CONSUMERS: gl.constexpr = OPTIONS.consumers
     loads = 0
     for round_ in range(0, tiles_of_program(gl.program_id(0), gl.num_programs(0), blocks * heads)):
-        first, batch, head, length, offset, keys = work_item(round_, lengths, sizes, OPTIONS)
+        first, batch, head, length, offset, keys = query_item(round_, lengths, sizes, 64 * OPTIONS.consumers, OPTIONS)
         count, edge, low, low_edge, high = keys
         for i in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(i), (round_ & 1) ^ 1)
@@ -245,8 +249,25 @@ def producer(descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS:
 
 
 @gluon.jit(do_not_specialize=["Lq", "Lk", "left", "right", "Hq", "group", "blocks", "heads", "section"])
-def attention_forward(q_desc, k_desc, v_desc, o_desc, lse_ptr, lengths, scale, Lq, Lk, left, right, Hq, group, blocks,
-                      heads, section, OPTIONS: gl.constexpr):
+def attention_forward(
+    q_desc,
+    k_desc,
+    v_desc,
+    o_desc,
+    lse_ptr,
+    lengths,
+    scale,
+    Lq,
+    Lk,
+    left,
+    right,
+    Hq,
+    group,
+    blocks,
+    heads,
+    section,
+    OPTIONS: gl.constexpr,
+):
     """Grid: any number of programs; they share the ``blocks * heads`` work tiles of 64 * consumers queries.
 
     q_desc, o_desc: [B, Hq, Lq, D] in boxes of 64 rows; k_desc, v_desc: [B, Hkv, Lk, D] in boxes of block_n rows;
@@ -275,15 +296,23 @@ def attention_forward(q_desc, k_desc, v_desc, o_desc, lse_ptr, lengths, scale, L
     ring = (k_tiles, v_tiles, k_full, k_empty, v_full, v_empty)
     sizes = (Lq, Lk, left, right, Hq, group, blocks, heads, section)
     if CONSUMERS == 2:
-        gl.warp_specialize([
-            (consumer, (0, descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
-            (consumer_1, (descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
-            (producer, (descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
-        ], [4, 1], [OPTIONS.registers, 24])
+        gl.warp_specialize(
+            [
+                (consumer, (0, descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
+                (consumer_1, (descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
+                (producer, (descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
+            ],
+            [4, 1],
+            [OPTIONS.registers, 24],
+        )
     else:
-        gl.warp_specialize([
-            (consumer, (0, descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
-            (consumer_1, (descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
-            (consumer_2, (descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
-            (producer, (descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
-        ], [4, 4, 1], [OPTIONS.registers, OPTIONS.registers, 24])
+        gl.warp_specialize(
+            [
+                (consumer, (0, descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
+                (consumer_1, (descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
+                (consumer_2, (descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
+                (producer, (descriptors, q_bufs, ring, lse_ptr, lengths, scale, sizes, OPTIONS)),
+            ],
+            [4, 4, 1],
+            [OPTIONS.registers, OPTIONS.registers, 24],
+        )

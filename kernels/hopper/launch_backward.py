@@ -19,9 +19,7 @@ def row_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, layout)
 
 
-def backward(
-    problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, config=None
-) -> None:
+def backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, config=None) -> None:
     """Launch the backward kernels on the current stream; see :func:`fastattn.kernels.hopper.backward`.
 
     Gradients given as None are not computed (dK and dV come from one kernel: asked for one, it makes both).

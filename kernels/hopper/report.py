@@ -141,7 +141,7 @@ def rows() -> list[Row]:
 def table(found: list[Row]) -> str:
     """The report as Markdown."""
     lines = [
-        "| kernel | D | causal | shared KB | loop spills | advisories | registers | EX2 under wgmma | loop instructions |",
+        "| kernel | D | causal | shared KB | loop spills | advisories | regs | EX2 in flight | loop instructions |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:

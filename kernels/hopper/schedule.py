@@ -96,8 +96,9 @@ def key_tile(i, edge, low, low_edge, high):
 
 
 @gluon.jit
-def queries_of_keys(first, band, length, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HAS_LEFT: gl.constexpr,
-                    HAS_RIGHT: gl.constexpr):
+def queries_of_keys(
+    first, band, length, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr
+):
     """(first tile, count) of the tiles of BLOCK_M queries that see any of the keys [first, first + BLOCK_N).
 
     ``band`` as in :func:`keys_of_queries`.
