@@ -10,6 +10,7 @@
 #   make format               let the formatters rewrite the sources
 #   make clean
 
+# The pinned versions are for Python 3.11 and newer (the package itself runs on 3.10): PYTHON chooses another.
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
@@ -53,6 +54,7 @@ format: $(VENV)/packages.stamp
 # A python3 that has torch (a GPU image) lends it: --system-site-packages, or, where python3 is itself
 # a virtual environment, a .pth file. Only where there is none is torch installed.
 $(VENV)/torch.stamp: requirements-torch.txt requirements-triton.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11 or newer: make PYTHON=...")'
 	if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		$(PYTHON) -m venv --system-site-packages $(VENV) && \
 		{ $(RUN) -c 'import torch' 2>/dev/null || $(PYTHON) -c 'import pathlib, sys, torch; \
