@@ -4,8 +4,11 @@ import functools
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
+#: Bytes of K and V (or Q and dO) that may share the L2 cache.
+SHARED_CACHE = 32 * 2**20
 
 
 def padded(head_dim: int) -> int:
@@ -77,15 +80,31 @@ def problem_arguments(problem) -> dict:
     }
 
 
+def heads_together(heads: int, *tensors: torch.Tensor) -> int:
+    """How many of ``heads`` heads take turns: those whose rows of these [B, H, L, D] tensors share the L2 cache."""
+    per_head = sum(tensor.shape[2] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
+    return max(1, min(heads, SHARED_CACHE // per_head))
+
+
+def legal_strides(tensor: torch.Tensor) -> list[int]:
+    """The strides in elements, with legal ones for the dimensions of size 1, whose strides mean nothing."""
+    row = tensor.shape[-1] * tensor.element_size() // 16 * 16 // tensor.element_size() or 16
+    return [stride if size > 1 else row for size, stride in zip(tensor.shape, tensor.stride(), strict=True)][:-1] + [1]
+
+
 def tma_ready(*tensors: torch.Tensor) -> bool:
-    """Whether TMA can address rows of these [B, H, L, D] tensors: power-of-two D, 16-byte aligned rows."""
+    """Whether TMA can address rows of these [B, H, L, D] tensors: addresses and strides in units of 16 bytes."""
     return all(
-        tensor.shape[-1] == padded(tensor.shape[-1])
-        and tensor.data_ptr() % 16 == 0
-        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
-        and tensor.stride(2) > 0
+        tensor.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in legal_strides(tensor)[:-1])
         for tensor in tensors
     )
+
+
+def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A TMA descriptor of [B, H, L, D] in boxes of ``rows`` rows of one head; it reads zeros outside."""
+    box = [1, 1, rows, padded(tensor.shape[-1])]
+    return TensorDescriptor(tensor, list(tensor.shape), legal_strides(tensor), box)
 
 
 #: Set while kernels are compiled for a device that is not there (offline.py).

@@ -6,15 +6,17 @@ P is recomputed from the saved lse.  With delta = rowsum(dO * O) - d lse, dS = P
 import triton
 import triton.language as tl
 
-from .masks import LOG2_E, dropout_keep, key_tiles, masked_scores, query_tiles, sequence
-from .tiles import load_rows, store_rows
+from .masks import LOG2_E, dropout_keep, key_tiles, masked_scores, query_tiles, sequence, without_unseen
+from .tiles import deal, load_rows, store_rows
 
 
 @triton.jit
 def row_statistics(
     out,
+    lse,
     grad_out,
     grad_lse,
+    log2_lse,
     delta,
     stride_ob,
     stride_oh,
@@ -28,7 +30,7 @@ def row_statistics(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """delta [B, Hq, Lq] = rowsum(dO * O) - d lse."""
+    """delta [B, Hq, Lq] = rowsum(dO * O) - d lse, and the lse in log2 units, +inf (all P are 0) without keys."""
     blocks = tl.cdiv(Lq, BLOCK_M)
     row0 = tl.program_id(0) % blocks * BLOCK_M
     head = (tl.program_id(0) // blocks).to(tl.int64)
@@ -36,19 +38,24 @@ def row_statistics(
     o = load_rows(out + b * stride_ob + h * stride_oh, row0, stride_om, Lq, DV, BLOCK_M, BLOCK_DV, True)
     do = load_rows(grad_out + b * stride_dob + h * stride_doh, row0, stride_dom, Lq, DV, BLOCK_M, BLOCK_DV, True)
     rows = row0 + tl.arange(0, BLOCK_M)
+    inside = rows < Lq
     result = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if grad_lse is not None:
-        result -= tl.load(grad_lse + head * Lq + rows, mask=rows < Lq, other=0.0)
-    tl.store(delta + head * Lq + rows, result, mask=rows < Lq)
+        result -= tl.load(grad_lse + head * Lq + rows, mask=inside, other=0.0)
+    tl.store(delta + head * Lq + rows, result, mask=inside)
+    natural = tl.load(lse + head * Lq + rows, mask=inside, other=0.0)
+    log2 = tl.where(natural == float("-inf"), float("inf"), natural * LOG2_E)
+    tl.store(log2_lse + head * Lq + rows, log2, mask=inside)
 
 
 @triton.jit
-def load_statistics(lse, delta, base, row0, Lq, BLOCK_M: tl.constexpr):
-    """(lse in log2 units, delta) of BLOCK_M rows; a row without keys, or outside, gets +inf: all its P are 0."""
+def load_statistics(log2_lse, delta, base, row0, Lq, BLOCK_M: tl.constexpr, RAGGED: tl.constexpr):
+    """(lse in log2 units, delta) of BLOCK_M rows; +inf and 0 past the last."""
     rows = row0 + tl.arange(0, BLOCK_M)
-    natural = tl.load(lse + base + rows, mask=rows < Lq, other=float("-inf"))
-    log2 = tl.where(natural == float("-inf"), float("inf"), natural * LOG2_E)
-    return log2, tl.load(delta + base + rows, mask=rows < Lq, other=0.0)
+    if RAGGED:
+        lse = tl.load(log2_lse + base + rows, mask=rows < Lq, other=float("inf"))
+        return lse, tl.load(delta + base + rows, mask=rows < Lq, other=0.0)
+    return tl.load(log2_lse + base + rows), tl.load(delta + base + rows)
 
 
 @triton.jit
@@ -100,11 +107,14 @@ def probabilities(
 
 
 @triton.jit
-def grad_scores(p, dp, delta, keep, keep_scale, DROPOUT: tl.constexpr):
-    """dS = P * (dropped dP - delta); where P is 0, dS is 0 even if dP is NaN."""
+def grad_scores(p, dp, delta, keep, keep_scale, DROPOUT: tl.constexpr, MASKED: tl.constexpr):
+    """dS = P * (dropped dP - delta); where a mask made P 0, dS is 0 even if dP is NaN."""
     if DROPOUT:
         dp = tl.where(keep, dp * keep_scale, 0.0)
-    return tl.where(p == 0.0, 0.0, p * (dp - delta))
+    ds = p * (dp - delta)
+    if MASKED:
+        ds = tl.where(p == 0.0, 0.0, ds)
+    return ds
 
 
 @triton.jit
@@ -115,11 +125,13 @@ def key_value_tiles(
     v,
     query,
     grad_out,
-    lse,
+    log2_lse,
     delta,
     first,
     last,
     key0,
+    b,
+    h,
     head,
     n,
     shift,
@@ -152,18 +164,19 @@ def key_value_tiles(
 ):
     """Add the queries from ``first`` up to ``last`` of one head to dK and dV; all tiles are [BLOCK_N, BLOCK_M]."""
     columns = key0 + tl.arange(0, BLOCK_N)
-    base = head.to(tl.int64) * Lq
+    base = tl.cast(head, tl.int64) * Lq
     for row0 in tl.range(first, last, BLOCK_M):
+        row0 = tl.multiple_of(row0, BLOCK_M)
         rows = row0 + tl.arange(0, BLOCK_M)
         if TMA:
-            q = query.load([row0, 0])
+            q = query.load([b, h, row0, 0]).reshape(BLOCK_M, BLOCK_D)
         else:
             q = load_rows(query, row0, stride_qm, Lq, D, BLOCK_M, BLOCK_D, BAND)
-        log2_lse, d = load_statistics(lse, delta, base, row0, Lq, BLOCK_M)
+        lse, d = load_statistics(log2_lse, delta, base, row0, Lq, BLOCK_M, BAND)
         s = tl.dot(k, q.T, input_precision=PRECISION)
         p = probabilities(
             s,
-            log2_lse[None, :],
+            lse[None, :],
             rows[None, :],
             columns[:, None],
             n,
@@ -183,7 +196,7 @@ def key_value_tiles(
             HAS_RIGHT,
         )
         if TMA:
-            do = grad_out.load([row0, 0])
+            do = grad_out.load([b, h, row0, 0]).reshape(BLOCK_M, BLOCK_DV)
         else:
             do = load_rows(grad_out, row0, stride_dom, Lq, DV, BLOCK_M, BLOCK_DV, BAND)
         keep = True
@@ -193,7 +206,8 @@ def key_value_tiles(
             kept = tl.where(keep, p * keep_scale, 0.0)
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, do.T, input_precision=PRECISION)
-        ds = grad_scores(p, dp, d[None, :], keep, keep_scale, rng_state is not None)
+        masked: tl.constexpr = BAND or (mask is not None) or (bias is not None)
+        ds = grad_scores(p, dp, d[None, :], keep, keep_scale, rng_state is not None, masked)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -204,7 +218,7 @@ def grad_key_value(
     key,
     value,
     grad_out,
-    lse,
+    log2_lse,
     delta,
     grad_key,
     grad_value,
@@ -242,6 +256,7 @@ def grad_key_value(
     Lk,
     heads,
     group,
+    together,
     left,
     right,
     scale,
@@ -261,26 +276,26 @@ def grad_key_value(
     TMA: tl.constexpr,
 ):
     """One program: BLOCK_N keys of one key head, over all query heads of its group. ``scale`` in log2 units."""
-    blocks = tl.cdiv(Lk, BLOCK_N)
-    key0 = tl.program_id(0) % blocks * BLOCK_N  # early keys have the most causal queries: heaviest first
+    slab, block = deal(tl.cdiv(Lk, BLOCK_N), together)
+    key0 = block * BLOCK_N  # early keys have the most causal queries: heaviest first
     key_heads = heads // group
-    b = (tl.program_id(0) // blocks // key_heads).to(tl.int64)
-    key_head = (tl.program_id(0) // blocks % key_heads).to(tl.int64)
+    b = (slab // key_heads).to(tl.int64)
+    key_head = (slab % key_heads).to(tl.int64)
     n, shift = sequence(key_lengths, b, Lq, Lk, LOWER_RIGHT)
     k = load_rows(key + b * stride_kb + key_head * stride_kh, key0, stride_kn, n, D, BLOCK_N, BLOCK_D, True)
     v = load_rows(value + b * stride_vb + key_head * stride_vh, key0, stride_vn, n, DV, BLOCK_N, BLOCK_DV, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    key1 = tl.minimum(key0 + BLOCK_N, Lk) - 1
+    key1 = key0 + BLOCK_N - 1
     begin, full_begin, full_end, end = query_tiles(key0, key1, n, shift, left, right, Lq, HAS_LEFT, HAS_RIGHT, BLOCK_M)
     for member in tl.range(0, group):
         h = key_head * group + member
-        head = (b * heads + h).to(tl.int32)
-        q_head = query + b * stride_qb + h * stride_qh
-        do_head = grad_out + b * stride_dob + h * stride_doh
         if TMA:
-            q_head = tl.make_tensor_descriptor(q_head, [Lq, D], [stride_qm, 1], [BLOCK_M, BLOCK_D])
-            do_head = tl.make_tensor_descriptor(do_head, [Lq, DV], [stride_dom, 1], [BLOCK_M, BLOCK_DV])
+            q_head = query
+            do_head = grad_out
+        else:
+            q_head = query + b * stride_qb + h * stride_qh
+            do_head = grad_out + b * stride_dob + h * stride_doh
         mask_head = mask
         if mask is not None:
             mask_head = mask + b * stride_mask_b + h * stride_mask_h
@@ -302,12 +317,14 @@ def grad_key_value(
                     v,
                     q_head,
                     do_head,
-                    lse,
+                    log2_lse,
                     delta,
                     first,
                     last,
                     key0,
-                    head,
+                    b.to(tl.int32),
+                    h.to(tl.int32),
+                    b * heads + h,
                     n,
                     shift,
                     left,
@@ -349,14 +366,18 @@ def grad_key_value(
 def grad_score_tile(
     q,
     do,
-    log2_lse,
+    lse,
     d,
     key,
     value,
     row0,
     column0,
+    b,
+    key_head,
     head,
     n,
+    low,
+    end,
     shift,
     left,
     right,
@@ -386,16 +407,17 @@ def grad_score_tile(
     TMA: tl.constexpr,
 ):
     """(dS [BLOCK_M, BLOCK_N], K of the tile with the rows that nobody sees zeroed)."""
+    column0 = tl.multiple_of(column0, BLOCK_N)
     rows = (row0 + tl.arange(0, BLOCK_M))[:, None]
     columns = (column0 + tl.arange(0, BLOCK_N))[None, :]
     if TMA:
-        k = key.load([column0, 0])
+        k = key.load([b, key_head, column0, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
-        k = load_rows(key, column0, stride_kn, n, D, BLOCK_N, BLOCK_D, BAND)
+        k = load_rows(key, column0, stride_kn, end, D, BLOCK_N, BLOCK_D, BAND)
     s = tl.dot(q, k.T, input_precision=PRECISION)
     p = probabilities(
         s,
-        log2_lse[:, None],
+        lse[:, None],
         rows,
         columns,
         n,
@@ -415,19 +437,20 @@ def grad_score_tile(
         HAS_RIGHT,
     )
     if TMA:
-        v = value.load([column0, 0])
+        v = value.load([b, key_head, column0, 0]).reshape(BLOCK_N, BLOCK_DV)
     else:
         v = load_rows(value, column0, stride_vn, n, DV, BLOCK_N, BLOCK_DV, BAND)
     dp = tl.dot(do, v.T, input_precision=PRECISION)
     keep = True
     if rng_state is not None:
         keep = dropout_keep(rng_state, threshold, head, row0, column0, BLOCK_M, BLOCK_N)
-    ds = grad_scores(p, dp, d[:, None], keep, keep_scale, rng_state is not None)
+    masked: tl.constexpr = BAND or (mask is not None) or (bias is not None)
+    ds = grad_scores(p, dp, d[:, None], keep, keep_scale, rng_state is not None, masked)
     if mask is not None or bias is not None:
         seen = tl.max(p, 0) > 0.0
         k = tl.where(seen[:, None], k, tl.zeros_like(k))
-    elif TMA and BAND:
-        k = tl.where((column0 + tl.arange(0, BLOCK_N) < n)[:, None], k, tl.zeros_like(k))
+    elif BAND and (TMA or HAS_LEFT):
+        k = without_unseen(k, column0, low, end, BLOCK_N)
     return ds, k
 
 
@@ -437,7 +460,7 @@ def grad_query_kernel(
     key,
     value,
     grad_out,
-    lse,
+    log2_lse,
     delta,
     grad_query,
     key_lengths,
@@ -471,6 +494,7 @@ def grad_query_kernel(
     Lk,
     heads,
     group,
+    together,
     left,
     right,
     scale,
@@ -491,14 +515,15 @@ def grad_query_kernel(
 ):
     """One program: dQ of BLOCK_M queries of one head. ``scale`` in log2 units."""
     blocks = tl.cdiv(Lq, BLOCK_M)
-    block = tl.program_id(0) % blocks
-    head = tl.program_id(0) // blocks
+    head, block = deal(blocks, together)
     if HAS_RIGHT:
         block = blocks - 1 - block
+    key_head = head % heads // group
     b = (head // heads).to(tl.int64)
     h = (head % heads).to(tl.int64)
-    key += b * stride_kb + (h // group) * stride_kh
-    value += b * stride_vb + (h // group) * stride_vh
+    if not TMA:
+        key += b * stride_kb + key_head.to(tl.int64) * stride_kh
+        value += b * stride_vb + key_head.to(tl.int64) * stride_vh
     if mask is not None:
         mask += b * stride_mask_b + h * stride_mask_h
     if bias is not None:
@@ -506,13 +531,10 @@ def grad_query_kernel(
     n, shift = sequence(key_lengths, b, Lq, Lk, LOWER_RIGHT)
     row0 = block * BLOCK_M
     row1 = tl.minimum(row0 + BLOCK_M, Lq) - 1
-    begin, full_begin, full_end, end = key_tiles(row0, row1, n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
-    if TMA:
-        key = tl.make_tensor_descriptor(key, [Lk, D], [stride_kn, 1], [BLOCK_N, BLOCK_D])
-        value = tl.make_tensor_descriptor(value, [Lk, DV], [stride_vn, 1], [BLOCK_N, BLOCK_DV])
+    low, begin, full_begin, full_end, end = key_tiles(row0, row1, n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     q = load_rows(query + b * stride_qb + h * stride_qh, row0, stride_qm, Lq, D, BLOCK_M, BLOCK_D, True)
     do = load_rows(grad_out + b * stride_dob + h * stride_doh, row0, stride_dom, Lq, DV, BLOCK_M, BLOCK_DV, True)
-    log2_lse, d = load_statistics(lse, delta, head.to(tl.int64) * Lq, row0, Lq, BLOCK_M)
+    lse, d = load_statistics(log2_lse, delta, head.to(tl.int64) * Lq, row0, Lq, BLOCK_M, True)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for part in tl.static_range(3):
         if part == 0:
@@ -526,14 +548,18 @@ def grad_query_kernel(
                 ds, k = grad_score_tile(
                     q,
                     do,
-                    log2_lse,
+                    lse,
                     d,
                     key,
                     value,
                     row0,
                     column0,
+                    head // heads,
+                    key_head,
                     head,
                     n,
+                    low,
+                    end,
                     shift,
                     left,
                     right,
@@ -573,7 +599,7 @@ def grad_bias_kernel(
     key,
     value,
     grad_out,
-    lse,
+    log2_lse,
     delta,
     grad_bias,
     key_lengths,
@@ -621,7 +647,6 @@ def grad_bias_kernel(
     LOWER_RIGHT: tl.constexpr,
     POSITIVE_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
     SUM_B: tl.constexpr,
     SUM_H: tl.constexpr,
     SUM_M: tl.constexpr,
@@ -660,24 +685,28 @@ def grad_bias_kernel(
             bias_head = bias + b * stride_bias_b + h * stride_bias_h
             for row0 in tl.range(m0, m1, BLOCK_M):
                 row1 = tl.minimum(row0 + BLOCK_M, Lq) - 1
-                begin, _, _, end = key_tiles(row0, row1, n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+                low, begin, _, _, end = key_tiles(row0, row1, n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
                 q = load_rows(query + b * stride_qb + h * stride_qh, row0, stride_qm, Lq, D, BLOCK_M, BLOCK_D, True)
                 do = load_rows(
                     grad_out + b * stride_dob + h * stride_doh, row0, stride_dom, Lq, DV, BLOCK_M, BLOCK_DV, True
                 )
-                log2_lse, d = load_statistics(lse, delta, head * Lq, row0, Lq, BLOCK_M)
+                lse, d = load_statistics(log2_lse, delta, head * Lq, row0, Lq, BLOCK_M, True)
                 for column0 in tl.range(tl.maximum(n0, begin), tl.minimum(n1, end), BLOCK_N):
                     ds, _ = grad_score_tile(
                         q,
                         do,
-                        log2_lse,
+                        lse,
                         d,
                         key + b * stride_kb + (h // group) * stride_kh,
                         value + b * stride_vb + (h // group) * stride_vh,
                         row0,
                         column0,
+                        0,
+                        0,
                         head,
                         n,
+                        low,
+                        end,
                         shift,
                         left,
                         right,
@@ -704,7 +733,7 @@ def grad_bias_kernel(
                         HAS_LEFT,
                         HAS_RIGHT,
                         PRECISION,
-                        TMA,
+                        False,
                     )
                     total += ds
     rows = m0 + tl.arange(0, BLOCK_M)

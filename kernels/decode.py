@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .forward import softmax_step
-from .masks import LN_2, key_tiles, masked_scores, sequence
+from .masks import LN_2, key_tiles, masked_scores, sequence, without_unseen
 from .tiles import load_rows
 
 
@@ -74,6 +74,7 @@ def decode_part(
     n, shift = sequence(key_lengths, b, Lq, Lk, LOWER_RIGHT)
     packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = packed < group * Lq
+    packed = tl.minimum(packed, group * Lq - 1)  # the rows past the last repeat it
     rows = packed % Lq
     h = key_head * group + packed // Lq
     d = tl.arange(0, BLOCK_D)
@@ -85,14 +86,14 @@ def decode_part(
         mask += (b * stride_mask_b + h * stride_mask_h)[:, None]
     if bias is not None:
         bias += (b * stride_bias_b + h * stride_bias_h)[:, None]
-    begin, _, _, end = key_tiles(0, Lq - 1, n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
+    low, begin, _, _, end = key_tiles(0, Lq - 1, n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     first = tl.maximum(begin, split * keys_per_split)
     last = tl.minimum(end, (split + 1) * keys_per_split)
-    limit = tl.where(inside, Lq, 0)[:, None]  # rows beyond the group read no mask and no bias
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for column0 in tl.range(first, last, BLOCK_N):
+        column0 = tl.multiple_of(column0, BLOCK_N)
         columns = column0 + tl.arange(0, BLOCK_N)
         k = load_rows(key, column0, stride_kn, n, D, BLOCK_N, BLOCK_D, True)
         s = tl.dot(q, k.T, input_precision=PRECISION) * scale
@@ -104,7 +105,7 @@ def decode_part(
             shift,
             left,
             right,
-            limit,
+            Lq,
             mask,
             stride_mask_m,
             stride_mask_n,
@@ -117,10 +118,12 @@ def decode_part(
         )
         p, alpha, m = softmax_step(s, m, scale, True, False)
         total = total * alpha + tl.sum(p, 1)
-        v = load_rows(value, column0, stride_vn, n, DV, BLOCK_N, BLOCK_DV, True)
+        v = load_rows(value, column0, stride_vn, end, DV, BLOCK_N, BLOCK_DV, True)
         if mask is not None or bias is not None:
             seen = tl.max(s, 0) > float("-inf")
             v = tl.where(seen[:, None], v, tl.zeros_like(v))
+        elif HAS_LEFT:
+            v = without_unseen(v, column0, low, end, BLOCK_N)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     all_rows = tl.num_programs(0).to(tl.int64) // splits // blocks * group * Lq  # B * Hq * Lq
     at = split * all_rows + (b * heads + h) * Lq + rows

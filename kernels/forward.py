@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .masks import LN_2, dropout_keep, key_tiles, masked_scores, sequence
-from .tiles import load_rows, store_rows
+from .masks import LN_2, dropout_keep, key_tiles, masked_scores, sequence, without_unseen
+from .tiles import deal, load_rows, store_rows
 
 
 @triton.jit
@@ -39,8 +39,12 @@ def attend_tiles(
     first,
     last,
     row0,
+    b,
+    key_head,
     head,
     n,
+    low,
+    end,
     shift,
     left,
     right,
@@ -75,9 +79,10 @@ def attend_tiles(
     SAFE: tl.constexpr = not (BAND or (mask is not None) or (bias is not None))
     rows = row0 + tl.arange(0, BLOCK_M)
     for column0 in tl.range(first, last, BLOCK_N):
+        column0 = tl.multiple_of(column0, BLOCK_N)
         columns = column0 + tl.arange(0, BLOCK_N)
         if TMA:
-            k = key.load([column0, 0])
+            k = key.load([b, key_head, column0, 0]).reshape(BLOCK_N, BLOCK_D)
         else:
             k = load_rows(key, column0, stride_kn, n, D, BLOCK_N, BLOCK_D, BAND)
         s = tl.dot(q, k.T, input_precision=PRECISION)
@@ -108,15 +113,15 @@ def attend_tiles(
         if rng_state is not None:
             p = tl.where(dropout_keep(rng_state, threshold, head, row0, column0, BLOCK_M, BLOCK_N), p, 0.0)
         if TMA:
-            v = value.load([column0, 0])
+            v = value.load([b, key_head, column0, 0]).reshape(BLOCK_N, BLOCK_DV)
         else:
-            v = load_rows(value, column0, stride_vn, n, DV, BLOCK_N, BLOCK_DV, BAND)
+            v = load_rows(value, column0, stride_vn, end, DV, BLOCK_N, BLOCK_DV, BAND)
         if mask is not None or bias is not None:
             # a key that no query of the tile may see must not leak a NaN through 0 * NaN
             seen = tl.max(s, 0) > float("-inf")
             v = tl.where(seen[:, None], v, tl.zeros_like(v))
-        elif TMA and BAND:
-            v = tl.where((columns < n)[:, None], v, tl.zeros_like(v))
+        elif BAND and (TMA or HAS_LEFT):
+            v = without_unseen(v, column0, low, end, BLOCK_N)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, m
 
@@ -156,6 +161,7 @@ def attention_forward(
     Lk,
     heads,
     group,
+    together,
     left,
     right,
     scale,
@@ -174,17 +180,21 @@ def attention_forward(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head. ``scale`` is in log2 units (times log2 e)."""
+    """One program: BLOCK_M queries of one head. ``scale`` is in log2 units (times log2 e).
+
+    TMA: ``key`` and ``value`` are descriptors of [B, Hkv, Lk, D] in boxes of [1, 1, BLOCK_N, BLOCK_D].
+    """
     blocks = tl.cdiv(Lq, BLOCK_M)
-    block = tl.program_id(0) % blocks
-    head = tl.program_id(0) // blocks  # b * Hq + h
+    head, block = deal(blocks, together)  # head = b * Hq + h
     if HAS_RIGHT:
         block = blocks - 1 - block  # a causal row block works the more the later it is: heaviest first
+    key_head = head % heads // group
     b = (head // heads).to(tl.int64)
     h = (head % heads).to(tl.int64)
     query += b * stride_qb + h * stride_qh
-    key += b * stride_kb + (h // group) * stride_kh
-    value += b * stride_vb + (h // group) * stride_vh
+    if not TMA:
+        key += b * stride_kb + key_head.to(tl.int64) * stride_kh
+        value += b * stride_vb + key_head.to(tl.int64) * stride_vh
     if mask is not None:
         mask += b * stride_mask_b + h * stride_mask_h
     if bias is not None:
@@ -192,10 +202,7 @@ def attention_forward(
     n, shift = sequence(key_lengths, b, Lq, Lk, LOWER_RIGHT)
     row0 = block * BLOCK_M
     row1 = tl.minimum(row0 + BLOCK_M, Lq) - 1
-    begin, full_begin, full_end, end = key_tiles(row0, row1, n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
-    if TMA:
-        key = tl.make_tensor_descriptor(key, [Lk, D], [stride_kn, 1], [BLOCK_N, BLOCK_D])
-        value = tl.make_tensor_descriptor(value, [Lk, DV], [stride_vn, 1], [BLOCK_N, BLOCK_DV])
+    low, begin, full_begin, full_end, end = key_tiles(row0, row1, n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
 
     q = load_rows(query, row0, stride_qm, Lq, D, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -220,8 +227,12 @@ def attention_forward(
                 first,
                 last,
                 row0,
+                head // heads,
+                key_head,
                 head,
                 n,
+                low,
+                end,
                 shift,
                 left,
                 right,

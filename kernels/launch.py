@@ -6,7 +6,16 @@ from contextlib import nullcontext
 import torch
 import triton
 
-from .arguments import architecture_of, head_strides, multiprocessors, padded, problem_arguments, tma_ready
+from .arguments import (
+    architecture_of,
+    descriptor,
+    head_strides,
+    heads_together,
+    multiprocessors,
+    padded,
+    problem_arguments,
+    tma_ready,
+)
 from .backward import grad_bias_kernel, grad_key_value, grad_query_kernel, row_statistics
 from .configs import Config, choose
 from .decode import combine_parts, decode_part
@@ -18,6 +27,9 @@ KEYS_PER_SPLIT = 256
 #: Rows (queries times heads of a group) up to which splitting the keys is considered.
 DECODE_ROWS = 64
 STATISTICS_ROWS = 64
+MOST_SPLITS = 128
+#: The share of the best occupation that is good enough for fewer splits.
+NEARLY = 0.9
 
 
 def on_device(tensor: torch.Tensor):
@@ -41,16 +53,12 @@ def tile_arguments(config: Config) -> dict:
     }
 
 
-def allocate_descriptors(size: int, alignment: int, stream: int | None):
-    """Memory for descriptors that kernels make on the device."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def use_tma(config: Config, *tensors: torch.Tensor) -> bool:
-    if not (config.tma and architecture_of(tensors[0]) >= 90 and tma_ready(*tensors)):
-        return False
-    triton.set_allocator(allocate_descriptors)
-    return True
+def by_tma(config: Config, rows: int, **tensors: torch.Tensor) -> dict:
+    """TMA, and then descriptors of these tensors in boxes of ``rows`` rows in place of pointers."""
+    first = next(iter(tensors.values()))
+    if not (config.tma and tma_ready(*tensors.values()) and (architecture_of(first) >= 90 or not first.is_cuda)):
+        return {"TMA": False}
+    return {"TMA": True} | {name: descriptor(tensor, rows) for name, tensor in tensors.items()}
 
 
 def forward(problem, out: torch.Tensor, lse: torch.Tensor, config: Config | None = None) -> None:
@@ -62,37 +70,45 @@ def forward(problem, out: torch.Tensor, lse: torch.Tensor, config: Config | None
         out.zero_()
         lse.fill_(-math.inf)
         return
-    splits = decode_splits(problem) if config is None else 1
-    if splits > 1:
-        return decode(problem, out, lse, splits)
+    if config is None and splits_keys(problem):
+        return decode(problem, out, lse, decode_splits(problem))
     config = chosen("forward", problem, config)
-    tma = use_tma(config, problem.key, problem.value)
+    arguments = problem_arguments(problem) | by_tma(config, config.block_n, key=problem.key, value=problem.value)
     with on_device(out):
         attention_forward[(triton.cdiv(Lq, config.block_m) * batch * heads,)](
             out=out,
             lse=lse,
-            **problem_arguments(problem),
+            together=together_by_group(problem),
+            **arguments,
             **head_strides("o", out),
             **tile_arguments(config),
-            TMA=tma,
         )
 
 
+def together_by_group(problem) -> int:
+    """How many query heads take turns over keys and values in the L2 cache."""
+    heads = problem.key.shape[0] * problem.key.shape[1]
+    return heads_together(heads, problem.key, problem.value) * problem.group_size
+
+
 def splits_keys(problem) -> bool:
-    """Whether the forward pass splits the keys over programs: few queries, many keys."""
-    return decode_splits(problem) > 1
+    """Whether the forward pass is that of decoding: a group's few queries in one tile, the keys split."""
+    rows = problem.group_size * problem.query.shape[2]
+    few = 0 < rows <= DECODE_ROWS and problem.query.shape[0] > 0
+    return few and problem.key.shape[2] >= 2 * KEYS_PER_SPLIT and problem.dropout_p == 0 and problem.scale > 0
 
 
 def decode_splits(problem) -> int:
-    """Into how many parts the keys are split: by the shape and the device alone; 1 means not at all."""
-    batch, heads, Lq, _ = problem.query.shape
-    key_heads, Lk = problem.key.shape[1:3]
-    rows = problem.group_size * Lq
-    if not batch * heads * Lq or rows > DECODE_ROWS or problem.dropout_p > 0 or not problem.scale > 0:
-        return 1
-    programs = batch * key_heads * triton.cdiv(rows, 16)
+    """Into how many parts the keys are split, by the shape and the device alone.
+
+    The fewest that keep the device nearly as busy as the best number does (as in FlashAttention's heuristic).
+    """
+    batch, key_heads, Lk, _ = problem.key.shape
+    programs = batch * key_heads * triton.cdiv(problem.group_size * problem.query.shape[2], 16)
     slots = 2 * multiprocessors(problem.query.get_device()) if problem.query.is_cuda else 8
-    return max(1, min(slots // programs, Lk // KEYS_PER_SPLIT, 128))
+    most = max(1, min(Lk // KEYS_PER_SPLIT, MOST_SPLITS))
+    busy = [programs * splits / slots / math.ceil(programs * splits / slots) for splits in range(1, most + 1)]
+    return next(splits for splits, share in enumerate(busy, 1) if share >= NEARLY * max(busy))
 
 
 def decode(problem, out: torch.Tensor, lse: torch.Tensor, splits: int, config: Config | None = None) -> None:
@@ -132,15 +148,17 @@ def decode(problem, out: torch.Tensor, lse: torch.Tensor, splits: int, config: C
         )
 
 
-def statistics(problem, out, lse, grad_out, grad_lse) -> torch.Tensor:
-    """delta = rowsum(dO * O) - d lse, fp32 [B, Hq, Lq]."""
+def statistics(problem, out, lse, grad_out, grad_lse) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lse in log2 units, delta = rowsum(dO * O) - d lse), fp32 [B, Hq, Lq]."""
     batch, heads, Lq = lse.shape
-    delta = torch.empty_like(lse)
+    log2_lse, delta = lse.new_empty(2, *lse.shape)
     with on_device(out):
         row_statistics[(triton.cdiv(Lq, STATISTICS_ROWS) * batch * heads,)](
             out,
+            lse,
             grad_out,
             grad_lse,
+            log2_lse,
             delta,
             **head_strides("o", out),
             **head_strides("do", grad_out),
@@ -150,7 +168,7 @@ def statistics(problem, out, lse, grad_out, grad_lse) -> torch.Tensor:
             BLOCK_DV=padded(out.shape[-1]),
             BLOCK_M=STATISTICS_ROWS,
         )
-    return delta
+    return log2_lse, delta
 
 
 def backward(
@@ -174,10 +192,10 @@ def backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    delta = statistics(problem, out, lse, grad_out, grad_lse)
+    log2_lse, delta = statistics(problem, out, lse, grad_out, grad_lse)
     shared = {
         "grad_out": grad_out,
-        "lse": lse,
+        "log2_lse": log2_lse,
         "delta": delta,
         **problem_arguments(problem),
         **head_strides("do", grad_out),
@@ -189,20 +207,20 @@ def backward(
             grad_key_value[(triton.cdiv(Lk, config.block_n) * batch * key_heads,)](
                 grad_key=grad_key,
                 grad_value=grad_value,
-                **shared,
+                together=heads_together(batch * key_heads, problem.query, grad_out),
+                **shared | by_tma(config, config.block_m, query=problem.query, grad_out=grad_out),
                 **head_strides("dk", grad_key if grad_key is not None else given),
                 **head_strides("dv", grad_value if grad_value is not None else given),
                 **tile_arguments(config),
-                TMA=use_tma(config, problem.query, grad_out),
             )
         if grad_query is not None:
             config = chosen("grad_query", problem, query_config)
             grad_query_kernel[(triton.cdiv(Lq, config.block_m) * batch * heads,)](
                 grad_query=grad_query,
-                **shared,
+                together=together_by_group(problem),
+                **shared | by_tma(config, config.block_n, key=problem.key, value=problem.value),
                 **head_strides("dq", grad_query),
                 **tile_arguments(config),
-                TMA=use_tma(config, problem.key, problem.value),
             )
         if grad_bias is not None:
             _launch_grad_bias(problem, grad_bias, shared)
@@ -220,7 +238,6 @@ def _launch_grad_bias(problem, grad_bias: torch.Tensor, shared: dict) -> None:
         **shared,
         batch=full[0],
         **tile_arguments(config),
-        TMA=False,
         **dict(zip(("SUM_B", "SUM_H", "SUM_M", "SUM_N"), summed, strict=True)),
     )
 

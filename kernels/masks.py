@@ -28,36 +28,37 @@ def sequence(key_lengths, batch, Lq, Lk, LOWER_RIGHT: tl.constexpr):
 def key_tiles(
     row0, row1, n, shift, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Key tiles for the queries row0..row1 (inclusive): (begin, full_begin, full_end, end).
+    """Key tiles for the queries row0..row1 (inclusive): (low, begin, full_begin, full_end, end).
 
     Tiles from begin up to full_begin and from full_end up to end are borders; those between are seen whole by
-    every one of the queries.  All but ``end`` are multiples of BLOCK_N.
+    every one of the queries.  These are multiples of BLOCK_N, but for ``end``; no query sees a key below ``low``
+    or from ``end`` on.
     """
-    begin = 0
+    low = 0
     full_begin = 0
     end = n
     full_end = n
     if HAS_LEFT:
-        begin = tl.maximum(0, row0 + shift - left)
+        low = tl.maximum(0, row0 + shift - left)
         full_begin = tl.maximum(0, row1 + shift - left)
     if HAS_RIGHT:
         end = tl.minimum(n, row1 + shift + right + 1)
         full_end = tl.minimum(n, row0 + shift + right + 1)
     end = tl.maximum(end, 0)
-    begin = begin // BLOCK_N * BLOCK_N
+    begin = low // BLOCK_N * BLOCK_N
     full_begin = tl.cdiv(full_begin, BLOCK_N) * BLOCK_N
     full_end = tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N
     full_begin = tl.minimum(full_begin, tl.cdiv(end, BLOCK_N) * BLOCK_N)
     full_begin = tl.maximum(full_begin, begin)
     full_end = tl.maximum(full_end, full_begin)
-    return begin, full_begin, full_end, end
+    return low, begin, full_begin, full_end, end
 
 
 @triton.jit
 def query_tiles(
     key0, key1, n, shift, left, right, Lq, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Query tiles for the keys key0..key1 (inclusive): (begin, full_begin, full_end, end), as :func:`key_tiles`."""
+    """Query tiles for the keys key0..key1 (inclusive): (begin, full_begin, full_end, end) of :func:`key_tiles`."""
     begin = 0
     full_begin = 0
     end = Lq
@@ -77,6 +78,13 @@ def query_tiles(
     full_begin = tl.maximum(full_begin, begin)
     full_end = tl.maximum(full_end, full_begin)
     return begin, full_begin, full_end, end
+
+
+@triton.jit
+def without_unseen(x, column0, low, end, BLOCK_N: tl.constexpr):
+    """The rows of a tile of K or V [BLOCK_N, D] that no query of the tile sees, zeroed: 0 * NaN would be NaN."""
+    columns = column0 + tl.arange(0, BLOCK_N)
+    return tl.where(((columns >= low) & (columns < end))[:, None], x, tl.zeros_like(x))
 
 
 @triton.jit
@@ -102,20 +110,28 @@ def masked_scores(
     """Scores in log2 units with the bias added and -inf where the query may not attend.
 
     ``rows`` and ``columns`` broadcast to the shape of ``s``, in either order; ``mask`` and ``bias`` point at the
-    head's [Lq, Lk].  BAND: the tile may cross the band's edge.
+    head's [Lq, Lk].  BAND: the tile may cross the band's edge; else all its columns exist.
     """
-    if bias is not None or mask is not None:
-        inside = (rows < Lq) & (columns < n)
+    inside = columns < n
+    # rows past the last query read the last one's mask and bias
+    last_rows = tl.minimum(rows, Lq - 1).to(tl.int64)
     if bias is not None:
-        offset = rows.to(tl.int64) * stride_bias_m + columns.to(tl.int64) * stride_bias_n
-        added = tl.load(bias + offset, mask=inside, other=0.0).to(tl.float32)
+        offset = last_rows * stride_bias_m + columns.to(tl.int64) * stride_bias_n
+        if BAND:
+            added = tl.load(bias + offset, mask=inside, other=0.0).to(tl.float32)
+        else:
+            added = tl.load(bias + offset).to(tl.float32)
         # finfo.min stays finite in log2 units: such a bias forbids nothing
         s = tl.where(added == float("-inf"), float("-inf"), s + tl.maximum(added * LOG2_E, LOWEST))
     if mask is not None:
-        offset = rows.to(tl.int64) * stride_mask_m + columns.to(tl.int64) * stride_mask_n
-        s = tl.where(tl.load(mask + offset, mask=inside, other=0) != 0, s, float("-inf"))
+        offset = last_rows * stride_mask_m + columns.to(tl.int64) * stride_mask_n
+        if BAND:
+            allowed = tl.load(mask + offset, mask=inside, other=0)
+        else:
+            allowed = tl.load(mask + offset)
+        s = tl.where(allowed != 0, s, float("-inf"))
     if BAND:
-        ok = columns < n
+        ok = inside & (rows < Lq)
         if HAS_LEFT:
             ok = ok & (columns >= rows + (shift - left))
         if HAS_RIGHT:

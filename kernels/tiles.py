@@ -1,4 +1,4 @@
-"""Loading and storing tiles of [L, D] matrices whose edges may be ragged."""
+"""Loading and storing tiles of [L, D] matrices whose edges may be ragged, and which program takes which tile."""
 
 import triton
 import triton.language as tl
@@ -27,3 +27,16 @@ def store_rows(base, x, row0, stride, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.
     d = tl.arange(0, BLOCK_D)
     pointers = base + r[:, None].to(tl.int64) * stride + d[None, :]
     tl.store(pointers, x.to(base.dtype.element_ty), mask=(r < rows)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def deal(blocks, together):
+    """(head, block) of this program, of num_programs / blocks heads with ``blocks`` blocks each.
+
+    ``together`` heads, which fit in the L2 cache, take turns: all their first blocks, then all their second ones.
+    """
+    pid = tl.program_id(0)
+    first = pid // (blocks * together) * together
+    width = tl.minimum(together, tl.num_programs(0) // blocks - first)
+    turn = pid - first * blocks
+    return first + turn % width, turn // width
