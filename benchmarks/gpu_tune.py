@@ -68,11 +68,23 @@ def compile_only(context, engine: str, direction: str, setup: dict) -> None:
     from gpu_worker import run_stage
 
     def run(candidate) -> None:
-        candidate.run()
+        _run_if_it_fits(candidate)
         synchronize(setup.get("device", "cuda"))
 
     for candidate in _candidates(context, engine, direction, setup):
         run_stage(context, candidate.name, lambda candidate=candidate: run(candidate), variant=candidate.name)
+
+
+def _run_if_it_fits(candidate) -> None:
+    """A tile that takes more shared memory or registers than there are is no failure, only no candidate."""
+    from triton.runtime.errors import OutOfResources
+
+    from gpu_worker import Unsupported
+
+    try:
+        candidate.run()
+    except OutOfResources as error:
+        raise Unsupported(str(error)) from None
 
 
 def _candidates(context, engine: str, direction: str, setup: dict) -> list:
@@ -107,7 +119,7 @@ def rank(context, candidates: list, setup: dict, direction: str, labels: dict) -
     for candidate in candidates:
 
         def verify(candidate=candidate) -> None:
-            candidate.run()
+            _run_if_it_fits(candidate)
             truth.judge(candidate.results, strict=True)
             functions[candidate.name] = candidate.run
             default[candidate.name] = candidate.default
