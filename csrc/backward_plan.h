@@ -23,9 +23,9 @@ inline Range query_span(const Band& band, Range keys, long queries, long block) 
 template <class V>
 struct BackwardPlan {
   static constexpr long width = panel_width<V>;
-  // Queries of dO and Q (16 KB each in fp32, D = 64) stay in a 32 KB L1 while the keys' rows go by; P and
-  // dS (48 KB each) and the block's dK and dV in L2.
-  static constexpr long block_queries = max(64L, width), block_keys = 192;
+  // What is read again and again stays in a 32 KB L1 (fp32, D = 64): a panel of Q^T or dO^T, rows of Q or dO
+  // (16 KB each), the block's keys (24 KB). P, dS and the block's dK and dV (24 KB each) lie in L2.
+  static constexpr long block_queries = max(64L, width), block_keys = 96;
   static constexpr long enough_items = 16, least_chunk = 512;
 
   const Problem& problem;

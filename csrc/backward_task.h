@@ -12,77 +12,11 @@
 // (Dao et al., FlashAttention, NeurIPS 2022, gives the recomputation; delta = rowsum(dO O) - dlse.)
 #pragma once
 
-#include "backward_plan.h"
-#include "gemm.h"
-#include "scratch.h"
+#include "backward_products.h"
+#include "backward_workspace.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
-
-template <class V>
-struct BackwardWorkspace {
-  using S = typename V::scalar;
-  using E = typename V::element;
-  static constexpr long depth = V::depth, width = panel_width<V>;
-  static constexpr long block_keys = BackwardPlan<V>::block_keys,
-                        block_queries = BackwardPlan<V>::block_queries;
-  static constexpr bool pairs = depth == 2;
-  // Pairs leave the scores' scratch as bf16; fp32 and fp64 scores are used where they were computed.
-  static constexpr long scores_stride = pairs ? width : block_queries;
-
-  E *query_panels, *grad_out_panels;  // [panel][ceil(D / depth)][width]
-  E *query_rows, *grad_out_rows;      // [ceil(Lq / depth)][padded]
-  E *key_rows, *key_columns;          // [ceil(chunk / depth)][padded], [chunk][ceil(D / depth)]
-  E* value_columns;                   // [chunk][ceil(Dv / depth)]
-  E* block_key_rows;                  // key_rows of one block, without those that are not finite
-  S *shift, *correction, *delta;      // [Lq]: -lse in log2 units, what it lacks, rowsum(dO O) - dlse
-  S *grad_query, *grad_key, *grad_value;
-  S *scores, *products, *bias;            // [block_keys][scores_stride], bias [block_keys][width]
-  uint8_t* allowed;                       // [block_keys][width]
-  bf16 *weights_pairs, *gradients_pairs;  // [block_keys][block_queries]
-  uint32_t* gradients_key_pairs;          // [block_keys / 2][block_queries]
-
-  BackwardWorkspace(const BackwardPlan<V>& plan, void* base) : layout_(base) {
-    const Problem& p = plan.problem;
-    const long queries = plan.queries_padded, chunk = plan.chunk_keys;
-    const long dim = plan.dim_padded, value_dim = plan.value_dim_padded;
-    scores = layout_.template take<S>(block_keys * scores_stride);
-    products = layout_.template take<S>(block_keys * scores_stride);
-    if constexpr (pairs) {
-      weights_pairs = layout_.template take<bf16>(block_keys * block_queries);
-      gradients_pairs = layout_.template take<bf16>(block_keys * block_queries);
-      gradients_key_pairs = layout_.template take<uint32_t>(block_keys / 2 * block_queries);
-    }
-    if (p.bias.data) bias = layout_.template take<S>(block_keys * width);
-    allowed = layout_.template take<uint8_t>(block_keys * width);
-    grad_key = layout_.template take<S>(chunk * dim);
-    grad_value = layout_.template take<S>(chunk * value_dim);
-    key_rows = layout_.template take<E>(ceil_div(chunk, depth) * dim);
-    if (pairs) key_columns = layout_.template take<E>(chunk * ceil_div(p.head_dim, depth));
-    value_columns = layout_.template take<E>(chunk * value_dim);
-    block_key_rows = layout_.template take<E>(block_keys * dim);
-    query_panels = layout_.template take<E>(queries * ceil_div(p.head_dim, depth));
-    grad_out_panels = layout_.template take<E>(queries * ceil_div(p.value_dim, depth));
-    query_rows = layout_.template take<E>(ceil_div(queries, depth) * dim);
-    grad_out_rows = layout_.template take<E>(ceil_div(queries, depth) * value_dim);
-    shift = layout_.template take<S>(queries);
-    correction = layout_.template take<S>(queries);
-    delta = layout_.template take<S>(queries);
-    if (plan.chunks == 1) grad_query = layout_.template take<S>(queries * dim);
-  }
-  static size_t bytes(const BackwardPlan<V>& plan) { return BackwardWorkspace(plan, nullptr).layout_.used(); }
-
- private:
-  ScratchLayout layout_;
-};
-
-// Elements in rows: of the caller's tensor where it can be read in place, else of a copy.
-template <class E>
-struct Rows {
-  const E* data;
-  long stride;
-  INLINE const E* row(long i) const { return data + i * stride; }
-};
 
 template <class V, class T>
 class BackwardTask {
@@ -173,10 +107,13 @@ class BackwardTask {
     guards_keys_ = restricted && !all_finite<F>(key, key_stride, rows, dim);
   }
 
-  // Scalar rows that end on a whole vector.
+  // Scalar rows that end on a whole vector, each on a cache line: a vector across two lines is read twice.
   Rows<E> rows_of(const T* source, long stride, long rows, long columns, E* copy, long padded) {
-    if constexpr (in_place)
-      if (columns == padded) return {source, stride};
+    if constexpr (in_place) {
+      const bool aligned =
+          (reinterpret_cast<uintptr_t>(source) | stride * sizeof(T)) % (V::lanes * sizeof(T)) == 0;
+      if (columns == padded && aligned) return {source, stride};
+    }
     copy_widened<V>(source, stride, rows, columns, copy, padded);
     return {copy, padded};
   }
@@ -330,23 +267,52 @@ class BackwardTask {
       clear_rows(p, {rows[p].end, used.end});
     }
 
-    const long key = keys.begin - keys_.begin + used.begin, query = queries.begin - first_query_;
+    const Range used_keys{keys.begin + used.begin, keys.begin + used.end};
+    const Range seen = band.seen_by_all(queries);
+    const bool whole = seen.begin <= used_keys.begin && used_keys.end <= seen.end;
     if (args_.grad_value.data)
-      accumulate(plan_.value_dim_padded, used.size(),
-                 DepthContiguous<E>{weights(used.begin), block_queries / depth},
-                 grad_out_rows_.row(query / depth), grad_out_rows_.stride, queries.size(),
-                 work_.grad_value + key * plan_.value_dim_padded);
+      accumulate_keys(band, whole, queries, used_keys, weights(used.begin), grad_out_rows_,
+                      plan_.value_dim_padded, work_.grad_value);
     if (args_.grad_key.data)
-      accumulate(plan_.dim_padded, used.size(),
-                 DepthContiguous<E>{gradients(used.begin), block_queries / depth},
-                 query_rows_.row(query / depth), query_rows_.stride, queries.size(),
-                 work_.grad_key + key * plan_.dim_padded);
-    if (args_.grad_query.data) {
-      const Rows<E> block =
-          guards_keys_ ? finite_key_rows(key, used) : Rows<E>{key_rows_.row(key / depth), key_rows_.stride};
-      accumulate(plan_.dim_padded, queries.size(),
-                 RowsContiguous<E>{gradient_columns(used.begin), block_queries}, block.data, block.stride,
-                 used.size(), grad_query_ + queries.begin * plan_.dim_padded);
+      accumulate_keys(band, whole, queries, used_keys, gradients(used.begin), query_rows_, plan_.dim_padded,
+                      work_.grad_key);
+    if (args_.grad_query.data) accumulate_queries(band, whole, queries, used_keys, used);
+  }
+
+  // dV += P^T dO or dK += dS^T Q: a holds the block's rows from the first used key on. Where the band cuts
+  // the block, a group of keys meets only the queries that see it.
+  void accumulate_keys(const Band& band, bool whole, Range queries, Range keys, const E* a, Rows<E> b,
+                       long columns, S* sums) {
+    constexpr long a_stride = block_queries / depth;
+    const long group = whole ? keys.size() : V::tile_rows;
+    for (long k = keys.begin; k < keys.end; k += group, a += group * a_stride) {
+      const Range rows{k, min(keys.end, k + group)};
+      Range met = whole ? queries : intersect(queries, band.queries_of(rows));
+      if (met.empty()) continue;
+      met.begin -= (met.begin - queries.begin) % depth;  // whole pairs
+      const long skipped = (met.begin - queries.begin) / depth;
+      accumulate(columns, rows.size(), DepthContiguous<E>{a + skipped, a_stride},
+                 b.row((met.begin - first_query_) / depth), b.stride, met.size(),
+                 sums + (k - keys_.begin) * columns);
+    }
+  }
+
+  // dQ += dS K.
+  void accumulate_queries(const Band& band, bool whole, Range queries, Range keys, Range used) {
+    const long first = keys.begin - keys_.begin, dim = plan_.dim_padded;
+    const Rows<E> block =
+        guards_keys_ ? finite_key_rows(first, used) : Rows<E>{key_rows_.row(first / depth), key_rows_.stride};
+    const E* a = gradient_columns(used.begin);
+    const long group = whole ? queries.size() : V::tile_rows;
+    for (long q = queries.begin; q < queries.end; q += group) {
+      const Range rows{q, min(queries.end, q + group)};
+      Range met = whole ? keys : intersect(keys, band.seen_by_any(rows));
+      if (met.empty()) continue;
+      met.begin -= (met.begin - keys.begin) % depth;
+      const long skipped = (met.begin - keys.begin) / depth;
+      accumulate(dim, rows.size(),
+                 RowsContiguous<E>{a + skipped * block_queries + q - queries.begin, block_queries},
+                 block.row(skipped), block.stride, met.size(), grad_query_ + q * dim);
     }
   }
 
@@ -364,48 +330,78 @@ class BackwardTask {
     }
   }
 
-  // Weights and score gradients of one panel of queries. Returns the keys it has touched.
+  // Weights and score gradients of one panel of queries, in up to three segments of keys: those that all
+  // its queries see lie between those that some do. Returns the keys it has touched, from the block's first.
   Range panel(const Band& band, Range block, Range queries) {
     if (queries.empty()) return {0, 0};
     Range keys = intersect(block, band.seen_by_any(queries));
     if (keys.empty()) return {0, 0};
     keys.begin -= (keys.begin - block.begin) % depth;  // whole pairs
-    const Tile where{batch_, head_, queries, keys};
-    const TileKind kind = classify<width>(problem_, band, where, work_.allowed);
-    if (kind == TileKind::empty) return {0, 0};
+    Range touched{block_keys, 0};
+    const auto visit = [&](Range part) {
+      if (part.empty() || !segment(band, block, {batch_, head_, queries, part})) return;
+      touched = {min(touched.begin, part.begin - block.begin), max(touched.end, part.end - block.begin)};
+    };
+    Range full = intersect(keys, band.seen_by_all(queries));
+    full.begin += (full.begin - block.begin) % depth;
+    if (full.end < keys.end) full.end -= (full.end - block.begin) % depth;
+    if (problem_.mask.data || full.empty()) {
+      visit(keys);
+    } else {
+      visit({keys.begin, full.begin});
+      visit(full);
+      visit({full.end, keys.end});
+      // Empty segments inside a touched range do not occur without a mask.
+    }
+    return touched;
+  }
 
+  // Returns false, and touches nothing, where no query of the tile may attend to any key of it.
+  bool segment(const Band& band, Range block, const Tile& where) {
+    const TileKind kind = classify<width>(problem_, band, where, work_.allowed);
+    if (kind == TileKind::empty) return false;
+    const Range queries = where.queries, keys = where.keys;
     const long first = keys.begin - block.begin, count = keys.size(), key = keys.begin - keys_.begin;
     const long column = pairs ? 0 : queries.begin % block_queries;
+    const long dim = ceil_div(problem_.head_dim, depth), value_dim = ceil_div(problem_.value_dim, depth);
     const Block<S> scores{work_.scores + first * work_.scores_stride + column, work_.scores_stride};
-    gemm<V, V::tile_vectors, Store>(count, DepthContiguous<E>{key_columns_.row(key), key_columns_.stride},
-                                    work_.query_panels + queries.begin * ceil_div(problem_.head_dim, depth),
-                                    width, ceil_div(problem_.head_dim, depth), scores.data, scores.stride);
-    const uint8_t* allowed = kind == TileKind::mixed ? work_.allowed : nullptr;
-    if (problem_.bias.data) read_bias(where);
-    const S *shift = work_.shift + queries.begin, *correction = work_.correction + queries.begin;
-    if (problem_.bias.data && allowed)
-      weights_of<V, true, true>(scores, count, shift, correction, score_factor_, work_.bias, allowed);
-    else if (problem_.bias.data)
-      weights_of<V, true, false>(scores, count, shift, correction, score_factor_, work_.bias, nullptr);
-    else if (allowed)
-      weights_of<V, false, true>(scores, count, shift, correction, score_factor_, nullptr, allowed);
-    else
-      weights_of<V, false, false>(scores, count, shift, correction, score_factor_, nullptr, nullptr);
-    if (problem_.dropout_p > 0) mark_dropped<V>(problem_, where, scores);
-
     const Block<S> products{work_.products + first * work_.scores_stride + column, work_.scores_stride};
-    if (plan_.wants_scores)
-      gemm<V, V::tile_vectors, Store>(
-          count, DepthContiguous<E>{value_columns_.row(key), value_columns_.stride},
-          work_.grad_out_panels + queries.begin * ceil_div(problem_.value_dim, depth), width,
-          ceil_div(problem_.value_dim, depth), products.data, products.stride);
-    const bool guarded = allowed || problem_.bias.data;
-    if (problem_.dropout_p > 0)
-      gradients_of<true, true>(scores, products, where, first);
-    else if (guarded)
-      gradients_of<false, true>(scores, products, where, first);
-    else
-      gradients_of<false, false>(scores, products, where, first);
+    const DepthContiguous<E> key_columns{key_columns_.row(key), key_columns_.stride};
+    const DepthContiguous<E> value_columns{value_columns_.row(key), value_columns_.stride};
+    const E* query_panel = work_.query_panels + queries.begin * dim;
+    const E* grad_out_panel = work_.grad_out_panels + queries.begin * value_dim;
+    const S *shift = work_.shift + queries.begin, *delta = work_.delta + queries.begin;
+    const bool has_bias = problem_.bias.data, has_dropout = problem_.dropout_p > 0;
+
+    if (kind == TileKind::full && !has_bias) {
+      weights_product<V>(count, key_columns, query_panel, dim, shift, score_factor_, scores);
+    } else {
+      const uint8_t* allowed = kind == TileKind::mixed ? work_.allowed : nullptr;
+      const S* correction = work_.correction + queries.begin;
+      if (has_bias) read_bias(where);
+      seen_product(band, where, key_columns, query_panel, dim, scores);
+      if (has_bias && allowed)
+        weights_of<V, true, true>(scores, count, shift, correction, score_factor_, work_.bias, allowed);
+      else if (has_bias)
+        weights_of<V, true, false>(scores, count, shift, correction, score_factor_, work_.bias, nullptr);
+      else
+        weights_of<V, false, true>(scores, count, shift, correction, score_factor_, nullptr, allowed);
+    }
+    if (has_dropout) mark_dropped<V>(problem_, where, scores);
+
+    const bool guarded = kind != TileKind::full || has_bias;
+    if (!pairs && !guarded && !has_dropout) {
+      if (plan_.wants_scores)
+        gradients_product<V>(count, value_columns, grad_out_panel, value_dim, delta, scores, products);
+    } else {
+      if (plan_.wants_scores) seen_product(band, where, value_columns, grad_out_panel, value_dim, products);
+      if (has_dropout)
+        gradients_of<true, true>(scores, products, where, first);
+      else if (guarded)
+        gradients_of<false, true>(scores, products, where, first);
+      else
+        gradients_of<false, false>(scores, products, where, first);
+    }
     if (args_.grad_bias && problem_.bias.stride[3] != 0) {
       S* out = static_cast<S*>(args_.grad_bias) + batch_ * plan_.grad_bias_stride[0] +
                head_ * plan_.grad_bias_stride[1] + queries.begin * plan_.grad_bias_stride[2] +
@@ -413,7 +409,25 @@ class BackwardTask {
       add_transposed<V>(products, queries.size(), count, out, plan_.grad_bias_stride[2],
                         plan_.grad_bias_stride[3]);
     }
-    return {first, first + count};
+    return true;
+  }
+
+  // C[keys][panel] = A B for a tile that the band may cut: groups of keys skip the vectors of queries that
+  // do not see them, and leave there what was there.
+  void seen_product(const Band& band, const Tile& where, DepthContiguous<E> a, const E* panel, long count,
+                    Block<S> out) {
+    const Range seen = band.seen_by_all(where.queries);
+    const bool whole = seen.begin <= where.keys.begin && where.keys.end <= seen.end;
+    const long group = whole ? where.keys.size() : V::tile_rows;
+    for (long k = 0; k < where.keys.size(); k += group) {
+      const long rows = min(group, where.keys.size() - k), key = where.keys.begin + k;
+      const Range met = whole ? where.queries : intersect(where.queries, band.queries_of({key, key + rows}));
+      if (met.empty()) continue;
+      const long begin = (met.begin - where.queries.begin) / V::lanes;
+      const long end = ceil_div(met.end - where.queries.begin, V::lanes);
+      gemm_columns<V, Store>(static_cast<int>(end - begin), rows, a.rows_from(k), panel + begin * V::lanes,
+                             width, count, out.row(k) + begin * V::lanes, out.stride);
+    }
   }
 
   void read_bias(const Tile& where) {

@@ -1,0 +1,87 @@
+// The two products whose results are consumed in registers: scores become weights, and dP becomes dS, as
+// each tile is finished. Only for tiles with no mask, bias or dropout: the others store the products and
+// pass over them.
+#pragma once
+
+#include <type_traits>
+
+#include "backward_tile.h"
+#include "gemm.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+template <class V, int rows, class F>
+INLINE void visit_rows(long count, long row, F& visit) {
+  if constexpr (rows > 0) {
+    if (count == rows)
+      visit(std::integral_constant<int, rows>(), row);
+    else
+      visit_rows<V, rows - 1>(count, row, visit);
+  }
+}
+
+// Calls visit(std::integral_constant<int, n>(), first row) for tiles of n rows that cover `rows`, cut as
+// gemm() cuts them.
+template <class V, class F>
+INLINE void for_each_row_tile(long rows, F visit) {
+  constexpr int full = V::tile_rows;
+  long row = 0;
+  for (; rows - row >= 2 * full || rows - row == full; row += full)
+    visit(std::integral_constant<int, full>(), row);
+  while (row < rows) {
+    const long left = rows - row, count = left > full ? (left + 1) / 2 : left;
+    visit_rows<V, full>(count, row, visit);
+    row += count;
+  }
+}
+
+template <class V, int rows, class A>
+INLINE void panel_product(typename V::vector (&sum)[rows][V::tile_vectors], A a,
+                          const typename V::element* panel, long depth) {
+  UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < V::tile_vectors; j++) sum[i][j] =
+      V::zero();
+  multiply<V, rows, V::tile_vectors>(sum, a, panel, panel_width<V>, depth);
+}
+
+// weights[keys][panel] = exp2(factor A B + shift).
+template <class V, class A>
+void weights_product(long keys, A a, const typename V::element* panel, long depth,
+                     const typename V::scalar* shift, typename V::scalar factor,
+                     Block<typename V::scalar> weights) {
+  constexpr int degree = V::depth == 2 ? 3 : 5;
+  for_each_row_tile<V>(keys, [&](auto count, long row) {
+    constexpr int rows = decltype(count)::value;
+    typename V::vector sum[rows][V::tile_vectors];
+    panel_product<V, rows>(sum, a.rows_from(row), panel, depth);
+    UNROLL for (int i = 0; i < rows; i++) {
+      UNROLL for (int j = 0; j < V::tile_vectors; j++) sum[i][j] =
+          V::fma(sum[i][j], V::set1(factor), V::load(shift + j * V::lanes));
+      V::template exp2_each<degree>(sum[i]);
+      UNROLL for (int j = 0; j < V::tile_vectors; j++)
+          V::store(weights.row(row + i) + j * V::lanes, sum[i][j]);
+    }
+  });
+}
+
+// gradients[keys][panel] = weights * (A B - delta).
+template <class V, class A>
+void gradients_product(long keys, A a, const typename V::element* panel, long depth,
+                       const typename V::scalar* delta, Block<typename V::scalar> weights,
+                       Block<typename V::scalar> gradients) {
+  for_each_row_tile<V>(keys, [&](auto count, long row) {
+    constexpr int rows = decltype(count)::value;
+    typename V::vector sum[rows][V::tile_vectors];
+    panel_product<V, rows>(sum, a.rows_from(row), panel, depth);
+    UNROLL for (int i = 0; i < rows; i++) {
+      UNROLL for (int j = 0; j < V::tile_vectors; j++) {
+        const typename V::vector weight = V::load(weights.row(row + i) + j * V::lanes);
+        V::store(gradients.row(row + i) + j * V::lanes,
+                 V::mul(weight, V::sub(sum[i][j], V::load(delta + j * V::lanes))));
+      }
+    }
+  });
+}
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn
