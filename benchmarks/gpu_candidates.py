@@ -52,9 +52,9 @@ def hopper(direction: str, switched: bool) -> Callable[[Setup], list[Candidate]]
         chosen = choose(setup.head_dim, setup.causal is not None or setup.window is not None)
         named = {"chosen": chosen}
         if switched:
-            named |= {
-                f"{name}={value}": dataclasses.replace(chosen, **{name: value}) for name, value in switches(chosen)
-            }
+            for changes in switches(chosen):
+                name = " ".join(f"{field}={value}" for field, value in changes.items())
+                named[name] = dataclasses.replace(chosen, **changes)
         else:
             named |= {name: config for name, config in table[setup.head_dim].items() if config != chosen}
         if direction == "forward":
@@ -90,13 +90,18 @@ def _gradient_buffers(problem, names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: torch.full_like(sources[name], torch.nan) for name in names}
 
 
-def switches(config) -> list[tuple[str, bool]]:
-    """Every other value of each on/off field of a configuration; None stands for "decided by shape"."""
+def switches(config) -> list[dict[str, bool]]:
+    """The changes to try: every other value of each on/off field, and the two ways to hide the softmax off together.
+
+    None stands for "decided by shape", so that both other values differ from it.
+    """
     found = []
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if isinstance(value, bool) or "bool" in str(item.type):
-            found += [(item.name, other) for other in (True, False) if other is not value]
+            found += [{item.name: other} for other in (True, False) if other is not value]
+    if {"overlap": False} in found and {"ping_pong": False} in found:
+        found.append({"overlap": False, "ping_pong": False})
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 
+import gpu_ablate
+
 WRONG = ("fail", "error", "timeout", "crash")
 
 
@@ -104,5 +106,8 @@ def _ranked(rows: list[dict], part: str, per_task: int = 4) -> str:
         for row in shown:
             rate = f"{row['rate']:8.0f}" if "rate" in row else f"{row['ms'] * 1e3:8.1f} us"
             mark = " (default)" if row.get("default") else ""
-            lines.append(f"  {rate}  {row['variant']}{mark}")
+            relative = f"{row['relative']:7.3f}" if row.get("relative") else ""
+            predicted = gpu_ablate.prediction(row) if part == "ablate" else None
+            expected = "" if predicted is None else f"  (predicted {predicted:.2f})"
+            lines.append(f"  {rate}{relative}  {row['variant']}{mark}{expected}")
     return "\n".join(lines)

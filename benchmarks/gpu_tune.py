@@ -128,6 +128,8 @@ def rank(context, candidates: list, setup: dict, direction: str, labels: dict) -
     if not functions:
         return
     context.stage("timing")
-    for name, timed in time_beside_ceiling(functions, made, direction).items():
-        if name in functions:
-            context.row("ok", variant=name, default=default[name], **timed, **labels)
+    timed = time_beside_ceiling(functions, made, direction)
+    chosen = next((timed[name]["rate"] for name in functions if default[name]), None)
+    for name in functions:
+        relative = round(timed[name]["rate"] / chosen, 4) if chosen else None
+        context.row("ok", variant=name, default=default[name], relative=relative, **timed[name], **labels)

@@ -453,3 +453,32 @@ def test_device_cpu_measures_each_target_once():
     columns = [(isa, column) for isa, rows in device_cpu.MEASURED.items() for dtype, column in rows]
     assert {column for _, column in columns} == {"avx512", "avx512_bf16", "avx2"}
     assert all(isa.startswith(column) for isa, column in columns), "avx512_bf16 includes avx512"
+
+
+def test_each_switch_is_flipped_alone():
+    pytest.importorskip("triton")
+    from fastattn.kernels.hopper.configs import BackwardConfig, ForwardConfig
+    from gpu_ablate import PREDICTIONS
+    from gpu_candidates import switches
+
+    forward = switches(ForwardConfig())
+    assert {"ping_pong": False} in forward
+    assert {"overlap": False, "ping_pong": False} in forward
+    assert [change for change in forward if "heads_inner" in change] == [{"heads_inner": True}, {"heads_inner": False}]
+    assert not any({"block_n", "stages", "consumers"} & set(change) for change in forward)
+    assert {"persistent": False} in switches(BackwardConfig())
+    names = {" ".join(f"{field}={value}" for field, value in change.items()) for change in forward}
+    assert {variant for variant, _, _ in PREDICTIONS} <= names, "every prediction is tested"
+
+
+def test_summary_ranks_variants_beside_their_predictions():
+    import gpu_report
+
+    row = {"part": "ablate", "task": "ablate/t", "status": "ok", "direction": "forward", "head_dim": 128}
+    row |= {"queries": 8192, "causal": None, "rate": 600.0, "ms": 1.0, "relative": 1.0, "default": True}
+    rows = [row | {"variant": "chosen"}]
+    slower = {"variant": "overlap=False", "rate": 540.0, "ms": 1.1, "relative": 0.9, "default": False}
+    rows.append(row | slower)
+    lines = gpu_report.summary({"rows": rows, "ceilings": {}}, ["ablate"]).splitlines()
+    assert lines[-2].split() == ["600", "1.000", "chosen", "(default)"]
+    assert lines[-1].split() == ["540", "0.900", "overlap=False", "(predicted", "0.92)"]
