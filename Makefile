@@ -39,7 +39,7 @@ bench-micro: $(VENV)/packages.stamp
 	build/micro/bench/bench_micro
 
 gpu-compile-report: $(VENV)/installed.stamp
-	$(RUN) -m kernels.compile_report
+	$(RUN) -m fastattn.kernels.compile_report
 
 lint: $(VENV)/packages.stamp
 	$(RUN) -m ruff check .
