@@ -9,7 +9,6 @@ change nothing. Dropout is judged by the same budget: one weight dropped differe
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict
 
 from gpu_pool import Task
@@ -20,26 +19,28 @@ DTYPES = ("bf16", "fp32", "fp16")
 def tasks(device: str, backend: str, quick: bool) -> list[Task]:
     """One task per case and dtype: a run that is cut short has seen every case in bf16.
 
-    What the Hopper kernels may take is also run without them.
+    What is shaped for the Hopper kernels is also run without them, and by them alone, whatever the
+    backend would choose.
     """
     from fastattn.testing import CASES, SMOKE_CASES
 
+    others = ("plain", "hopper") if device == "cuda" else ()
     shaped = device_cases(quick, tiny=device == "cpu")
     found = []
     for dtype in DTYPES[:1] if quick else DTYPES:
         for case in (*shaped, *(SMOKE_CASES if quick else CASES)):
-            found.append(_task(case, dtype, device, backend, hopper=True))
+            found.append(_task(case, dtype, device, backend))
         if dtype != "fp32" and not quick:
-            found += [_task(case, dtype, device, backend, hopper=False) for case in shaped]
+            found += [_task(case, dtype, device, engine, "/" + engine) for case in shaped for engine in others]
     return found
 
 
-def _task(case, dtype: str, device: str, backend: str, hopper: bool) -> Task:
+def _task(case, dtype: str, device: str, engine: str, suffix: str = "") -> Task:
     return Task(
         part="check",
-        key=f"check/{dtype}/{case.name}" + ("" if hopper else "/plain"),
+        key=f"check/{dtype}/{case.name}{suffix}",
         handler="gpu_check:run_case",
-        arguments={"case": asdict(case), "dtype": dtype, "device": device, "backend": backend, "hopper": hopper},
+        arguments={"case": asdict(case), "dtype": dtype, "device": device, "engine": engine},
         timeout=60.0,
         estimate=5.0 if max(case.head_dim, case.value_dim or 0) > 128 else 2.5,
     )
@@ -94,24 +95,20 @@ def device_cases(quick: bool, tiny: bool) -> list:
     return cases
 
 
-def run_case(context, case: dict, dtype: str, device: str, backend: str, hopper: bool) -> None:
-    """Forward and backward of one case, judged; one row per direction."""
-    from gpu_problems import without_hopper
+def run_case(context, case: dict, dtype: str, device: str, engine: str) -> None:
+    """Forward and backward of one case, judged; one row per direction.
 
-    with contextlib.nullcontext() if hopper else without_hopper():
-        _run_case(context, case, dtype, device, backend)
-
-
-def _run_case(context, case: dict, dtype: str, device: str, backend: str) -> None:
+    ``engine``: a backend, or "plain" or "hopper" for the one or the other half of the GPU's.
+    """
     import torch
 
     from fastattn import testing
     from gpu_problems import DTYPES as torch_dtypes
-    from gpu_problems import fresh_results, load_backend
+    from gpu_problems import fresh_results, load_engine
     from gpu_worker import run_stage
 
     case = testing.Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in case.items()})
-    engine = load_backend(backend)
+    engine = load_engine(engine)
     torch_dtype = torch_dtypes[dtype]
     problem = case.make(device, torch_dtype)
     labels = {"case": case.name, "dtype": dtype}

@@ -50,3 +50,36 @@ def without_hopper():
             del os.environ["FASTATTN_HOPPER"]
         else:
             os.environ["FASTATTN_HOPPER"] = before
+
+
+class PlainTriton:
+    """The Triton backend with its Hopper kernels turned off."""
+
+    def __init__(self) -> None:
+        self.backend = load_backend("triton")
+        self.reasons = self.backend.reasons
+
+    def forward(self, *arguments) -> None:
+        with without_hopper():
+            self.backend.forward(*arguments)
+
+    def backward(self, *arguments, **gradients) -> None:
+        with without_hopper():
+            self.backend.backward(*arguments, **gradients)
+
+
+class Hopper:
+    """The Hopper kernels alone, whatever the backend would choose. They have no bias, so no gradient of one."""
+
+    def __init__(self) -> None:
+        from fastattn.kernels import hopper
+
+        self.reasons, self.forward, self._backward = hopper.reasons, hopper.forward, hopper.backward
+
+    def backward(self, *arguments, grad_bias=None, **gradients) -> None:
+        self._backward(*arguments, **gradients)
+
+
+def load_engine(name: str):
+    """A backend by name, or "plain" or "hopper": half of the Triton backend."""
+    return {"plain": PlainTriton, "hopper": Hopper}.get(name, lambda: load_backend(name))()

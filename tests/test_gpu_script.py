@@ -323,7 +323,7 @@ def test_check_sees_each_fault(monkeypatch, fault, stage, message):
     monkeypatch.setattr(gpu_problems, "load_backend", lambda name: FaultyBackend(fault))
     context = Recorder()
     case = testing.Case("padded", batch=2, queries=33, keys=40, head_dim=16, key_lengths=(40, 13))
-    gpu_check.run_case(context, asdict(case), "fp32", "cpu", "reference", hopper=True)
+    gpu_check.run_case(context, asdict(case), "fp32", "cpu", "reference")
     wrong = [row for row in context.rows if row["status"] != "ok"]
     if fault is None:
         assert wrong == []
