@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from fastattn import dispatch, reference
 from fastattn.problem import (
+    PLAIN_TENSORS,
     Arguments,
     Problem,
     bias_gradient_shape,
@@ -63,7 +64,7 @@ def compute_forward(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     engine = dispatch.select(problem, backend)
     query = problem.query
     out = empty_laid_out_like(query, problem.value.shape[3])
-    lse = torch.empty(query.shape[:3], dtype=problem.lse_dtype, device=query.device)
+    lse = query.new_empty(query.shape[:3], dtype=problem.lse_dtype)
     engine.forward(problem, out, lse)
     return out, lse
 
@@ -344,16 +345,13 @@ def _with_unit_last_stride(tensor: Tensor) -> Tensor:
 def _is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Must a call pass PyTorch's dispatcher, because something other than eager autograd watches it?"""
     return not (
-        type(query) in _PLAIN_TENSORS
-        and type(key) in _PLAIN_TENSORS
-        and type(value) in _PLAIN_TENSORS
+        type(query) in PLAIN_TENSORS
+        and type(key) in PLAIN_TENSORS
+        and type(value) in PLAIN_TENSORS
         and query.device.type in dispatch.AUTO
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
     )
-
-
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def _register(name: str, signature: str, compute, fake, differentiate, remember, map_rule, first: int):

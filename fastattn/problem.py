@@ -18,6 +18,7 @@ from torch import Tensor
 CAUSAL_MODES = (None, "upper_left", "lower_right")
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -188,19 +189,14 @@ def check_arguments(
     key_lengths: Tensor | list[int] | None,
 ) -> Arguments:
     """Check everything that can be checked without reading data; bring the tensors to 4-D."""
-    _check_tensors(query, key, value)
-    if query.dim() == 4 and key.dim() == 4 and value.dim() == 4:
-        leading = None
-        batch_shape = query.shape[:1]
-        if key.shape[0] != batch_shape[0] or value.shape[0] != batch_shape[0]:
-            leading = _broadcast_batch(query, key, value)
+    if _is_canonical(query, key, value):
+        batch_shape = (query.shape[0],)
     else:
+        _check_tensors(query, key, value)
         query, key, value = _with_equal_ranks(query, key, value)
-        leading = _broadcast_batch(query, key, value)
-    if leading is not None:
-        batch_shape = leading
-        query, key, value = (_flatten_batch(tensor, leading) for tensor in (query, key, value))
-    query, key, value = _match_heads(query, key, value, enable_gqa)
+        batch_shape = _broadcast_batch(query, key, value)
+        query, key, value = (_flatten_batch(tensor, batch_shape) for tensor in (query, key, value))
+        query, key, value = _match_heads(query, key, value, enable_gqa)
 
     if is_causal:
         if causal is None:
@@ -223,6 +219,24 @@ def check_arguments(
         key_lengths = _check_lengths(key_lengths, query, batch_shape)
     return Arguments(
         query, key, value, attn_mask, bias, key_lengths, scale, causal, window_left, window_right, dropout_p
+    )
+
+
+def _is_canonical(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """The common case, decided in little time: 4-D, equal batches and heads, nothing to complain about."""
+    if type(query) not in PLAIN_TENSORS or type(key) not in PLAIN_TENSORS or type(value) not in PLAIN_TENSORS:
+        return False
+    query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    dtype, device = query.dtype, query.device
+    return (
+        len(query_shape) == 4
+        and query_shape[:2] == key_shape[:2]
+        and key_shape[:3] == value_shape[:3]
+        and len(value_shape) == 4
+        and query_shape[3] == key_shape[3] != 0 != value_shape[3]
+        and dtype in SUPPORTED_DTYPES
+        and key.dtype == dtype == value.dtype
+        and key.device == device == value.device
     )
 
 
@@ -285,6 +299,8 @@ def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ..
 
 def _flatten_batch(tensor: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
     """[*batch or 1s, H, L, D] -> [B, H, L, D], a view where strides permit."""
+    if len(batch_shape) == 1 and tensor.shape[0] == batch_shape[0]:
+        return tensor
     rest = tensor.shape[-3:]
     return tensor.expand(*batch_shape, *rest).reshape(math.prod(batch_shape), *rest)
 

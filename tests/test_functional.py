@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from fastattn import reference, scaled_dot_product_attention
-from fastattn.problem import make_problem
+from fastattn.ops import attention_forward
+from fastattn.problem import check_arguments, make_problem
 from fastattn.testing import CASES, assert_within_budget, run_reference
 
 
@@ -23,29 +24,23 @@ def tensors(*shapes, dtype=torch.float32, requires_grad=False):
 def test_every_case_through_autograd(case, dtype, monkeypatch):
     problem = case.make(dtype=dtype)
     monkeypatch.setattr("fastattn.functional.draw_rng_state", lambda device: problem.rng_state)
-    inputs = [problem.query, problem.key, problem.value]
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    mask = problem.attn_mask
-    if problem.bias is not None:
-        stride_zero = [index for index, stride in enumerate(problem.bias.stride()) if stride == 0]
-        bias = problem.bias.detach()
-        for dim in stride_zero:
-            bias = bias.narrow(dim, 0, min(1, bias.shape[dim]))
-        mask = bias.clone().requires_grad_()
-        inputs.append(mask)
-        if problem.attn_mask is not None:
-            pytest.skip("the public function takes one mask; test_modules passes two")
-    out, lse = scaled_dot_product_attention(
-        *inputs[:3],
-        attn_mask=mask,
-        dropout_p=problem.dropout_p,
-        scale=problem.scale,
-        enable_gqa=True,
-        causal=problem.causal,
-        window=(problem.window_left, problem.window_right),
-        key_lengths=problem.key_lengths,
-        return_lse=True,
-    )
+    inputs = [tensor.detach().requires_grad_() for tensor in (problem.query, problem.key, problem.value)]
+    mask, bias = unexpanded(problem.attn_mask), unexpanded(problem.bias)
+    if bias is not None:
+        inputs.append(bias.requires_grad_())
+    options = {
+        "dropout_p": problem.dropout_p,
+        "scale": problem.scale,
+        "causal": problem.causal,
+        "window": (problem.window_left, problem.window_right),
+        "key_lengths": problem.key_lengths,
+    }
+    if mask is None or bias is None:
+        attn_mask = mask if bias is None else bias
+        out, lse = scaled_dot_product_attention(*inputs[:3], attn_mask, enable_gqa=True, return_lse=True, **options)
+    else:  # only MultiHeadAttention gives both to the operator
+        arguments = check_arguments(*inputs[:3], mask, is_causal=False, enable_gqa=True, **options)
+        out, lse = attention_forward(*arguments._replace(bias=bias), problem.rng_state, "auto")
     grad_out, grad_lse = case.make_grad_out(dtype=dtype), case.make_grad_lse(dtype=lse.dtype)
     gradients = torch.autograd.grad((out, lse), inputs, (grad_out, grad_lse))
     names = ("grad_query", "grad_key", "grad_value", "grad_bias")
@@ -54,6 +49,16 @@ def test_every_case_through_autograd(case, dtype, monkeypatch):
     naive = run_reference(problem, grad_out, grad_lse, dtype=None)
     assert out.dtype == dtype
     assert_within_budget(actual, problem, exact, naive, grad_out)
+
+
+def unexpanded(mask):
+    """The mask as a caller would give it, with size 1 where it broadcasts."""
+    if mask is None:
+        return None
+    for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride(), strict=True)):
+        if stride == 0:
+            mask = mask.narrow(dim, 0, min(1, size))
+    return mask.clone()
 
 
 @pytest.mark.parametrize(
