@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-PART_NAMES = ("one thread", "avx2", "two threads", "memory")
+PART_NAMES = ("one thread", "avx2", "two threads", "memory", "models")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Bind threads and choose the instruction set before torch, and with it the OpenMP runtime, is loaded."""
     part = config.getoption("--part")
-    threads = 2 if part in ("two threads", "memory") else 1
+    threads = 2 if part in ("two threads", "memory", "models") else 1
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["OMP_PROC_BIND"] = "true"
     if part == "avx2":

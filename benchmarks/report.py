@@ -110,6 +110,10 @@ def print_result(result: dict) -> None:
         console.print(
             tables.table("Peak memory, forward+backward, MiB", ("length",), ("naive", "torch", "fastattn"), rows)
         )
+    rows = tables.model_memory_rows(result)
+    if rows:
+        right = ("longest in 2 GiB", "MiB at 2048")
+        console.print(tables.table("Memory of a training step", ("model", "implementation"), right, rows))
     rows = tables.target_rows(result)
     styles = {"met": "[green]met[/]", "missed": "[red]missed[/]"}
     rows = [[*row[:-1], styles.get(row[-1], row[-1])] for row in rows]

@@ -83,7 +83,10 @@ def _condense(record: dict, part: str, result: dict) -> None:
     result["parts"][part] = {"isa": about["isa"], "ceilings": about["ceilings"]}
     for benchmark in record["benchmarks"]:
         info = benchmark["extra_info"]
-        if "bytes" in info:
+        if "peaks" in info:
+            kept = ("model", "implementation", "peaks", "longest")
+            result.setdefault("model_memory", []).append({key: info[key] for key in kept})
+        elif "bytes" in info:
             result["memory"].append({key: info[key] for key in ("implementation", "length", "bytes")})
         else:
             kept = {key: info[key] for key in KEPT if key in info}

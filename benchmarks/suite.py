@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from benchmarks import onnx_peer
+from benchmarks.models import AdditiveWorkload, ModelWorkload
 from benchmarks.workloads import ModuleWorkload, Workload
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -76,7 +77,7 @@ class Entry:
     """One measured line. ``ceiling`` is "fma" or "read" (memory), ``seconds`` the time to spend on it."""
 
     group: str
-    workload: Workload | ModuleWorkload
+    workload: Workload | ModuleWorkload | ModelWorkload | AdditiveWorkload
     peers: tuple[str, ...] = ()
     beside: dict[str, Workload | ModuleWorkload] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
@@ -274,12 +275,22 @@ def avx2_entries() -> Iterator[Entry]:
         yield replace(entry, peers=(), targets=entry.targets[:1], seconds=1.0)
 
 
+def model_entries() -> Iterator[Entry]:
+    """Training steps of the models, and additive attention, with two threads."""
+    for model in ("transformer", "classifier"):
+        targets = (Target("ratio", ">=", 1.3, "torch"),)
+        yield Entry("models", ModelWorkload(model, 8, 512), ("torch", "naive"), targets=targets, seconds=10.0)
+    for workload in (AdditiveWorkload(4, 128, 512, 64), AdditiveWorkload(32, 1, 512, 64)):
+        yield Entry("models", workload, ("naive",), seconds=4.0)
+
+
 #: A part is one process with its own threads and instruction set (see conftest.py).
 PARTS = {
     "one thread": one_thread_entries,
     "avx2": avx2_entries,
     "two threads": lambda: (*two_thread_entries(), *length_entries()),
     "memory": tuple,
+    "models": model_entries,
 }
 
 

@@ -102,6 +102,18 @@ def memory_rows(result: dict) -> list[list[str]]:
     ]
 
 
+def model_memory_rows(result: dict) -> list[list[str]]:
+    """model, implementation, the longest sequence whose training step fits in 2 GiB, MiB at length 2048."""
+    return [
+        [entry["model"], entry["implementation"], str(entry["longest"]), _mebibytes(entry["peaks"].get("2048"))]
+        for entry in result.get("model_memory", [])
+    ]
+
+
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.0f}"
+
+
 def memory_share(result: dict) -> tuple[int, float] | None:
     """The longest length at which both were measured, and fastattn's memory there as a share of naive's."""
     sizes = {(entry["implementation"], entry["length"]): entry["bytes"] for entry in result["memory"]}

@@ -1,0 +1,28 @@
+"""Peak memory of training steps, and the longest sequence that fits in 2 GiB: ``--part=models``.
+
+The steps' times are entries of the suite (``benchmarks/suite.py``) in the same part.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.model_memory import longest_that_fits, peaks_until_limit
+
+CASES = [(model, name) for model in ("transformer", "classifier") for name in ("naive", "torch", "fastattn")]
+CASES += [("additive", "naive"), ("additive", "fastattn")]
+
+
+@pytest.fixture(autouse=True)
+def only_in_the_models_part(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--part") != "models":
+        pytest.skip("measured with --part=models")
+
+
+@pytest.mark.parametrize(("model", "implementation"), CASES)
+def test_longest_in_two_gibibytes(model: str, implementation: str, benchmark) -> None:
+    benchmark.group = f"memory of a {model} step"
+    peaks = benchmark.pedantic(peaks_until_limit, args=(model, implementation))
+    benchmark.extra_info.update(
+        model=model, implementation=implementation, peaks=peaks, longest=longest_that_fits(peaks)
+    )
