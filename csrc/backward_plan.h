@@ -34,6 +34,9 @@ struct BackwardPlan {
   long batch_items, head_items, chunks, chunk_keys;
   long dim_padded, value_dim_padded, queries_padded;
   bool wants_scores;  // dQ, dK or dbias
+  // dQ = scale dS K and dK = scale dS^T Q. dS carries the scale where nobody wants to see it (a bias does),
+  // so that the sums need no factor and can be kept in the caller's gradients.
+  double scale_in_scores, scale_after;
   long grad_bias_stride[4];
 
   BackwardPlan(const Problem& p, const BackwardArgs& a) : problem(p), args(a) {
@@ -50,6 +53,8 @@ struct BackwardPlan {
     value_dim_padded = round_up(p.value_dim, V::lanes);
     queries_padded = round_up(p.queries, block_queries);
     wants_scores = a.grad_query.data || a.grad_key.data || a.grad_bias;
+    scale_in_scores = V::depth == 2 || a.grad_bias ? 1 : p.scale;
+    scale_after = V::depth == 2 || a.grad_bias ? p.scale : 1;
     const long size[4] = {p.batch, p.query_heads, p.queries, p.keys};
     long stride = 1;
     for (int i = 3; i >= 0; i--) {

@@ -6,7 +6,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
 
-// dQ = scale * the sum of the chunks' partial sums, in the order of the chunks.
+// dQ = the sum of the chunks' partial sums, in the order of the chunks.
 template <class V, class T>
 void sum_partial_queries(const BackwardPlan<V>& plan, typename V::scalar* partial, int threads) {
   using S = typename V::scalar;
@@ -29,7 +29,7 @@ void sum_partial_queries(const BackwardPlan<V>& plan, typename V::scalar* partia
       for (long i = 0; i < count; i += V::lanes)
         V::store(sum + i, V::add(V::load(sum + i), V::load(part + i)));
     }
-    write_rows<V>(sum, dim, queries.size(), problem.head_dim, static_cast<S>(problem.scale),
+    write_rows<V>(sum, dim, queries.size(), problem.head_dim, static_cast<S>(plan.scale_after),
                   out.at(b, head % problem.query_heads, queries.begin), out.stride[2]);
   });
 }

@@ -60,22 +60,51 @@ class BackwardTask {
     const Range all = plan_.chunk(chunk_);
     keys_ = {all.begin, max(all.begin, min(all.end, static_cast<long>(problem_.key_length(batch_))))};
     prepare_keys();
-    if (args_.grad_key.data) memset(work_.grad_key, 0, sizeof(S) * keys_.size() * plan_.dim_padded);
-    if (args_.grad_value.data) memset(work_.grad_value, 0, sizeof(S) * keys_.size() * plan_.value_dim_padded);
+    const S key_factor = static_cast<S>(plan_.scale_after),
+            value_factor = static_cast<S>(1 / (1 - problem_.dropout_p));
+    grad_key_ = cleared_sums(args_.grad_key, kv_head_, keys_, plan_.dim_padded, problem_.head_dim, key_factor,
+                             work_.grad_key);
+    grad_value_ = cleared_sums(args_.grad_value, kv_head_, keys_, plan_.value_dim_padded, problem_.value_dim,
+                               value_factor, work_.grad_value);
 
     const long group = problem_.group();
     for (head_ = kv_head_ * group; head_ < (kv_head_ + 1) * group; head_++) query_head(band);
 
-    const auto write = [&](const Tensor4<uint8_t>& out, const S* sum, long columns, long padded, S factor) {
-      if (!out.data) return;
-      write_rows<V>(sum, padded, keys_.size(), columns, factor,
-                    element<T>(out, batch_, kv_head_, keys_.begin), out.stride[2]);
-      zero_rows(element<T>(out, batch_, kv_head_, keys_.end), out.stride[2], all.end - keys_.end, columns);
-    };
-    write(args_.grad_key, work_.grad_key, problem_.head_dim, plan_.dim_padded,
-          static_cast<S>(problem_.scale));
-    write(args_.grad_value, work_.grad_value, problem_.value_dim, plan_.value_dim_padded,
-          static_cast<S>(1 / (1 - problem_.dropout_p)));
+    write_sums(args_.grad_key, kv_head_, all, keys_, plan_.dim_padded, problem_.head_dim, key_factor,
+               grad_key_);
+    write_sums(args_.grad_value, kv_head_, all, keys_, plan_.value_dim_padded, problem_.value_dim,
+               value_factor, grad_value_);
+  }
+
+  // Zeros to sum rows of a gradient in: the gradient itself where it is laid out like the scratch and the
+  // sums need no factor.
+  S* cleared_sums(const Tensor4<uint8_t>& out, long head, Range rows, long padded, long columns, S factor,
+                  S* scratch) {
+    if (!out.data) return nullptr;
+    S* sums = scratch;
+    if constexpr (in_place) {
+      T* target = element<T>(out, batch_, head, rows.begin);
+      if (factor == 1 && columns == padded && out.stride[2] == padded && is_aligned(target, 0)) sums = target;
+    }
+    memset(sums, 0, sizeof(S) * rows.size() * padded);
+    return sums;
+  }
+
+  // Writes the summed rows, and zero in the others of `all`.
+  void write_sums(const Tensor4<uint8_t>& out, long head, Range all, Range rows, long padded, long columns,
+                  S factor, const S* sums) {
+    if (!out.data) return;
+    T* target = element<T>(out, batch_, head, rows.begin);
+    const long stride = out.stride[2];
+    if (static_cast<const void*>(sums) != target)
+      write_rows<V>(sums, padded, rows.size(), columns, factor, target, stride);
+    zero_rows(element<T>(out, batch_, head, all.begin), stride, rows.begin - all.begin, columns);
+    zero_rows(element<T>(out, batch_, head, rows.end), stride, all.end - rows.end, columns);
+  }
+
+  // Whether rows begin on whole vectors: one across two cache lines is read twice.
+  static bool is_aligned(const T* rows, long stride) {
+    return (reinterpret_cast<uintptr_t>(rows) | stride * sizeof(T)) % (V::lanes * sizeof(T)) == 0;
   }
 
   void prepare_keys() {
@@ -107,7 +136,7 @@ class BackwardTask {
     guards_keys_ = restricted && !all_finite<F>(key, key_stride, rows, dim);
   }
 
-  // Scalar rows that end on a whole vector, each on a cache line: a vector across two lines is read twice.
+  // Scalar rows of whole vectors.
   Rows<E> rows_of(const T* source, long stride, long rows, long columns, E* copy, long padded) {
     if constexpr (in_place) {
       const bool aligned =
@@ -121,12 +150,15 @@ class BackwardTask {
   void query_head(const Band& band) {
     const Range span = query_span(band, keys_, problem_.queries, block_queries);
     const long dim = plan_.dim_padded;
-    const bool wants = args_.grad_query.data;
-    grad_query_ = plan_.chunks == 1
-                      ? work_.grad_query
-                      : partial_ + plan_.head_query_size() *
-                                       ((chunk_ * problem_.batch + batch_) * problem_.query_heads + head_);
-    if (wants) memset(grad_query_ + span.begin * dim, 0, sizeof(S) * span.size() * dim);
+    const S factor = static_cast<S>(plan_.scale_after);
+    if (plan_.chunks == 1) {
+      grad_query_ =
+          cleared_sums(args_.grad_query, head_, span, dim, problem_.head_dim, factor, work_.grad_query);
+    } else if (args_.grad_query.data) {
+      const long part = (chunk_ * problem_.batch + batch_) * problem_.query_heads + head_;
+      grad_query_ = partial_ + part * plan_.head_query_size() + span.begin * dim;
+      memset(grad_query_, 0, sizeof(S) * span.size() * dim);
+    }
     prepare_queries(band, span);
 
     for (long k = keys_.begin; k < keys_.end; k += block_keys) {
@@ -136,14 +168,9 @@ class BackwardTask {
         tile(band, keys, {q, min(problem_.queries, q + block_queries)});
     }
 
-    if (!wants || plan_.chunks > 1) return;
-    const Tensor4<uint8_t>& out = args_.grad_query;
-    T* rows = element<T>(out, batch_, head_, 0);
-    const long stride = out.stride[2];
-    zero_rows(rows, stride, span.begin, problem_.head_dim);
-    write_rows<V>(grad_query_ + span.begin * dim, dim, span.size(), problem_.head_dim,
-                  static_cast<S>(problem_.scale), rows + span.begin * stride, stride);
-    zero_rows(rows + span.end * stride, stride, problem_.queries - span.end, problem_.head_dim);
+    if (plan_.chunks == 1)
+      write_sums(args_.grad_query, head_, {0, problem_.queries}, span, dim, problem_.head_dim, factor,
+                 grad_query_);
   }
 
   void prepare_queries(const Band& band, Range span) {
@@ -156,6 +183,7 @@ class BackwardTask {
     const long first = span.begin, rows = span.size();
     const S scale_log2 = static_cast<S>(problem_.scale) * static_cast<S>(log2_e);
     const S query_scale = scales_query ? scale_log2 : 1;
+    const S scale_in_scores = static_cast<S>(plan_.scale_in_scores);
     score_factor_ = scales_query ? 1 : scale_log2;
     for (long q = first; q < span.end; q += width) {
       const long count = min(width, span.end - q);
@@ -174,7 +202,7 @@ class BackwardTask {
       } else {
         pack_transposed<V>(query + q * query_stride, query_stride, count, dim, query_scale, query_panel,
                            width);
-        pack_transposed<V>(grad_out + q * grad_out_stride, grad_out_stride, count, value_dim, S{1},
+        pack_transposed<V>(grad_out + q * grad_out_stride, grad_out_stride, count, value_dim, scale_in_scores,
                            grad_out_panel, width);
       }
     }
@@ -202,8 +230,8 @@ class BackwardTask {
     const S* grad_lse = args_.grad_lse ? static_cast<const S*>(args_.grad_lse) + offset : nullptr;
     for (long q = first; q < span.end; q++) {
       set_shift(band, q, lse[q]);
-      work_.delta[q] = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim) -
-                       (grad_lse ? grad_lse[q] : 0);
+      const S product = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim);
+      work_.delta[q] = scale_in_scores * (product - (grad_lse ? grad_lse[q] : 0));
     }
     for (long q = span.end; q < round_up(span.end, block_queries); q++) {
       work_.shift[q] = static_cast<S>(-1e30);  // weight 0
@@ -272,10 +300,10 @@ class BackwardTask {
     const bool whole = seen.begin <= used_keys.begin && used_keys.end <= seen.end;
     if (args_.grad_value.data)
       accumulate_keys(band, whole, queries, used_keys, weights(used.begin), grad_out_rows_,
-                      plan_.value_dim_padded, work_.grad_value);
+                      plan_.value_dim_padded, grad_value_);
     if (args_.grad_key.data)
       accumulate_keys(band, whole, queries, used_keys, gradients(used.begin), query_rows_, plan_.dim_padded,
-                      work_.grad_key);
+                      grad_key_);
     if (args_.grad_query.data) accumulate_queries(band, whole, queries, used_keys, used);
   }
 
@@ -312,7 +340,7 @@ class BackwardTask {
       const long skipped = (met.begin - keys.begin) / depth;
       accumulate(dim, rows.size(),
                  RowsContiguous<E>{a + skipped * block_queries + q - queries.begin, block_queries},
-                 block.row(skipped), block.stride, met.size(), grad_query_ + q * dim);
+                 block.row(skipped), block.stride, met.size(), grad_query_ + (q - first_query_) * dim);
     }
   }
 
@@ -445,8 +473,8 @@ class BackwardTask {
 #ifdef FASTATTN_BF16_DOT
       const long column = where.queries.begin % block_queries, at = first * block_queries + column;
       score_gradients_pairs<V, has_dropout, guarded>(
-          weights, products, count, delta, keep_scale, {work_.weights_pairs + at, block_queries},
-          {work_.gradients_pairs + at, block_queries},
+          weights, products, count, delta, keep_scale, args_.grad_bias != nullptr,
+          {work_.weights_pairs + at, block_queries}, {work_.gradients_pairs + at, block_queries},
           {work_.gradients_key_pairs + first / 2 * block_queries + column, block_queries});
 #endif
     } else {
@@ -528,7 +556,7 @@ class BackwardTask {
   long first_query_ = 0;  // what query_rows_ and grad_out_rows_ begin with
   bool guards_keys_ = false;
   S score_factor_ = 1;
-  S* grad_query_ = nullptr;
+  S *grad_query_ = nullptr, *grad_key_ = nullptr, *grad_value_ = nullptr;  // sums, from the first row on
 };
 
 }  // namespace FASTATTN_ISA_NAMESPACE

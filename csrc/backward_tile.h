@@ -66,6 +66,12 @@ void weights_of(Block<typename V::scalar> scores, long keys, const typename V::s
   constexpr long width = panel_width<V>;
   for (long k = 0; k < keys; k++) {
     UNROLL for (long q = 0; q < width; q += V::lanes) {
+      if constexpr (has_mask) {
+        if (!V::any(V::nonzero(allowed + k * width + q))) {
+          V::store(scores.row(k) + q, V::zero());
+          continue;
+        }
+      }
       typename V::vector x = V::load(scores.row(k) + q);
       if constexpr (has_bias) {
         const typename V::vector b = V::load(bias + k * width + q);
@@ -140,11 +146,12 @@ void score_gradients(Block<typename V::scalar> weights, Block<typename V::scalar
 
 #ifdef FASTATTN_BF16_DOT
 // The same from fp32 scratch into bf16: weights and gradients with queries in pairs (as the rows lie), and
-// the gradients once more with keys in pairs, uint32 [ceil(keys / 2)][stride], for dQ.
+// the gradients once more with keys in pairs, uint32 [ceil(keys / 2)][stride], for dQ. With keeps_gradients
+// they also replace the products, as the bias wants them.
 template <class V, bool has_dropout, bool guarded>
 void score_gradients_pairs(Block<float> weights, Block<float> products, long keys, const float* delta,
-                           float keep_scale, Block<bf16> weights_out, Block<bf16> gradients_out,
-                           Block<uint32_t> key_pairs_out) {
+                           float keep_scale, bool keeps_gradients, Block<bf16> weights_out,
+                           Block<bf16> gradients_out, Block<uint32_t> key_pairs_out) {
   for (long k = 0; k < keys; k += 2) {
     UNROLL for (long q = 0; q < panel_width<V>; q += V::lanes) {
       typename V::vector gradient[2] = {V::zero(), V::zero()};
@@ -155,7 +162,7 @@ void score_gradients_pairs(Block<float> weights, Block<float> products, long key
                                                               V::load(delta + q), V::set1(keep_scale));
         V::store(weights_out.row(k + i) + q, weight);
         V::store(gradients_out.row(k + i) + q, gradient[i]);
-        V::store(products.row(k + i) + q, gradient[i]);  // for the bias
+        if (keeps_gradients) V::store(products.row(k + i) + q, gradient[i]);
       }
       V::store_pair(key_pairs_out.row(k / 2) + q, gradient[0], gradient[1]);
     }
