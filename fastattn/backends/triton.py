@@ -73,7 +73,7 @@ def reasons(problem: Problem) -> list[str]:
 def forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
     from fastattn.kernels import hopper, launch
 
-    if not launch.splits_keys(problem) and not hopper.reasons(problem):
+    if not launch.splits_keys(problem) and not hopper.reasons(problem, "forward"):
         hopper.forward(problem, out, lse)
     else:
         launch.forward(problem, out, lse)
@@ -90,9 +90,12 @@ def backward(
     grad_value: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    from fastattn.kernels import launch
+    from fastattn.kernels import hopper, launch
 
-    launch.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
+    if grad_bias is None and not hopper.reasons(problem, "backward"):
+        hopper.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value)
+    else:
+        launch.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
 
 
 def weights(problem: Problem, lse: Tensor, out: Tensor, average: bool) -> None:
