@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import tables
 from benchmarks.plots import plot_memory, plot_throughput
-from benchmarks.runner import ROOT, run_parts
-from benchmarks.suite import PARTS
+from benchmarks.runner import ROOT, merged, run_parts
+from benchmarks.suite import PARTS, PARTS_OF_THE_REPORT
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
@@ -31,7 +31,9 @@ console = Console(width=None if Console().is_terminal else 160)
 @app.command()
 def run(
     name: Annotated[str, typer.Option(help="The result's name; default: from the processor's.")] = "",
-    part: Annotated[list[str] | None, typer.Option(help="Only this part; repeatable.")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="Only this part; repeatable. The result keeps what it has of others.")
+    ] = None,
     select: Annotated[str, typer.Option("-k", help="Only what matches this pytest expression.")] = "",
     seconds_scale: Annotated[float, typer.Option(min=0.01, help="Factor on the time of each measurement.")] = 1.0,
     results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS,
@@ -40,7 +42,7 @@ def run(
     """Measure, print, and write the result and its plots. Exit status 1 when a check failed."""
     from benchmarks import machine
 
-    chosen = tuple(part or PARTS)
+    chosen = tuple(part or PARTS_OF_THE_REPORT)
     unknown = [given for given in chosen if given not in PARTS]
     if unknown:
         raise typer.BadParameter(f"must be one of {', '.join(PARTS)}, got {unknown[0]!r}", param_hint="--part")
@@ -62,6 +64,8 @@ def run(
     results.mkdir(parents=True, exist_ok=True)
     plots.mkdir(parents=True, exist_ok=True)
     path = results / f"{slug}.json"
+    if part and path.exists():
+        result = merged(json.loads(path.read_text()), result)
     path.write_text(json.dumps(result, indent=1) + "\n")
     written = [path]
     if any(line["group"] == "length" for line in result["lines"]):

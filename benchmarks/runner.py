@@ -91,3 +91,16 @@ def _condense(record: dict, part: str, result: dict) -> None:
         else:
             kept = {key: info[key] for key in KEPT if key in info}
             result["lines"].append({"part": part, "group": benchmark["group"]} | kept)
+
+
+def merged(before: dict, result: dict) -> dict:
+    """A result of some parts, completed by an earlier result's other parts.
+
+    Only where both are of one machine, with the same versions, on the same day: else the new one alone.
+    """
+    if any(before.get(key) != result[key] for key in ("schema", "machine", "versions", "date")):
+        return result
+    other = {part: about for part, about in before["parts"].items() if part not in result["parts"]}
+    kept = [line for line in before["lines"] if line["part"] in other]
+    joined = before | result | {"parts": other | result["parts"], "lines": kept + result["lines"]}
+    return joined | {"memory": result["memory"] or before["memory"]}

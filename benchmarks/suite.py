@@ -294,5 +294,9 @@ PARTS = {
 }
 
 
+#: What `make bench` runs in its ten minutes; "models" trains in many processes and takes minutes of its own.
+PARTS_OF_THE_REPORT = ("one thread", "avx2", "two threads", "memory")
+
+
 def entries_of(part: str) -> tuple[Entry, ...]:
     return tuple(PARTS[part]())

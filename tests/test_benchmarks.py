@@ -12,7 +12,7 @@ from rich.progress import Progress
 from benchmarks import readme, tables, workloads
 from benchmarks.measure import Turns
 from benchmarks.memory import peak_in_child
-from benchmarks.runner import run_parts
+from benchmarks.runner import merged, run_parts
 from benchmarks.suite import PARTS, Entry, Target, entries_of
 from benchmarks.workloads import ModuleWorkload, Workload
 
@@ -229,6 +229,27 @@ def test_a_failing_check_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(outcome.failed) >= 2
     assert "abacus" in outcome.output
     assert outcome.result["lines"] == []
+
+
+def test_a_part_run_alone_completes_the_result() -> None:
+    about = {"schema": 1, "machine": "m", "versions": "v", "date": "d"}
+    before = about | {
+        "parts": {"one thread": {"isa": "old"}, "avx2": {"isa": "avx2"}},
+        "lines": [{"part": "one thread", "share": 0.1}, {"part": "avx2", "share": 0.2}],
+        "memory": [{"bytes": 1}],
+        "minutes": 9.0,
+    }
+    after = about | {
+        "parts": {"one thread": {"isa": "new"}},
+        "lines": [{"part": "one thread", "share": 0.3}],
+        "memory": [],
+        "minutes": 1.0,
+    }
+    both = merged(before, after)
+    assert both["parts"] == {"one thread": {"isa": "new"}, "avx2": {"isa": "avx2"}}
+    assert [line["share"] for line in both["lines"]] == [0.2, 0.3]
+    assert both["memory"] == [{"bytes": 1}]
+    assert merged(before | {"date": "yesterday"}, after) == after
 
 
 def test_entries_print_their_group_and_workload() -> None:
