@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from fastattn.backends import additive_cpu, additive_tiles
+from fastattn.backends import additive_cpu, additive_tiles, additive_triton
 
 
 def additive_attention(
@@ -137,8 +137,10 @@ def _without_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def _make_call(query, key, value, weight, mask):
-    engine = additive_tiles if additive_cpu.reasons(query, key, value) else additive_cpu
-    return engine.Call(query, key, value, weight, mask)
+    for engine in (additive_cpu, additive_triton):
+        if not engine.reasons(query, key, value):
+            return engine.Call(query, key, value, weight, mask)
+    return additive_tiles.Call(query, key, value, weight, mask)
 
 
 class _Additive(torch.autograd.Function):
