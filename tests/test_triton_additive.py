@@ -72,10 +72,10 @@ def test_kernels_compile_for_hopper_without_spills():
 @pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason="needs a GPU")
 def test_on_a_gpu():
     import torch
-    from test_additive import inputs, lengths_of, naive
 
     from fastattn.additive import additive_attention
     from fastattn.backends import additive_triton
+    from test_additive import inputs, lengths_of, naive
 
     size = (3, 70, 130, 48, 33)
     exact = inputs(size)
