@@ -276,8 +276,10 @@ class Decode {
         const long width = problem_.value_dim - d;
         V::store(target + d, V::mul(V::load(total + 2 + d, width), share), width);
       }
+      alignas(64) S log[W];
+      V::store(log, log2_of<V>(V::set1(total[1])));
       static_cast<S*>(output_.lse)[(b * problem_.query_heads + h) * problem_.queries + i] =
-          none ? -Limits<S>::infinity : static_cast<S>((reference + __builtin_log2(total[1])) * ln_2);
+          none ? -Limits<S>::infinity : static_cast<S>((reference + log[0]) * ln_2);
     }
   }
 

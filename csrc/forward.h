@@ -68,8 +68,9 @@ class Forward {
   using vector = typename V::vector;
   static constexpr int degree = Arithmetic<T>::degree, depth = V::depth;
   static constexpr int columns = V::tile_vectors, width = V::lanes * columns;
-  // P^T, the rows of V and O^T share the L1 cache.
-  static constexpr long block_keys = 128;
+  // Long blocks: a tile of O^T is loaded and stored once per block, and P^T streams well from the L2 cache.
+  // Keys and values of a block take at most a quarter of it.
+  static constexpr long most_block_keys = 256, least_block_keys = 64, block_bytes = 256 * 1024;
   static constexpr long item_queries = 256;
   static constexpr bool in_place = sizeof(T) == sizeof(E);  // K and V need no conversion
   // A sum of weights above this says that the reference is too low: nothing has overflowed yet.
@@ -83,8 +84,11 @@ class Forward {
         key_(problem.key.as<const T>()),
         value_(problem.value.as<const T>()),
         key_depth_(ceil_div(problem.head_dim, depth)),
+        value_stride_((ceil_div(problem.value_dim * sizeof(E), 64) | 1) * (64 / sizeof(E))),
+        block_keys_(choose_block()),
         panels_per_item_(choose_panels()),
-        blocks_(ceil_div(problem.queries, panels_per_item_ * width)) {}
+        blocks_(ceil_div(problem.queries, panels_per_item_ * width)),
+        copy_values_(panels_per_item_ > 1 && problem.value.stride[2] * sizeof(T) % 256 == 0) {}
 
   void run(int threads) const {
     parallel_for(problem_.batch * problem_.query_heads * blocks_, threads,
@@ -104,24 +108,25 @@ class Forward {
   };
 
   struct Workspace {
-    Workspace(const Forward& f, ScratchLayout arena) {
+    Workspace(const Forward& f, ScratchLayout layout) {
+      const long block_keys = f.block_keys_;
       const Problem& p = f.problem_;
       for (int i = 0; i < f.panels_per_item_; i++) {
-        panel[i].query = arena.take<E>(f.key_depth_ * width);
-        panel[i].out = arena.take<S>(p.value_dim * width);
-        panel[i].reference = arena.take<S>(width);
-        panel[i].sum = arena.take<S>(width);
+        panel[i].query = layout.take<E>(f.key_depth_ * width);
+        panel[i].out = layout.take<S>(p.value_dim * width);
+        panel[i].reference = layout.take<S>(width);
+        panel[i].sum = layout.take<S>(width);
       }
-      products = arena.take<S>((block_keys + depth) * width);
-      if (p.bias.data) bias = arena.take<S>(block_keys * width);
-      if (p.mask.data) seen = arena.take<uint8_t>(block_keys * width + 64);
-      if (p.dropout_p > 0) kept = arena.take<typename V::mask>(block_keys * columns);
+      products = layout.take<S>((block_keys + depth) * width);
+      if (p.bias.data) bias = layout.take<S>(block_keys * width);
+      if (p.mask.data) seen = layout.take<uint8_t>(block_keys * width + 64);
+      if (p.dropout_p > 0) kept = layout.take<typename V::mask>(block_keys * columns);
       if (!in_place || depth == 2) {
-        key = arena.take<E>(block_keys * f.key_depth_);
-        value = arena.take<E>(block_keys / depth * p.value_dim);
+        key = layout.take<E>(block_keys * f.key_depth_);
       }
-      if (p.mask.data) clean_value = arena.take<E>((block_keys / depth + 1) * p.value_dim);
-      bytes = arena.used();
+      value = layout.take<E>(ceil_div(block_keys, depth) * f.value_stride_);
+      if (p.mask.data) clean_value = layout.take<E>((block_keys / depth + 1) * p.value_dim);
+      bytes = layout.used();
     }
     Panel panel[item_queries / width];
     S* products;
@@ -131,6 +136,11 @@ class Forward {
     E *key = nullptr, *value = nullptr, *clean_value = nullptr;
     size_t bytes;
   };
+
+  long choose_block() const {
+    const long row = max(1L, problem_.head_dim + problem_.value_dim) * static_cast<long>(sizeof(S));
+    return max(least_block_keys, min(most_block_keys, block_bytes / row / 2 * 2));
+  }
 
   // From the shape alone, so that results do not depend on the threads: as many panels as share a block of
   // keys, unless that leaves too few items to go round.
@@ -159,8 +169,8 @@ class Forward {
       keys = {min(keys.begin, panel.any.begin), max(keys.end, panel.any.end)};
     }
     if (!keys.empty()) {
-      const long steps = ceil_div(keys.size(), block_keys);
-      const long step = min(block_keys, round_up(ceil_div(keys.size(), steps), 2));
+      const long steps = ceil_div(keys.size(), block_keys_);
+      const long step = min(block_keys_, round_up(ceil_div(keys.size(), steps), 2));
       for (long begin = keys.begin; begin < keys.end; begin += step) {
         const Range range{begin, min(begin + step, keys.end)};
         const KeyBlock<V> key_block = prepare_keys(b, h / problem_.group(), range, work);
@@ -197,51 +207,42 @@ class Forward {
   KeyBlock<V> prepare_keys(long b, long kv_head, Range keys, Workspace& work) const {
     const T *key = key_.at(b, kv_head, keys.begin), *value = value_.at(b, kv_head, keys.begin);
     if constexpr (in_place) {
-      return {key, key_.stride[2], value, value_.stride[2]};
+      if (!copy_values_) return {key, key_.stride[2], value, value_.stride[2]};
+      copy_widened<V>(value, value_.stride[2], keys.size(), problem_.value_dim, work.value, value_stride_);
+      return {key, key_.stride[2], work.value, value_stride_};
     } else if constexpr (depth == 1) {
       copy_widened<V>(key, key_.stride[2], keys.size(), problem_.head_dim, work.key, key_depth_);
-      copy_widened<V>(value, value_.stride[2], keys.size(), problem_.value_dim, work.value,
-                      problem_.value_dim);
-      return {work.key, key_depth_, work.value, problem_.value_dim};
+      copy_widened<V>(value, value_.stride[2], keys.size(), problem_.value_dim, work.value, value_stride_);
+      return {work.key, key_depth_, work.value, value_stride_};
     } else {
 #ifdef FASTATTN_BF16_DOT
       interleave_row_pairs(value, value_.stride[2], keys.size(), problem_.value_dim, work.value,
-                           problem_.value_dim);
+                           value_stride_);
       if (problem_.head_dim % 2 == 0 && key_.stride[2] % 2 == 0)
-        return {reinterpret_cast<const E*>(key), key_.stride[2] / 2, work.value, problem_.value_dim};
+        return {reinterpret_cast<const E*>(key), key_.stride[2] / 2, work.value, value_stride_};
       // Pairs must not reach into the next row.
       for (long r = 0; r < keys.size(); r++) {
         E* row = work.key + r * key_depth_;
         row[key_depth_ - 1] = 0;
         memcpy(row, key + r * key_.stride[2], problem_.head_dim * sizeof(T));
       }
-      return {work.key, key_depth_, work.value, problem_.value_dim};
+      return {work.key, key_depth_, work.value, value_stride_};
 #endif
     }
   }
 
-  // One panel against one block of keys: the part that every query sees, and the edges of the band.
+  // One panel against what it sees of one block of keys, from a whole pair of keys on.
   void visit(Workspace& work, Panel& panel, const Band& band, long b, long h, Range keys,
              const KeyBlock<V>& block) const {
     const Range seen = intersect(panel.any, keys);
     if (seen.empty()) return;
-    const auto part = [&](Range range, bool whole) {
-      if (range.empty()) return;
-      const long skipped = range.begin - keys.begin;
-      const KeyBlock<V> from{block.key + skipped * block.key_stride, block.key_stride,
-                             block.value + skipped / depth * block.value_stride, block.value_stride};
-      attend(work, panel, {b, h, panel.queries, range}, band, whole, from);
-    };
-    if (problem_.mask.data) return part({align(seen.begin, keys), seen.end}, false);
-    Range whole = intersect(panel.all, seen);
-    whole = {keys.begin + round_up(whole.begin - keys.begin, depth), align(whole.end, keys)};
-    if (whole.empty()) return part({align(seen.begin, keys), seen.end}, false);
-    part({align(seen.begin, keys), whole.begin}, false);
-    part(whole, true);
-    part({whole.end, seen.end}, false);
+    const long skipped = (seen.begin - keys.begin) / depth * depth;
+    const Range from_pair{keys.begin + skipped, seen.end};
+    const bool whole = panel.all.begin <= from_pair.begin && from_pair.end <= panel.all.end;
+    attend(work, panel, {b, h, panel.queries, from_pair}, band, whole,
+           {block.key + skipped * block.key_stride, block.key_stride,
+            block.value + skipped / depth * block.value_stride, block.value_stride});
   }
-  // Parts start at whole pairs of keys.
-  INLINE static long align(long key, Range keys) { return keys.begin + (key - keys.begin) / depth * depth; }
 
   // Adds the keys of a tile to the panel.
   void attend(Workspace& work, Panel& panel, const Tile& tile, const Band& band, bool whole,
@@ -271,20 +272,26 @@ class Forward {
                             : band_reach(band, tile, j);
       depth_end[j] = max(ceil_div(reach[j].end, depth), j ? depth_end[j - 1] : 0L);
     }
-    const ScoreBlock<V> block{work.products,
+    const ScoreRules<V> rules{static_cast<S>(problem_.scale * log2_e),
                               work.bias,
                               by_bytes ? work.seen : nullptr,
-                              work.kept,
-                              static_cast<S>(problem_.scale * log2_e),
                               &band,
                               tile.queries,
                               tile.keys};
-    score(panel, keys, rows, depth_end, work.products);
-    S sum[width];
-    if (!panel.ready || !weigh(panel, block, reach, depth_end, sum)) {
-      if (panel.ready) score(panel, keys, rows, depth_end, work.products);
-      renew_reference(panel, block, reach);
-      weigh(panel, block, reach, depth_end, sum);
+    const bool plain = whole && !rules.scales_products();
+    const auto score_all = [&] {
+      score(panel, keys, rows, depth_end, work.products);
+      if (plain) return;
+      for (int j = 0; j < panel.columns; j++)
+        prepare_scores(rules, j, reach[j], min(rows, depth_end[j] * depth), work.products);
+    };
+    const Weighing weighing{work.products, rules.remaining_factor(), rows, depth_end, work.kept};
+    score_all();
+    alignas(64) S sum[width];
+    if (!panel.ready || !weigh(panel, weighing, sum)) {
+      if (panel.ready) score_all();
+      renew_reference(panel, weighing);
+      weigh(panel, weighing, sum);
     }
     for (int j = 0; j < panel.columns; j++) {
       S* total = panel.sum + j * V::lanes;
@@ -321,16 +328,27 @@ class Forward {
     }
   }
 
+  // A block of prepared products, to be turned into weights.
+  struct Weighing {
+    S* products;
+    S factor;
+    long keys;
+    const long* depth_end;
+    const typename V::mask* kept;
+    INLINE S* column(int j) const { return products + j * V::lanes; }
+    INLINE long rows(int j) const { return min(keys, depth_end[j] * depth); }
+  };
+
   // P^T and its sums; false, with P^T of no use, if some sum says that the reference is too low.
-  bool weigh(const Panel& panel, const ScoreBlock<V>& block, const Reach* reach, const long* depth_end,
-             S* sum) const {
+  bool weigh(const Panel& panel, const Weighing& block, S* sum) const {
     auto high = V::zero();
     for (int j = 0; j < panel.columns; j++) {
       const auto reference = V::load(panel.reference + j * V::lanes);
       // A query that has seen nothing yet keeps -inf; its weights are 0 against any finite reference.
       const auto unset = V::greater(V::set1(Limits<S>::lowest), reference);
-      const auto total = exponentiate<V, degree>(block, j, reach[j], V::select(unset, V::zero(), reference),
-                                                 min(block.keys.size(), depth_end[j] * depth));
+      const auto total = exponentiate<V, degree>(block.column(j), block.rows(j), block.factor,
+                                                 V::select(unset, V::zero(), reference),
+                                                 block.kept ? block.kept + j : nullptr);
       V::store(sum + j * V::lanes, total);
       high = V::select(V::not_less_equal(total, V::set1(overflow_sum)), V::set1(1), high);
     }
@@ -338,12 +356,13 @@ class Forward {
   }
 
   // Raises the reference to the block's maximum, and scales what was summed against the old one.
-  void renew_reference(Panel& panel, const ScoreBlock<V>& block, const Reach* reach) const {
+  void renew_reference(Panel& panel, const Weighing& block) const {
     bool moved = false, ready = true;
     alignas(64) S scale[width];
     for (int j = 0; j < panel.columns; j++) {
       S* reference = panel.reference + j * V::lanes;
-      const auto old = V::load(reference), now = V::max(old, largest_score(block, j, reach[j]));
+      const auto old = V::load(reference);
+      const auto now = V::max(old, largest_score<V>(block.column(j), block.factor, block.rows(j)));
       const auto unset = V::greater(V::set1(Limits<S>::lowest), now);
       const auto had = V::greater(V::set1(Limits<S>::lowest), old);
       V::store(reference, now);
@@ -409,14 +428,14 @@ class Forward {
   void finish_panel(const Panel& panel, long b, long h) const {
     alignas(64) S inverse[width];
     alignas(64) S lse[width];
-    const S kept = static_cast<S>(1 - problem_.dropout_p);
-    for (int i = 0; i < panel.columns * V::lanes; i++) {
-      const S sum = panel.sum[i];
+    const auto kept = V::set1(static_cast<S>(1 - problem_.dropout_p));
+    for (int j = 0; j < panel.columns; j++) {
+      const auto sum = V::load(panel.sum + j * V::lanes), reference = V::load(panel.reference + j * V::lanes);
       // A query without keys: no weight was ever added.
-      const bool none = panel.reference[i] < Limits<S>::lowest;
-      inverse[i] = none ? S(0) : S(1) / (sum * kept);
-      lse[i] =
-          none ? -Limits<S>::infinity : static_cast<S>((panel.reference[i] + __builtin_log2(sum)) * ln_2);
+      const auto none = V::greater(V::set1(Limits<S>::lowest), reference);
+      const auto log = V::mul(V::add(reference, log2_of<V>(sum)), V::set1(static_cast<S>(ln_2)));
+      V::store(inverse + j * V::lanes, V::select(none, V::zero(), V::div(V::set1(1), V::mul(sum, kept))));
+      V::store(lse + j * V::lanes, V::select(none, V::set1(-Limits<S>::infinity), log));
     }
     memcpy(static_cast<S*>(output_.lse) + (b * problem_.query_heads + h) * problem_.queries +
                panel.queries.begin,
@@ -429,8 +448,13 @@ class Forward {
   const ForwardOutput& output_;
   const Tensor4<const T> query_, key_, value_;
   const long key_depth_;
+  // Rows of V in scratch memory: an odd number of cache lines apart. The second product walks down a column
+  // of V; rows 2^n lines apart would put a column into few sets of the L1 cache.
+  const long value_stride_;
+  const long block_keys_;
   const int panels_per_item_;
   const long blocks_;
+  const bool copy_values_;  // into scratch memory even though they could be read in place
 };
 
 }  // namespace FASTATTN_ISA_NAMESPACE

@@ -15,6 +15,7 @@ namespace FASTATTN_ISA_NAMESPACE {
 // rows of P^T and dS^T against dO and Q.
 template <class E>
 struct DepthContiguous {
+  static constexpr bool strided_depth = false;
   const E* data;
   long stride;
   INLINE DepthContiguous rows_from(long row) const { return {data + row * stride, stride}; }
@@ -33,6 +34,7 @@ struct DepthContiguous {
 // of dS^T against K.
 template <class E>
 struct RowsContiguous {
+  static constexpr bool strided_depth = true;
   const E* data;
   long stride;
   INLINE RowsContiguous rows_from(long row) const { return {data + row, stride}; }
@@ -51,14 +53,19 @@ template <class V, int rows, int vectors, int first = 0, class A>
 INLINE void multiply(typename V::vector (&c)[rows][vectors], A a, const typename V::element* b, long b_stride,
                      long depth) {
   const typename A::template Cursor<rows> cursor(a);
-  for (long k = 0; k < depth; k++) {
+  const auto step = [&](long k) {
     typename V::vector column[vectors];
     UNROLL for (int j = first; j < vectors; j++) column[j] = V::load(b + k * b_stride + j * V::lanes);
     UNROLL for (int i = 0; i < rows; i++) {
       const typename V::vector x = V::broadcast(cursor.at(i, k));
       UNROLL for (int j = first; j < vectors; j++) c[i][j] = V::multiply_add(x, column[j], c[i][j]);
     }
-  }
+  };
+  // Where two strides advance, two steps share the loop's own instructions: issue slots are scarce.
+  if constexpr (A::strided_depth)
+    _Pragma("GCC unroll 2") for (long k = 0; k < depth; k++) step(k);
+  else
+    for (long k = 0; k < depth; k++) step(k);
 }
 
 // What becomes of a finished tile. Products are summed from zero and C is added at the end: a third of the

@@ -18,6 +18,7 @@ struct F32 {
   // 12 accumulators + 2 of B + 1 broadcast = 15 of 16 registers.
   static constexpr int tile_rows = 6, tile_vectors = 2;
   static constexpr int depth = 1;
+  static constexpr int exp2_at_once = 4;
 
   INLINE static vector zero() { return _mm256_setzero_ps(); }
   INLINE static vector set1(float x) { return _mm256_set1_ps(x); }
@@ -84,15 +85,26 @@ struct F32 {
   INLINE static vector select(mask m, vector yes, vector no) { return _mm256_blendv_ps(no, yes, m); }
   INLINE static vector zero_unless(mask m, vector v) { return _mm256_and_ps(m, v); }
 
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum, from where it is shifted into
+  // the exponent. What lies below the normal numbers comes out denormal, which the engine flushes to zero.
+  template <int degree, int n>
+  INLINE static void exp2_each(vector (&x)[n]) {
+    const vector magic = set1(12582912.0f);
+    vector shifted[n], fraction[n], p[n];
+    UNROLL for (int i = 0; i < n; i++) x[i] = _mm256_min_ps(set1(127.4f), _mm256_max_ps(set1(-126.5f), x[i]));
+    UNROLL for (int i = 0; i < n; i++) shifted[i] = _mm256_add_ps(x[i], magic);
+    UNROLL for (int i = 0; i < n; i++) fraction[i] = _mm256_sub_ps(x[i], _mm256_sub_ps(shifted[i], magic));
+    exp2_fractions<F32, Centred<degree>>(fraction, p);
+    UNROLL for (int i = 0; i < n; i++) {
+      const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted[i]), 23);
+      x[i] = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p[i]), exponent));
+    }
+  }
   template <int degree = 5>
   INLINE static vector exp2(vector x) {
-    // The exponent is added as an integer: clamp to normal results, then flush what lies below to zero.
-    const vector clamped = _mm256_min_ps(set1(127.99f), _mm256_max_ps(set1(-126.0f), x));
-    const vector whole = _mm256_floor_ps(clamped);
-    const vector p = exp2_fraction<F32, degree>(_mm256_sub_ps(clamped, whole));
-    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
-    const vector scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
-    return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(-126.0f), _CMP_LT_OQ), scaled);
+    vector one[1] = {x};
+    exp2_each<degree>(one);
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(-126.0f), _CMP_LT_OQ), one[0]);
   }
 
   INLINE static vector broadcast(const float* p) { return _mm256_broadcast_ss(p); }
@@ -115,6 +127,12 @@ struct F32 {
       t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
     }
     UNROLL for (int i = 0; i < 8; i++) r[i] = t[i];
+  }
+
+  template <class T>
+  INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
+    UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
+    transpose(r);
   }
 
  private:
@@ -152,6 +170,7 @@ struct F64 {
   static constexpr int lanes = 4;
   static constexpr int tile_rows = 6, tile_vectors = 2;
   static constexpr int depth = 1;
+  static constexpr int exp2_at_once = 4;
 
   INLINE static vector zero() { return _mm256_setzero_pd(); }
   INLINE static vector set1(double x) { return _mm256_set1_pd(x); }
@@ -215,6 +234,11 @@ struct F64 {
     return _mm256_andnot_pd(_mm256_cmp_pd(x, set1(-1022.0), _CMP_LT_OQ), scaled);
   }
 
+  template <int degree, int n>
+  INLINE static void exp2_each(vector (&x)[n]) {
+    UNROLL for (int i = 0; i < n; i++) x[i] = exp2<degree>(x[i]);
+  }
+
   INLINE static vector broadcast(const double* p) { return _mm256_broadcast_sd(p); }
   INLINE static vector multiply_add(vector a, vector b, vector c) { return _mm256_fmadd_pd(a, b, c); }
 
@@ -225,6 +249,12 @@ struct F64 {
     r[1] = _mm256_permute2f128_pd(b, d, 0x20);
     r[2] = _mm256_permute2f128_pd(a, c, 0x31);
     r[3] = _mm256_permute2f128_pd(b, d, 0x31);
+  }
+
+  template <class T>
+  INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
+    UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
+    transpose(r);
   }
 };
 

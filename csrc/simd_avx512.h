@@ -19,6 +19,7 @@ struct F32 {
   // 24 accumulators + 4 of B + 1 broadcast = 29 of 32 registers.
   static constexpr int tile_rows = 6, tile_vectors = 4;
   static constexpr int depth = 1;  // values per element
+  static constexpr int exp2_at_once = 8;
 
   INLINE static vector zero() { return _mm512_setzero_ps(); }
   INLINE static vector set1(float x) { return _mm512_set1_ps(x); }
@@ -75,11 +76,19 @@ struct F32 {
   INLINE static vector select(mask m, vector yes, vector no) { return _mm512_mask_mov_ps(no, m, yes); }
   INLINE static vector zero_unless(mask m, vector v) { return _mm512_maskz_mov_ps(m, v); }
 
-  // 2^x, relative error 1.5e-7 (degree 5) or 7.5e-5 (degree 3). -inf gives 0, NaN stays NaN.
+  // 2^x for n vectors. -inf gives 0, NaN stays NaN.
+  template <int degree, int n>
+  INLINE static void exp2_each(vector (&x)[n]) {
+    vector fraction[n], p[n];
+    UNROLL for (int i = 0; i < n; i++) fraction[i] = _mm512_reduce_ps(x[i], 0x09);  // x - floor(x)
+    exp2_fractions<F32, FromZero<degree>>(fraction, p);
+    UNROLL for (int i = 0; i < n; i++) x[i] = _mm512_scalef_ps(p[i], x[i]);
+  }
   template <int degree = 5>
   INLINE static vector exp2(vector x) {
-    const vector fraction = _mm512_reduce_ps(x, 0x09);  // x - floor(x)
-    return _mm512_scalef_ps(exp2_fraction<F32, degree>(fraction), x);
+    vector one[1] = {x};
+    exp2_each<degree>(one);
+    return one[0];
   }
 
   INLINE static vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
@@ -111,6 +120,34 @@ struct F32 {
     }
   }
 
+  // r[j] lane i = row i of p, element j. Rows enter as quarters that are already in their lane, so that half
+  // of the shuffles are left, and four rows at a time are all that registers hold.
+  INLINE static void load_transposed(const float* p, long stride, vector (&r)[lanes]) {
+    UNROLL for (int c = 0; c < 4; c++) {
+      vector t[4];
+      UNROLL for (int i = 0; i < 4; i++) {
+        const float* q = p + i * stride + 4 * c;
+        t[i] = _mm512_castps128_ps512(_mm_loadu_ps(q));
+        t[i] = _mm512_insertf32x4(t[i], _mm_loadu_ps(q + 4 * stride), 1);
+        t[i] = _mm512_insertf32x4(t[i], _mm_loadu_ps(q + 8 * stride), 2);
+        t[i] = _mm512_insertf32x4(t[i], _mm_loadu_ps(q + 12 * stride), 3);
+      }
+      const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(t[0], t[1]));
+      const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(t[0], t[1]));
+      const __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(t[2], t[3]));
+      const __m512d e = _mm512_castps_pd(_mm512_unpackhi_ps(t[2], t[3]));
+      r[4 * c] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, d));
+      r[4 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, d));
+      r[4 * c + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));
+      r[4 * c + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
+    }
+  }
+  template <class T>
+  INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
+    UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
+    transpose(r);
+  }
+
  private:
   INLINE static vector widen_bf16(__m256i x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
@@ -139,6 +176,7 @@ struct F64 {
   // A smaller tile than fp32's: enough to hide the latency, and half the code to compile.
   static constexpr int tile_rows = 6, tile_vectors = 2;
   static constexpr int depth = 1;
+  static constexpr int exp2_at_once = 4;
 
   INLINE static vector zero() { return _mm512_setzero_pd(); }
   INLINE static vector set1(double x) { return _mm512_set1_pd(x); }
@@ -181,6 +219,11 @@ struct F64 {
     return _mm512_scalef_pd(exp2_fraction_f64<F64>(fraction), whole);
   }
 
+  template <int degree, int n>
+  INLINE static void exp2_each(vector (&x)[n]) {
+    UNROLL for (int i = 0; i < n; i++) x[i] = exp2<degree>(x[i]);
+  }
+
   INLINE static vector broadcast(const double* p) { return _mm512_set1_pd(*p); }
   INLINE static vector multiply_add(vector a, vector b, vector c) { return _mm512_fmadd_pd(a, b, c); }
 
@@ -201,6 +244,12 @@ struct F64 {
       t[i + 4] = _mm512_shuffle_f64x2(r[i], r[i + 4], 0xdd);
     }
     UNROLL for (int i = 0; i < 8; i++) r[i] = t[i];
+  }
+
+  template <class T>
+  INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
+    UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
+    transpose(r);
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "problem.h"
 
@@ -25,24 +26,42 @@ INLINE constexpr T max(T a, T b) {
 INLINE constexpr long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 INLINE constexpr long ceil_div(long n, long divisor) { return (n + divisor - 1) / divisor; }
 
-// 2^f for f in [0, 1): minimax polynomials (Remez on the relative error).
-template <class V, int degree>
-INLINE typename V::vector exp2_fraction(typename V::vector f) {
-  static_assert(degree == 3 || degree == 5, "");
-  typename V::vector p;
-  if constexpr (degree == 3) {
-    p = V::set1(7.802452264e-02f);
-    p = V::fma(p, f, V::set1(2.260671554e-01f));
-    p = V::fma(p, f, V::set1(6.958335405e-01f));
-    return V::fma(p, f, V::set1(9.999252186e-01f));
-  } else {
-    p = V::set1(1.877576676e-03f);
-    p = V::fma(p, f, V::set1(8.989340089e-03f));
-    p = V::fma(p, f, V::set1(5.582631806e-02f));
-    p = V::fma(p, f, V::set1(2.401536170e-01f));
-    p = V::fma(p, f, V::set1(6.931530732e-01f));
-    return V::fma(p, f, V::set1(9.999999251e-01f));
-  }
+// Minimax polynomials of 2^f (Remez on the relative error: 1.5e-7 at most for degree 5, 7.5e-5 for 3), the
+// highest power first.
+template <int degree>
+struct FromZero;  // f in [0, 1)
+template <>
+struct FromZero<3> {
+  static constexpr float coefficient[] = {7.802452264e-02f, 2.260671554e-01f, 6.958335405e-01f,
+                                          9.999252186e-01f};
+};
+template <>
+struct FromZero<5> {
+  static constexpr float coefficient[] = {1.877576676e-03f, 8.989340089e-03f, 5.582631806e-02f,
+                                          2.401536170e-01f, 6.931530732e-01f, 9.999999251e-01f};
+};
+template <int degree>
+struct Centred;  // |f| <= 1/2
+template <>
+struct Centred<3> {
+  static constexpr float coefficient[] = {5.517166904e-02f, 2.426111222e-01f, 6.932609855e-01f,
+                                          9.999280735e-01f};
+};
+template <>
+struct Centred<5> {
+  static constexpr float coefficient[] = {1.327647199e-03f, 9.675541334e-03f, 5.550713274e-02f,
+                                          2.402211972e-01f, 6.931469671e-01f, 1.000000072e+00f};
+};
+
+// p = 2^f for n vectors at once, each step for all of them: the scheduler's window is too small to find the
+// independent steps of chains that are written one after the other.
+template <class V, class Polynomial, int n>
+INLINE void exp2_fractions(const typename V::vector (&f)[n], typename V::vector (&p)[n]) {
+  constexpr int degree = sizeof(Polynomial::coefficient) / sizeof(float) - 1;
+  const float* const c = Polynomial::coefficient;
+  UNROLL for (int i = 0; i < n; i++) p[i] = V::fma(V::set1(c[0]), f[i], V::set1(c[1]));
+  UNROLL for (int k = 2; k <= degree; k++) UNROLL for (int i = 0; i < n; i++) p[i] =
+      V::fma(p[i], f[i], V::set1(c[k]));
 }
 
 // 2^f for |f| <= 1/2 in double: the Taylor series of exp(f ln 2); the 14th term is below 2^-57.
@@ -56,6 +75,27 @@ INLINE typename V::vector exp2_fraction_f64(typename V::vector f) {
   typename V::vector p = V::set1(coefficient[0]);
   UNROLL for (int i = 1; i < 14; i++) p = V::fma(p, f, V::set1(coefficient[i]));
   return p;
+}
+
+// log2 of positive normal numbers, by the lane: x = 2^e m with m in [sqrt(1/2), sqrt(2)), and
+// log2(m) = 2/ln(2) artanh(z) with z = (m - 1) / (m + 1), as a series that stops below the rounding error.
+template <class V>
+INLINE typename V::vector log2_of(typename V::vector x) {
+  using S = typename V::scalar;
+  constexpr bool wide = sizeof(S) == 8;
+  using Integer = std::conditional_t<wide, int64_t, int32_t>;
+  typedef Integer integers __attribute__((vector_size(sizeof(x))));
+  typedef S scalars __attribute__((vector_size(sizeof(x))));
+  constexpr Integer sqrt_half = wide ? static_cast<Integer>(0x3fe6a09e667f3bcdll) : 0x3f3504f3;
+  constexpr int mantissa_bits = wide ? 52 : 23, last_term = wide ? 23 : 9;
+  const integers shifted = (integers)x - sqrt_half;
+  const auto exponent = (typename V::vector) __builtin_convertvector(shifted >> mantissa_bits, scalars);
+  const integers mantissa = (shifted & ((Integer{1} << mantissa_bits) - 1)) + sqrt_half;
+  const auto m = (typename V::vector)mantissa, one = V::set1(1), z = V::div(V::sub(m, one), V::add(m, one));
+  const auto square = V::mul(z, z);
+  auto series = V::set1(S(1) / last_term);
+  UNROLL for (int n = last_term - 2; n > 0; n -= 2) series = V::fma(series, square, V::set1(S(1) / n));
+  return V::fma(V::mul(z, V::set1(static_cast<S>(2.8853900817779268))), series, exponent);
 }
 
 INLINE float widen(bf16 x) {

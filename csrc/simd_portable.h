@@ -17,6 +17,7 @@ struct Extension {
   // 12 accumulators + 2 of B + 1 broadcast = 15 of SSE's 16 registers.
   static constexpr int tile_rows = 6, tile_vectors = 2;
   static constexpr int depth = 1;
+  static constexpr int exp2_at_once = 4;
   typedef S vector __attribute__((vector_size(16)));
   typedef I mask __attribute__((vector_size(16)));
 
@@ -136,13 +137,20 @@ struct F32 : Extension<float, int32_t> {
   INLINE static vector exp2(vector x) {
     // The order of the operands keeps NaN.
     const vector clamped = min(set1(127.4f), max(set1(-126.0f), x));
-    vector fraction;
-    mask exponent = split<23>(clamped, fraction);
-    const mask below = fraction < zero();  // the polynomial holds on [0, 1)
-    fraction = fraction + (vector)(below & (mask)set1(1.0f));
-    exponent = exponent + (below << 23);
-    const vector p = exp2_fraction<F32, degree>(fraction);
-    return (vector)(((mask)p + exponent) & ~(x < set1(-126.0f)));
+    vector fraction[1], p[1];
+    const mask exponent = split<23>(clamped, fraction[0]);
+    exp2_fractions<F32, Centred<degree>>(fraction, p);
+    return (vector)(((mask)p[0] + exponent) & ~(x < set1(-126.0f)));
+  }
+  template <int degree, int n>
+  INLINE static void exp2_each(vector (&x)[n]) {
+    UNROLL for (int i = 0; i < n; i++) x[i] = exp2<degree>(x[i]);
+  }
+
+  template <class T>
+  INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
+    UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
+    transpose(r);
   }
 
  private:
@@ -190,6 +198,16 @@ struct F64 : Extension<double, int64_t> {
     const mask nearest = split<52>(clamped, fraction);
     const vector p = exp2_fraction_f64<F64>(fraction);
     return (vector)(((mask)p + nearest) & ~(x < set1(-1022.0)));
+  }
+  template <int degree, int n>
+  INLINE static void exp2_each(vector (&x)[n]) {
+    UNROLL for (int i = 0; i < n; i++) x[i] = exp2<degree>(x[i]);
+  }
+
+  template <class T>
+  INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
+    UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
+    transpose(r);
   }
 };
 

@@ -29,19 +29,21 @@ struct Reach {
   long begin, full_begin, full_end, end;
 };
 
-// A block of scores in log2 units, and what is to be done to them: score = factor * product + bias.
+// What turns a block of products into scores: score = factor * product + bias, -inf where unseen.
 template <class V>
-struct ScoreBlock {
+struct ScoreRules {
   using S = typename V::scalar;
   static constexpr int width = V::lanes * V::tile_vectors;
 
-  S* products;                   // [keys][width]
-  const S* bias;                 // [keys][width] in log2 units, or null
-  const uint8_t* seen;           // [keys][width] bytes from classify(), or null: `band` tells
-  const typename V::mask* kept;  // dropout, [keys][tile_vectors], or null
-  S factor;
+  S factor;             // scale * log2(e)
+  const S* bias;        // [keys][width] in log2 units, or null
+  const uint8_t* seen;  // [keys][width] bytes from classify(), or null: `band` tells
   const Band* band;
   Range queries, keys;
+
+  // The factor that is left to apply once the products are prepared.
+  INLINE bool scales_products() const { return bias || !(factor > 0); }
+  INLINE S remaining_factor() const { return scales_products() ? S(1) : factor; }
 
   // Lanes of vector j that may attend to key row r.
   INLINE typename V::mask lanes_seeing(long r, int j) const {
@@ -50,109 +52,93 @@ struct ScoreBlock {
     const long first = queries.begin + j * V::lanes;
     return V::both(V::first_lanes(who.end - first), V::lanes_from(who.begin - first));
   }
-  INLINE typename V::vector score(long r, int j) const {
-    const auto product = V::load(products + r * width + j * V::lanes);
-    const auto scaled = V::mul(product, V::set1(factor));
-    return bias ? V::fma(product, V::set1(factor), V::load(bias + r * width + j * V::lanes)) : scaled;
-  }
 };
 
-// The largest score of each query of vector j.
+// Prepares rows [0, rows) of vector j of the products, so that scores are remaining_factor() times them and
+// every later step can treat all rows alike. Nothing is touched where a positive factor is the only rule.
 template <class V>
-inline typename V::vector largest_score(const ScoreBlock<V>& block, int j, const Reach& reach) {
-  auto largest = V::set1(-Limits<typename V::scalar>::infinity);
-  for (long r = reach.begin; r < reach.end; r++) {
-    auto score = block.score(r, j);
-    if (r < reach.full_begin || r >= reach.full_end)
-      score = V::select(block.lanes_seeing(r, j), score, V::set1(-Limits<typename V::scalar>::infinity));
-    largest = V::max(largest, score);
-  }
-  return largest;
-}
-
-// Replaces the products of vector j by 2^(score - reference), as the micro-kernel reads them, and returns
-// their sum per query. Rows outside the reach become 0 if they lie in [0, rows).
-template <class V, int degree>
-struct Exponentials {
+inline void prepare_scores(const ScoreRules<V>& rules, int j, const Reach& reach, long rows,
+                           typename V::scalar* products) {
   using S = typename V::scalar;
-  using vector = typename V::vector;
-  static constexpr int width = V::lanes * V::tile_vectors;
-
-  const ScoreBlock<V>& block;
-  int j;
-  vector factor, minus_reference;
-
-  INLINE vector plain(long r) const {
-    const vector product = V::load(block.products + r * width + j * V::lanes);
-    return V::template exp2<degree>(V::fma(product, factor, minus_reference));
+  constexpr int width = V::lanes * V::tile_vectors;
+  const auto nothing = V::set1(-Limits<S>::infinity);
+  S* const column = products + j * V::lanes;
+  if (rules.scales_products()) {
+    const auto factor = V::set1(rules.factor);
+    const S* const bias = rules.bias ? rules.bias + j * V::lanes : nullptr;
+    for (long r = 0; r < rows; r++) {
+      const auto product = V::load(column + r * width);
+      V::store(column + r * width,
+               bias ? V::fma(product, factor, V::load(bias + r * width)) : V::mul(product, factor));
+    }
   }
-  // Any ingredient; `total` takes the weight before dropout.
-  INLINE vector general(long r, bool partial, vector& total) const {
-    vector p = block.bias ? V::template exp2<degree>(V::add(block.score(r, j), minus_reference)) : plain(r);
-    if (partial) p = V::zero_unless(block.lanes_seeing(r, j), p);
-    total = V::add(total, p);
-    return block.kept ? V::zero_unless(block.kept[r * V::tile_vectors + j], p) : p;
-  }
-};
+  const auto restrict_rows = [&](long begin, long end) {
+    for (long r = begin; r < end; r++)
+      V::store(column + r * width, V::select(rules.lanes_seeing(r, j), V::load(column + r * width), nothing));
+  };
+  const auto hide_rows = [&](long begin, long end) {
+    for (long r = begin; r < end; r++) V::store(column + r * width, nothing);
+  };
+  const long full_begin = min(reach.full_begin, rows), full_end = min(reach.full_end, rows);
+  hide_rows(0, min(reach.begin, rows));
+  restrict_rows(reach.begin, min(full_begin, reach.end));
+  restrict_rows(max(full_begin, full_end), min(reach.end, rows));
+  hide_rows(reach.end, rows);
+}
 
-// Rows of weights as the second product reads them: one per key, or one per pair of keys. Pair p takes the
-// place of row p, whose scores are used up by then.
+// The largest score of each query, over `rows` prepared rows of a column of vectors.
 template <class V>
-INLINE void store_weights(typename V::scalar* products, long r, int j, typename V::vector p) {
-  V::store(products + r * V::lanes * V::tile_vectors + j * V::lanes, p);
-}
-#ifdef FASTATTN_BF16_DOT
-INLINE void store_weight_pair(float* products, long r, int j, F32::vector low, F32::vector high) {
-  constexpr int width = F32::lanes * F32::tile_vectors;
-  BF16Pair::store_pair(reinterpret_cast<uint32_t*>(products) + r / 2 * width + j * F32::lanes, low, high);
-}
-#endif
-
-template <class V, int degree>
-inline typename V::vector exponentiate(const ScoreBlock<V>& block, int j, const Reach& reach,
-                                       typename V::vector reference, long rows) {
-  using vector = typename V::vector;
-  const bool simple = !block.bias && !block.kept;
-  const Exponentials<V, degree> exponentials{block, j, V::set1(block.factor), V::sub(V::zero(), reference)};
-  vector sum[2] = {V::zero(), V::zero()};
-  const auto is_partial = [&](long r) { return r < reach.full_begin || r >= reach.full_end; };
-  const auto one = [&](long r, vector& total) {
-    if (r < reach.begin || r >= reach.end) return V::zero();
-    return exponentials.general(r, is_partial(r), total);
-  };
-  constexpr int step = V::depth == 2 ? 2 : 1, unroll = 4;
+inline typename V::vector largest_score(const typename V::scalar* column, typename V::scalar factor,
+                                        long rows) {
+  constexpr int width = V::lanes * V::tile_vectors, chains = 4;
+  typename V::vector largest[chains];
+  for (auto& x : largest) x = V::set1(-Limits<typename V::scalar>::infinity);
   long r = 0;
-  const auto slow = [&](long until) {
-    for (; r < until; r += step) {
-      if constexpr (step == 1) {
-        store_weights<V>(block.products, r, j, one(r, sum[0]));
-      } else {
-#ifdef FASTATTN_BF16_DOT
-        const vector low = one(r, sum[0]), high = r + 1 < rows ? one(r + 1, sum[1]) : V::zero();
-        store_weight_pair(block.products, r, j, low, high);
-#endif
+  for (; r + chains <= rows; r += chains)
+    UNROLL for (int i = 0; i < chains; i++) largest[i] =
+        V::max(largest[i], V::load(column + (r + i) * width));
+  for (; r < rows; r++) largest[0] = V::max(largest[0], V::load(column + r * width));
+  return V::mul(V::max(V::max(largest[0], largest[1]), V::max(largest[2], largest[3])), V::set1(factor));
+}
+
+// Replaces a column of vectors of prepared products by the weights 2^(factor * product - reference), as the
+// micro-kernel reads them (one row per key, or per pair of keys: pair p takes the place of row p, which is
+// used up by then), and returns their sum. `kept` [keys][tile_vectors], unless null, then drops weights.
+template <class V, int degree>
+inline typename V::vector exponentiate(typename V::scalar* column, long rows, typename V::scalar scale,
+                                       typename V::vector reference, const typename V::mask* kept) {
+  using vector = typename V::vector;
+  constexpr int width = V::lanes * V::tile_vectors, step = V::exp2_at_once;
+  const auto factor = V::set1(scale);
+  vector sum[2] = {V::zero(), V::zero()};
+  long row = 0;
+  const auto some = [&](auto count, auto dropout) {
+    constexpr int n = decltype(count)::value;
+    vector x[n];
+    UNROLL for (int i = 0; i < n; i++) x[i] = V::fms(V::load(column + (row + i) * width), factor, reference);
+    V::template exp2_each<degree>(x);
+    UNROLL for (int i = 0; i < n; i++) sum[i % 2] = V::add(sum[i % 2], x[i]);
+    if constexpr (decltype(dropout)::value)
+      UNROLL for (int i = 0; i < n; i++) x[i] = V::zero_unless(kept[(row + i) * V::tile_vectors], x[i]);
+    if constexpr (V::depth == 1) {
+      UNROLL for (int i = 0; i < n; i++) V::store(column + (row + i) * width, x[i]);
+    } else {
+      auto* pairs = reinterpret_cast<typename V::element*>(column) + row / 2 * width;
+      UNROLL for (int i = 0; i < n; i += 2) {
+        V::store_pair(pairs + i / 2 * width, x[i], i + 1 < n ? x[i + 1] : V::zero());
       }
     }
+    row += n;
   };
-  if (simple) {
-    slow(min(rows, (reach.full_begin + step - 1) / step * step));
-    for (; r + unroll <= reach.full_end; r += unroll) {
-      UNROLL for (int i = 0; i < unroll; i += 2) {
-        const vector a = exponentials.plain(r + i), b = exponentials.plain(r + i + 1);
-        sum[0] = V::add(sum[0], a);
-        sum[1] = V::add(sum[1], b);
-        if constexpr (step == 1) {
-          store_weights<V>(block.products, r + i, j, a);
-          store_weights<V>(block.products, r + i + 1, j, b);
-        } else {
-#ifdef FASTATTN_BF16_DOT
-          store_weight_pair(block.products, r + i, j, a, b);
-#endif
-        }
-      }
-    }
-  }
-  slow(rows);
+  const auto all = [&](auto dropout) {
+    while (row + step <= rows) some(std::integral_constant<int, step>(), dropout);
+    while (row + 2 <= rows) some(std::integral_constant<int, 2>(), dropout);
+    if (row < rows) some(std::integral_constant<int, 1>(), dropout);
+  };
+  if (kept)
+    all(std::true_type());
+  else
+    all(std::false_type());
   return V::add(sum[0], sum[1]);
 }
 

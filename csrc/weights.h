@@ -97,22 +97,21 @@ class Weights {
 
     const S* lse = static_cast<const S*>(output_.lse) +
                    (tile.batch * problem_.query_heads + tile.head) * problem_.queries + tile.queries.begin;
-    const ScoreBlock<V> block{work.products,
+    const ScoreRules<V> rules{static_cast<S>(problem_.scale * log2_e),
                               problem_.bias.data ? work.bias : nullptr,
                               kind == TileKind::mixed ? work.seen : nullptr,
-                              problem_.dropout_p > 0 ? work.kept : nullptr,
-                              static_cast<S>(problem_.scale * log2_e),
                               &band,
                               tile.queries,
                               tile.keys};
+    const Reach reach = kind == TileKind::mixed ? Reach{0, rows, rows, rows} : Reach{0, 0, rows, rows};
     for (int j = 0; j < columns; j++) {
       const auto saved = V::load(lse + j * V::lanes, tile.queries.size() - j * V::lanes);
       const auto none = V::greater(V::set1(Limits<S>::lowest), saved);
       // Against +inf every weight of a query without keys is 0.
       const auto reference = V::select(none, V::set1(Limits<S>::infinity), V::mul(saved, V::set1(S(log2_e))));
-      exponentiate<V, 5>(block, j,
-                         kind == TileKind::mixed ? Reach{0, rows, rows, rows} : Reach{0, 0, rows, rows},
-                         reference, rows);
+      prepare_scores(rules, j, reach, rows, work.products);
+      exponentiate<V, 5>(work.products + j * V::lanes, rows, rules.remaining_factor(), reference,
+                         problem_.dropout_p > 0 ? work.kept + j : nullptr);
       for (long r = 0; r < rows; r++) {
         S* total = work.total + r * width + j * V::lanes;
         V::store(total, V::add(V::load(total), V::load(work.products + r * width + j * V::lanes)));

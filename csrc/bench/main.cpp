@@ -30,19 +30,27 @@ void report(const PartList& list) {
   if (!list.parts) return;
   std::printf("%s %s: %.1f GFLOP/s of multiply-adds\n", list.isa, list.dtype, rate(list.probe, 0.02) / 1e9);
   for (int i = 0; i < list.count; i++) {
-    std::vector<double> fraction;
-    for (int sample = 0; sample < 41; sample++) {
-      const double before = rate(list.probe, 0.0005), part = rate(list.parts[i].run, 0.002),
-                   after = rate(list.probe, 0.0005);
-      // A sample during which the machine did something else says nothing about the kernel.
-      if (std::min(before, after) > 0.97 * std::max(before, after))
-        fraction.push_back(part / std::max(before, after));
+    // A sample between two probes below the best one says more about the neighbours than about the kernel.
+    struct Sample {
+      double part, before, after;
+    };
+    std::vector<Sample> samples;
+    double best = 0;
+    for (int count = 0; count < 400; count++) {
+      const double before = rate(list.probe, 0), part = rate(list.parts[i].run, 0.0003),
+                   after = rate(list.probe, 0);
+      samples.push_back({part, before, after});
+      best = std::max({best, before, after});
     }
+    std::vector<double> fraction;
+    for (const Sample& s : samples)
+      if (std::min(s.before, s.after) > 0.97 * best) fraction.push_back(s.part / std::max(s.before, s.after));
     std::sort(fraction.begin(), fraction.end());
     if (fraction.empty())
       std::printf("  %-30s  the machine is too busy\n", list.parts[i].name);
     else
-      std::printf("  %-30s  %.3f\n", list.parts[i].name, fraction[fraction.size() / 2]);
+      std::printf("  %-30s  %.3f  (%zu of %zu samples)\n", list.parts[i].name, fraction[fraction.size() / 2],
+                  fraction.size(), samples.size());
   }
 }
 
