@@ -1,6 +1,8 @@
 """The commands train and predict, from the terminal's side, and short versions of the demonstrations."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -171,3 +173,13 @@ def test_training_on_a_gpu(tmp_path, reviews_file):
     arguments = ("classify", "--data", reviews_file, "--out", tmp_path / "run", "--device", "cuda", "--bf16")
     result = train(*arguments, "--epochs", 1, *SMALL_CLASSIFIER)
     assert result.exit_code == 0, result.output
+
+
+def test_the_examples_run(tmp_path):
+    examples = Path(__file__).parents[1] / "examples"
+    dates = runpy.run_path(str(examples / "translate_dates.py"))["main"]
+    assert dates(tmp_path / "dates", pairs=400, steps=3, attention="torch")["steps"] == 3
+    reviews = runpy.run_path(str(examples / "classify_reviews.py"))["main"]
+    assert set(reviews(tmp_path / "reviews", reviews=100, epochs=1, encoder=["cnn"])) == {"cnn"}
+    for name in ("dates/attention.png", "reviews/cnn/attention.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -176,7 +176,8 @@ def draw_attention(
     maps = model.cross_attention(torch.tensor([source], device=device), torch.tensor([target], device=device))
 
     def names(ids: list[int]) -> list[str]:
-        return ["end" if i == EOS_ID else tokenizer.decode([i]).replace(" ", "␣") for i in ids]
+        texts = ("end" if i == EOS_ID else tokenizer.decode([i]).replace(" ", "␣") for i in ids)
+        return ["".join(c if c.isprintable() else "·" for c in text) for text in texts]
 
     # Row t of the map belongs to the token that position t predicts, the one after target[t].
     draw_translation(path, names(source), names([*target[1:], EOS_ID]), maps[-1, 0].float().cpu().numpy())
