@@ -59,7 +59,7 @@ class Machine:
     for a while, so that one actor runs as far ahead of the others as the barriers allow.
     """
 
-    LIMIT = 200_000
+    LIMIT = 20_000
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)

@@ -76,11 +76,14 @@ class Kernels:
     # -- instructions -------------------------------------------------------------------------------
 
     def _inline_asm(self, source, constraints, arguments, dtype=None, is_pure=True, pack=1):
-        """The named barriers are the only assembly in use."""
-        found = re.findall(r"bar\.(sync|arrive) (\d+), (\d+)", source)
-        if not found:
-            raise EmulationError(f"unknown assembly: {source}")
+        """The assembly in use: named barriers, and the wait for TMA stores to be in global memory."""
         machine = self.machine
+        partition = machine.current
+        found = re.findall(r"bar\.(sync|arrive) (\d+), (\d+)", source)
+        if "cp.async.bulk.wait_group 0" in source:
+            machine.pause("a wait for TMA stores", lambda: partition.stores == 0)
+        elif not found:
+            raise EmulationError(f"unknown assembly: {source}")
         for action, name, threads in found:
             barrier = machine.named.setdefault(name, NamedBarrier())
             generation = barrier.arrive(name, machine.current.threads, int(threads))

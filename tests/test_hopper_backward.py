@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastattn.kernels.hopper.configs import BackwardConfig
-from fastattn.kernels.hopper.plan import LOG2_E, STATISTICS_ROWS, band_of, keys_plan, queries_plan
+from fastattn.kernels.hopper.plan import LOG2_E, STATISTICS_ROWS, band_of, fused_plan, keys_plan, queries_plan
 from gluon_emulator import Descriptor, EmulationError, Pointer
 from gluon_emulator_language import load_kernels
 from hopper_cases import KERNELS, definition, make_case
@@ -79,7 +79,34 @@ def run_queries(problem, config, seed, programs, edits=()):
     return [grad], [expected]
 
 
-RUNS = {"keys": run_keys, "queries": run_queries}
+def run_fused(problem, config, seed, programs, edits=()):
+    """All gradients of the emulated kernel that adds dQ across programs, and the truth."""
+    kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_fused"], edits)
+    expected, grad_out, lse_2, delta = saved(problem)
+    plan = fused_plan(problem, band_of(problem), config)
+    B, H, L, D = problem.query.shape
+    grads = [torch.full_like(t, float("nan")) for t in (problem.key, problem.value)]
+    total = torch.zeros(B, H, L, D)
+    queries, keys, rows = [1, 1, config.block_m, D], [1, 1, 128, D], [1, config.block_m]
+    tensors = {
+        "q_desc": Descriptor(problem.query, queries),
+        "do_desc": Descriptor(grad_out, queries),
+        "lse_desc": Descriptor(lse_2, rows),
+        "delta_desc": Descriptor(delta, rows),
+        "k_desc": Descriptor(problem.key, keys),
+        "v_desc": Descriptor(problem.value, keys),
+        "dq_desc": Descriptor(total, [1, 1, config.block_m, D // 2]),
+        "dk_desc": Descriptor(grads[0], [1, 1, 64, D]),
+        "dv_desc": Descriptor(grads[1], [1, 1, 64, D]),
+        "counters": Pointer(torch.zeros(B * H * -(-L // config.block_m), dtype=torch.int32)),
+        "lengths": Pointer(problem.key_lengths if problem.key_lengths is not None else lse_2),
+    }
+    arguments = {**tensors, **plan.scalars, "DS_LAYOUT": None, "OPTIONS": plan.options}
+    kernels.launch("gradients", plan.programs, arguments, seed)
+    return [(total * problem.scale).to(problem.query.dtype), *grads], expected
+
+
+RUNS = {"keys": run_keys, "queries": run_queries, "fused": run_fused}
 
 
 def check_backward(run, problem, config, seed=0, programs=2, edits=()):
@@ -133,7 +160,7 @@ def test_every_problem(run, name):
     [
         BackwardConfig(block_m=128, block_n=128),
         BackwardConfig(keys_stages=3, queries_stages=3),
-        BackwardConfig(persistent=False),
+        BackwardConfig(persistent=False, ordered=False),
         BackwardConfig(keys_own_out=False, queries_own_out=False, heads_inner=False),
     ],
     ids=str,
@@ -206,12 +233,39 @@ QUERIES_FAULTS = {
     "border tiles not masked": ("cut = i <= edge + low_edge", "cut = False"),
 }
 
-FAULTS = [("keys", name) for name in KEYS_FAULTS] + [("queries", name) for name in QUERIES_FAULTS]
+FUSED_FAULTS = {
+    "dQ reads dS before the other half is there": (
+        '        named_barrier("sync", "8", "256")  # both halves',
+        "        # both halves",
+    ),
+    "one buffer for dS": ("ds_tiles.index(i % 2)", "ds_tiles.index(0)"),
+    "no fence after dS": ("        fence_async_shared()\n        dk_token", "        dk_token"),
+    "dQ staged over a part being added": (
+        "        mbarrier.wait(dq_empty.index(dq_stage), ((i // DQ_STAGES) & 1) ^ 1)\n",
+        "",
+    ),
+    "the writer does not wait for both halves": (
+        "dq_full = new_barriers(DQ_STAGES, 2)",
+        "dq_full = new_barriers(DQ_STAGES, 1)",
+    ),
+    "the writer frees a part before it is added": ("                publish_stores()\n", ""),
+    "programs take turns in the wrong order": ("turn = key_high - 1 - first // 128", "turn = first // 128 - key_low"),
+    "a turn is never passed": ('gl.atomic_add(counter, 1, sem="release")', "pass"),
+    "K overwritten while the other's dQ reads it": (
+        '    named_barrier("sync", "8", "256")  # the other',
+        "    # the other",
+    ),
+    "padded keys reach dQ": ("            zero_tail(k_all, length - first, CONSUMER, 2)\n", ""),
+    "padded values reach dQ": ("            zero_tail(v_all, length - first, CONSUMER, 2)\n", ""),
+}
+
+ALL_FAULTS = {"keys": KEYS_FAULTS, "queries": QUERIES_FAULTS, "fused": FUSED_FAULTS}
+FAULTS = [(run, name) for run, faults in ALL_FAULTS.items() for name in faults]
 
 
 @pytest.mark.parametrize("run, fault", FAULTS)
 def test_faults_are_caught(run, fault):
-    old, new = (KEYS_FAULTS if run == "keys" else QUERIES_FAULTS)[fault]
+    old, new = ALL_FAULTS[run][fault]
     problem = make_case(B=2, H=4, group=2, Lq=300, Lk=300, lengths=(170, 300), causal="upper_left")
     problem.key[0, :, 170:] = math.nan
     problem.value[0, :, 170:] = math.nan

@@ -5,6 +5,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from fastattn.kernels.hopper import report  # noqa: E402
+from fastattn.kernels.hopper.configs import BackwardConfig  # noqa: E402
 from fastattn.kernels.offline import SHARED_MEMORY  # noqa: E402
 
 #: Exponentials that issue under a wgmma, of all, in the forward's main loop.
@@ -46,7 +47,14 @@ def test_a_product_in_flight_over_the_back_edge_counts():
     assert report.exponentials_in_flight(rotated) == (2, 3)
 
 
-def test_serialisation_is_seen():
-    """Two accumulators carried over the back edge with no wait: known to be serialised, so the check must say so."""
+def test_advisories_are_recognised():
     message = "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized"
     assert report.SERIALIZED.findall(message) == ["C7514"]
+
+
+def test_fused_backward():
+    """Not a default: its products must not be serialised, and it must fit."""
+    (row,) = report.compile_rows("backward", 128, False, BackwardConfig(fused=True))
+    assert row.loop_instructions["HGMMA"] > 0, row
+    assert row.warnings == (), row
+    assert row.shared_bytes <= SHARED_MEMORY[90], row

@@ -40,6 +40,10 @@ class BackwardConfig:
 
     dK and dV: 128 keys per program, tiles of ``block_m`` queries in a ring of ``keys_stages``.  dQ: 128 queries per
     program, tiles of ``block_n`` keys in a ring of ``queries_stages``.  The switches as in :class:`ForwardConfig`.
+
+    ``fused`` computes dQ in the sweep for dK and dV, adding its parts across programs: in a fixed order with
+    ``ordered``, else in any, which makes the last bits of dQ change from run to run (never under
+    ``torch.use_deterministic_algorithms``).
     """
 
     block_m: int = 64
@@ -50,6 +54,8 @@ class BackwardConfig:
     heads_inner: bool | None = None
     keys_own_out: bool = True
     queries_own_out: bool = True
+    fused: bool = False
+    ordered: bool = True
 
     @property
     def entry_registers(self) -> int:
@@ -113,6 +119,8 @@ BACKWARD_CANDIDATES = {
         "64, 128": BACKWARD[64, False],
         "128, 128": BackwardConfig(block_m=128, keys_stages=2, block_n=128, queries_stages=3),
         "64, 64": BackwardConfig(block_m=64, keys_stages=4, block_n=64, queries_stages=4),
+        "fused": BackwardConfig(keys_stages=3, fused=True),
+        "fused, unordered": BackwardConfig(keys_stages=3, fused=True, ordered=False),
         "64, 128, one tile per program": BackwardConfig(
             block_m=64, keys_stages=3, block_n=128, queries_stages=3, persistent=False
         ),
@@ -125,6 +133,8 @@ BACKWARD_CANDIDATES = {
         ),
         "64, 128, shared output": BackwardConfig(block_n=128, keys_own_out=False, queries_own_out=False),
         "64, 128, one tile per program": BackwardConfig(block_n=128, persistent=False),
+        "fused": BackwardConfig(fused=True),
+        "fused, unordered": BackwardConfig(fused=True, ordered=False),
     },
 }
 

@@ -47,12 +47,12 @@ def tma_strides(tensor: torch.Tensor) -> list[int]:
     ] + [1]
 
 
-def tile_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    """A TMA descriptor of [B, H, L, D] in boxes of ``rows`` rows of one head.
+def tile_descriptor(tensor: torch.Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """A TMA descriptor of [B, H, L, D] in boxes of ``rows`` rows of one head, all columns unless said otherwise.
 
     Rank 4 with the true strides: a ragged last tile ends with its head (loads give zeros, stores do nothing).
     """
-    box = [1, 1, rows, tensor.shape[-1]]
+    box = [1, 1, rows, columns or tensor.shape[-1]]
     return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), box, tile_layout(tuple(box), tensor.dtype))
 
 

@@ -73,6 +73,21 @@ class QueriesOptions:
 
 
 @dataclass(frozen=True)
+class FusedOptions:
+    """What the kernel for all gradients at once is compiled for."""
+
+    head_dim: int
+    has_left: bool
+    has_right: bool
+    lower_right: bool
+    key_lengths: bool
+    block_m: int
+    stages: int
+    dq_stages: int
+    ordered: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """A launch: run-time numbers by the names of the kernel's arguments, and its compile-time OPTIONS."""
 
@@ -179,6 +194,36 @@ def keys_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
     )
     heads = problem.key.shape[1]
     return _backward_plan(problem, band, config, multiprocessors, problem.key.shape[2], heads, options, {"Hkv": heads})
+
+
+def fused_plan(problem, band: Band, config) -> Plan:
+    """Arguments of :func:`.backward_fused.gradients` but tensors and descriptors."""
+    batch, heads = problem.key.shape[:2]
+    options = FusedOptions(
+        head_dim=problem.query.shape[3],
+        has_left=band.has_left,
+        has_right=band.has_right,
+        lower_right=band.lower_right,
+        key_lengths=problem.key_lengths is not None,
+        block_m=config.block_m,
+        stages=config.keys_stages,
+        dq_stages=2,
+        ordered=config.ordered,
+    )
+    blocks = math.ceil(problem.key.shape[2] / 128)
+    scalars = {
+        "scale": problem.scale,
+        "scale_log2": problem.scale * LOG2_E,
+        "Lq": problem.query.shape[2],
+        "Lk": problem.key.shape[2],
+        "left": band.left,
+        "right": band.right,
+        "Hkv": heads,
+        "group": problem.group_size,
+        "blocks": blocks,
+        "heads": batch * heads,
+    }
+    return Plan(blocks * batch * heads, scalars, options)
 
 
 def queries_plan(problem, band: Band, config, multiprocessors: int) -> Plan:

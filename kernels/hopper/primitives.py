@@ -9,6 +9,42 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
+def _reduce_add():
+    """TMA's addition to global memory: Triton 3.6's builder has it, its language does not; later releases name it."""
+    named = getattr(tma, "async_atomic_add", None)
+    if named is not None:
+        return named
+    from triton._C.libtriton import ir
+    from triton.experimental.gluon.language._core import builtin
+
+    @builtin
+    def tma_reduce_add(tensor_desc, coord, src, _semantic=None):
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+        _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+    return tma_reduce_add
+
+
+tma_reduce_add = _reduce_add()
+
+
+@gluon.jit
+def publish_stores():
+    """Wait until this thread's TMA stores and additions are in global memory, and make them visible to the GPU.
+
+    ``tma.store_wait`` waits only until shared memory has been read.
+    """
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; fence.proxy.async; fence.acq_rel.gpu; bar.warp.sync 0xffffffff; mov.u32 $0, $1;",
+        "=r,r",
+        [gl.to_tensor(0)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @gluon.jit
 def named_barrier(action: gl.constexpr, name: gl.constexpr, threads: gl.constexpr):
     """``bar.sync`` (meet) or ``bar.arrive`` (signal only) on hardware barrier ``name`` of ``threads``.

@@ -1,0 +1,278 @@
+"""All three gradients in one sweep on Hopper: five products per tile instead of seven, dQ added across programs.
+
+As in backward_keys.py a program owns 128 keys, 64 per consumer warpgroup, and streams the queries that see them.  dS'
+of both warpgroups meets in shared memory, each multiplies it with one half of K's columns, and a warp of its own (the
+writer) adds the result to dQ (fp32, global memory) by TMA while the consumers go on::
+
+    dQ[:, half] = dS K[:, half]
+
+With ``ordered`` the parts of each query tile are added in one fixed order, by a counter per tile, so that the result
+is deterministic.  A program waits for programs with a smaller id only, which are launched before it: it must be
+launched with one work tile per program.  Without it the order, and the last bits of dQ, change from run to run.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .band import mask_scores, position_offset, sequence_length, zero_tail
+from .primitives import named_barrier, new_barriers, publish_stores, tma_load, tma_reduce_add, tma_store
+from .schedule import keys_of_queries, locate_tile, queries_of_keys
+
+
+@gluon.jit
+def work_item(lengths, sizes, OPTIONS: gl.constexpr):
+    """The block of keys of this program: (first key, batch, key head, key length, position offset, first query tile,
+    query tiles per head).  Under a causal band the last block comes first: it has least to do before the others."""
+    Lq, Lk, left, right, Hkv, group, blocks, heads = sizes
+    block, batch_head = locate_tile(gl.program_id(0), blocks, heads, 1, OPTIONS.has_right, False)
+    first = block * 128
+    batch = batch_head // Hkv
+    length = sequence_length(lengths, batch, Lk, OPTIONS)
+    offset = position_offset(Lq, length, OPTIONS)
+    low, count = queries_of_keys(
+        first, (Lq, offset, left, right), length, OPTIONS.block_m, 128, OPTIONS.has_left, OPTIONS.has_right
+    )
+    return first, batch, batch_head % Hkv, length, offset, low, count
+
+
+@gluon.jit
+def consumer(
+    CONSUMER: gl.constexpr,
+    descriptors,
+    kv_bufs,
+    ring,
+    dq_bufs,
+    counters,
+    lengths,
+    scale,
+    scale_log2,
+    sizes,
+    OPTIONS: gl.constexpr,
+):
+    """A warpgroup: 64 keys, and half of the columns of dQ."""
+    q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc = descriptors
+    k_tiles, v_tiles, kv_full = kv_bufs
+    q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty = ring
+    ds_tiles, dq_tiles, dq_full, dq_empty = dq_bufs
+    Lq, Lk, left, right, Hkv, group, blocks, heads = sizes
+    M: gl.constexpr = OPTIONS.block_m
+    D: gl.constexpr = OPTIONS.head_dim
+    STAGES: gl.constexpr = OPTIONS.stages
+    DQ_STAGES: gl.constexpr = OPTIONS.dq_stages
+    dtype: gl.constexpr = k_tiles.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
+    first, batch, head, length, offset, low, count = work_item(lengths, sizes, OPTIONS)
+    k_all = k_tiles.reshape((128, D))
+    k_tile = k_all.slice(64 * CONSUMER, 64, dim=0)
+    v_all = v_tiles.reshape((128, D))
+    v_tile = v_all.slice(64 * CONSUMER, 64, dim=0)
+    k_columns = k_all.slice(D // 2 * CONSUMER, D // 2, dim=1)
+    s_zero = gl.zeros([64, M], gl.float32, s_layout)
+    dq_zero = gl.zeros([M, D // 2], gl.float32, dq_layout)
+    key = first + 64 * CONSUMER + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+    from_query = key - (offset + right)
+    to_query = key - (offset - left - 1)
+    mbarrier.wait(kv_full, 0)
+    if OPTIONS.key_lengths:  # noqa: SIM102 - a compile-time and a run-time condition
+        if length < gl.minimum(first + 128, Lk):
+            zero_tail(k_all, length - first, CONSUMER, 2)
+            zero_tail(v_all, length - first, CONSUMER, 2)
+    dk = gl.zeros([64, D], gl.float32, d_layout)
+    dv = gl.zeros([64, D], gl.float32, d_layout)
+    m = 0
+    for i in range(0, count * group):
+        stage = i % STAGES
+        parity = (i // STAGES) & 1
+        q_tile = q_tiles.index(stage).reshape((M, D))
+        do_tile = do_tiles.index(stage).reshape((M, D))
+        mbarrier.wait(q_full.index(stage), parity)
+        s_token = warpgroup_mma(k_tile, q_tile.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+        mbarrier.wait(do_full.index(stage), parity)
+        dp_token = warpgroup_mma(v_tile, do_tile.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s_token])
+        if OPTIONS.has_left or OPTIONS.has_right:
+            start = (low + m) * M
+            m = gl.where(m + 1 == count, 0, m + 1)
+            cut = start + offset + right < first + 127
+            if OPTIONS.has_left:
+                if OPTIONS.has_right:
+                    cut = cut | (start + M - 1 + offset - left > first)
+                else:
+                    cut = start + M - 1 + offset - left > first
+            if cut:
+                s = mask_scores(s, from_query - start, to_query - start, OPTIONS.has_right, OPTIONS.has_left, s_layout)
+        p = gl.exp2(s * scale_log2 - lse_tiles.index(stage).load(s_layout))
+        dp = warpgroup_mma_wait(0, deps=[dp_token])
+        dv_token = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do_tile, dv, is_async=True)
+        ds = (p * (dp - delta_tiles.index(stage).load(s_layout))).to(dtype)
+        ds_tile = ds_tiles.index(i % 2)
+        ds_tile.slice(64 * CONSUMER, 64, dim=0).store(ds)
+        fence_async_shared()
+        dk_token = warpgroup_mma(gl.convert_layout(ds, a_layout), q_tile, dk, is_async=True)
+        named_barrier("sync", "8", "256")  # both halves of dS' are in shared memory
+        dq_token = warpgroup_mma(ds_tile.permute((1, 0)), k_columns, dq_zero, use_acc=False, is_async=True)
+        dv, dk, dq = warpgroup_mma_wait(0, deps=[dv_token, dk_token, dq_token])
+        mbarrier.arrive(empty.index(stage), count=1)
+        dq_stage = i % DQ_STAGES
+        mbarrier.wait(dq_empty.index(dq_stage), ((i // DQ_STAGES) & 1) ^ 1)
+        dq_tiles.index(2 * dq_stage + CONSUMER).reshape((M, D // 2)).store(dq)
+        fence_async_shared()
+        mbarrier.arrive(dq_full.index(dq_stage), count=1)
+    named_barrier("sync", "8", "256")  # the other warpgroup's dQ has read all of K
+    real = gl.convert_layout(key, gl.SliceLayout(1, d_layout)) < length
+    k_tile.store(gl.where(real[:, None], dk * scale, 0.0).to(dtype))
+    v_tile.store(gl.where(real[:, None], dv, 0.0).to(dtype))
+    fence_async_shared()
+    tma_store(dk_desc, [batch, head, first + 64 * CONSUMER, 0], k_tiles.slice(64 * CONSUMER, 64, dim=2))
+    tma_store(dv_desc, [batch, head, first + 64 * CONSUMER, 0], v_tiles.slice(64 * CONSUMER, 64, dim=2))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def consumer_1(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS: gl.constexpr):
+    consumer(1, descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)
+
+
+@gluon.jit
+def producer(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS: gl.constexpr):
+    """One warp: K and V, then the queries that see them through the ring."""
+    q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc = descriptors
+    k_tiles, v_tiles, kv_full = kv_bufs
+    q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty = ring
+    Lq, Lk, left, right, Hkv, group, blocks, heads = sizes
+    first, batch, head, length, offset, low, count = work_item(lengths, sizes, OPTIONS)
+    mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    tma_load(k_desc, [batch, head, first, 0], kv_full, k_tiles)
+    tma_load(v_desc, [batch, head, first, 0], kv_full, v_tiles)
+    loads = 0
+    for member in range(0, group):
+        query_head = head * group + member
+        row = batch * Hkv * group + query_head
+        for m in range(0, count):
+            start = (low + m) * OPTIONS.block_m
+            stage = loads % OPTIONS.stages
+            mbarrier.wait(empty.index(stage), ((loads // OPTIONS.stages) & 1) ^ 1)
+            mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+            tma_load(q_desc, [batch, query_head, start, 0], q_full.index(stage), q_tiles.index(stage))
+            tma_load(lse_desc, [row, start], q_full.index(stage), lse_tiles.index(stage))
+            mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+            tma_load(do_desc, [batch, query_head, start, 0], do_full.index(stage), do_tiles.index(stage))
+            tma_load(delta_desc, [row, start], do_full.index(stage), delta_tiles.index(stage))
+            loads += 1
+
+
+@gluon.jit
+def writer(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS: gl.constexpr):
+    """One warp: adds the consumers' parts of dQ to global memory, in order."""
+    q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc = descriptors
+    ds_tiles, dq_tiles, dq_full, dq_empty = dq_bufs
+    Lq, Lk, left, right, Hkv, group, blocks, heads = sizes
+    M: gl.constexpr = OPTIONS.block_m
+    D: gl.constexpr = OPTIONS.head_dim
+    first, batch, head, length, offset, low, count = work_item(lengths, sizes, OPTIONS)
+    tiles = gl.cdiv(Lq, M)
+    parts = 0
+    for member in range(0, group):
+        query_head = head * group + member
+        for m in range(0, count):
+            start = (low + m) * M
+            stage = parts % OPTIONS.dq_stages
+            counter = counters + ((batch * Hkv * group + query_head) * tiles + low + m)
+            mbarrier.wait(dq_full.index(stage), (parts // OPTIONS.dq_stages) & 1)
+            if OPTIONS.ordered:
+                keys, edge, key_low, low_edge, key_high = keys_of_queries(
+                    start, (Lq, offset, left, right), length, M, 128, OPTIONS.has_left, OPTIONS.has_right
+                )
+                turn = first // 128 - key_low
+                if OPTIONS.has_right:
+                    turn = key_high - 1 - first // 128
+                while gl.atomic_add(counter, 0, sem="acquire") < turn:
+                    pass
+            for half in gl.static_range(2):
+                tma_reduce_add(dq_desc, [batch, query_head, start, D // 2 * half], dq_tiles.index(2 * stage + half))
+            if OPTIONS.ordered:
+                publish_stores()
+                gl.atomic_add(counter, 1, sem="release")
+            else:
+                tma.store_wait(0)
+            mbarrier.arrive(dq_empty.index(stage), count=1)
+            parts += 1
+
+
+@gluon.jit(do_not_specialize=["Lq", "Lk", "left", "right", "Hkv", "group", "blocks", "heads"])
+def gradients(
+    q_desc,
+    do_desc,
+    lse_desc,
+    delta_desc,
+    k_desc,
+    v_desc,
+    dq_desc,
+    dk_desc,
+    dv_desc,
+    counters,
+    lengths,
+    scale,
+    scale_log2,
+    Lq,
+    Lk,
+    left,
+    right,
+    Hkv,
+    group,
+    blocks,
+    heads,
+    DS_LAYOUT: gl.constexpr,
+    OPTIONS: gl.constexpr,
+):
+    """Grid: ``blocks * heads`` programs, one per block of 128 keys.
+
+    Arguments as in :func:`.backward_keys.gradients_of_keys`, but k_desc and v_desc in boxes of 128 rows; dq_desc: fp32
+    [B, Hq, Lq, D], dQ / scale, zeros before the launch, in boxes of block_m rows and D / 2 columns; counters: int32
+    [B * Hq, query tiles], zeros before the launch.  OPTIONS is a :class:`.plan.FusedOptions`.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    M: gl.constexpr = OPTIONS.block_m
+    D: gl.constexpr = OPTIONS.head_dim
+    STAGES: gl.constexpr = OPTIONS.stages
+    DQ_STAGES: gl.constexpr = OPTIONS.dq_stages
+    k_tiles = gl.allocate_shared_memory(dtype, [1, 1, 128, D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [1, 1, 128, D], v_desc.layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, M, D], q_desc.layout)
+    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, M, D], do_desc.layout)
+    lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, M], lse_desc.layout)
+    delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, M], delta_desc.layout)
+    ds_tiles = gl.allocate_shared_memory(dtype, [2, 128, M], DS_LAYOUT)
+    dq_tiles = gl.allocate_shared_memory(gl.float32, [2 * DQ_STAGES, 1, 1, M, D // 2], dq_desc.layout)
+    kv_full = new_barriers(1, 1).index(0)
+    q_full = new_barriers(STAGES, 1)
+    do_full = new_barriers(STAGES, 1)
+    empty = new_barriers(STAGES, 2)
+    dq_full = new_barriers(DQ_STAGES, 2)
+    dq_empty = new_barriers(DQ_STAGES, 1)
+    fence_async_shared()
+    descriptors = (q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc)
+    kv_bufs = (k_tiles, v_tiles, kv_full)
+    ring = (q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty)
+    dq_bufs = (ds_tiles, dq_tiles, dq_full, dq_empty)
+    sizes = (Lq, Lk, left, right, Hkv, group, blocks, heads)
+    gl.warp_specialize(
+        [
+            (consumer, (0, descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
+            (consumer_1, (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
+            (producer, (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
+            (writer, (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )
