@@ -38,6 +38,8 @@ def ceiling_rows(result: dict) -> list[list[str]]:
     """part, instruction set, fp32 and bf16 GFLOP/s, read and copy GB/s."""
     rows = []
     for part, about in result["parts"].items():
+        if not about["ceilings"]:
+            continue
         figures = [about["ceilings"][name] / 1e9 for name in ("fma float32", "fma bfloat16", "read", "copy")]
         rows.append([part, about["isa"], *(f"{figure:.0f}" for figure in figures)])
     return rows
