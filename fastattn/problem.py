@@ -163,9 +163,12 @@ def problem_from_arguments(
 
 def check_length_values(problem: Problem) -> None:
     """Raise ValueError if a key length on the CPU is negative or beyond the keys."""
-    if problem.key_lengths is None or problem.key_lengths.device.type != "cpu":
-        return
-    lengths, keys = problem.key_lengths.tolist(), problem.key.shape[2]
+    if problem.key_lengths is not None and problem.key_lengths.device.type == "cpu":
+        _check_length_range(problem.key_lengths, problem.key.shape[2])
+
+
+def _check_length_range(key_lengths: Tensor, keys: int) -> None:
+    lengths = key_lengths.tolist()
     if lengths and (min(lengths) < 0 or max(lengths) > keys):
         raise ValueError(f"key_lengths must be between 0 and the number of keys {keys}, got {lengths}")
 
@@ -189,10 +192,12 @@ def check_arguments(
     key_lengths: Tensor | list[int] | None,
 ) -> Arguments:
     """Check everything that can be checked without reading data; bring the tensors to 4-D."""
+    has_heads = True
     if _is_canonical(query, key, value):
         batch_shape = (query.shape[0],)
     else:
         _check_tensors(query, key, value)
+        has_heads = max(query.dim(), key.dim(), value.dim()) > 3
         query, key, value = _with_equal_ranks(query, key, value)
         batch_shape = _broadcast_batch(query, key, value)
         query, key, value = (_flatten_batch(tensor, batch_shape) for tensor in (query, key, value))
@@ -214,9 +219,9 @@ def check_arguments(
         scale = _check_scale(scale)
     bias = None
     if attn_mask is not None:
-        attn_mask, bias = _check_mask(attn_mask, query, key, batch_shape)
+        attn_mask, bias = _check_mask(attn_mask, query, key, batch_shape, has_heads)
     if key_lengths is not None:
-        key_lengths = _check_lengths(key_lengths, query, batch_shape)
+        key_lengths = _check_lengths(key_lengths, query, key.shape[2], batch_shape)
     return Arguments(
         query, key, value, attn_mask, bias, key_lengths, scale, causal, window_left, window_right, dropout_p
     )
@@ -360,7 +365,7 @@ def _check_scale(scale: float) -> float:
 
 
 def _check_mask(
-    attn_mask: Tensor, query: Tensor, key: Tensor, batch_shape: tuple[int, ...]
+    attn_mask: Tensor, query: Tensor, key: Tensor, batch_shape: tuple[int, ...], has_heads: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(bool mask, bias): one of them, 4-D, sizes 1 where it broadcasts."""
     if not isinstance(attn_mask, Tensor):
@@ -375,8 +380,7 @@ def _check_mask(
         raise ValueError(f"attn_mask must be on query's device {query.device}, got {attn_mask.device}")
     given = list(attn_mask.shape)
     score_shape = (*batch_shape, query.shape[1], query.shape[2], key.shape[2])
-    without_heads = len(batch_shape) == 1 and query.shape[1] == 1 and attn_mask.dim() == 3
-    if without_heads and given[0] not in (1, query.shape[1]):
+    if not has_heads and attn_mask.dim() == 3:
         attn_mask = attn_mask.unsqueeze(1)  # [N, Lq, Lk] of a call on [N, L, D]
     rank = len(score_shape)
     mask_shape = (1,) * (rank - attn_mask.dim()) + tuple(attn_mask.shape)
@@ -397,7 +401,7 @@ def _check_mask(
     return None, attn_mask
 
 
-def _check_lengths(key_lengths: Tensor | list[int], query: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
+def _check_lengths(key_lengths: Tensor | list[int], query: Tensor, keys: int, batch_shape: tuple[int, ...]) -> Tensor:
     """int64 [B] on query's device."""
     if not isinstance(key_lengths, Tensor):
         try:
@@ -410,6 +414,8 @@ def _check_lengths(key_lengths: Tensor | list[int], query: Tensor, batch_shape: 
         raise ValueError(
             f"key_lengths must have one length per sequence, shape {list(batch_shape)}, got {list(key_lengths.shape)}"
         )
+    if key_lengths.device.type == "cpu" != query.device.type and not torch.compiler.is_compiling():
+        _check_length_range(key_lengths.reshape(-1), keys)  # while looking at them costs nothing
     return key_lengths.to(device=query.device, dtype=torch.int64).reshape(-1).contiguous()
 
 

@@ -40,6 +40,11 @@ BAD = [
     ({"attn_mask": zeros(3, 1, 5, 7)}, ValueError, ["attn_mask", "[2, 4, 5, 7]", "[3, 1, 5, 7]"]),
     ({"attn_mask": zeros(1, 2, 4, 5, 7)}, ValueError, ["attn_mask", "[2, 4, 5, 7]", "[1, 2, 4, 5, 7]"]),
     ({"attn_mask": zeros(5, 7, device="meta")}, ValueError, ["attn_mask", "cpu", "meta"]),
+    (
+        {"query": zeros(2, 1, 5, 8), "key": zeros(2, 1, 7, 8), "value": zeros(2, 1, 7, 8), "attn_mask": zeros(2, 5, 7)},
+        ValueError,
+        ["attn_mask", "[2, 1, 5, 7]", "[2, 5, 7]"],
+    ),
     ({"dropout_p": float("nan")}, ValueError, ["dropout_p", "nan", "less than 1"]),
     ({"dropout_p": 1.0}, ValueError, ["dropout_p", "1.0", "less than 1"]),
     ({"dropout_p": -0.1}, ValueError, ["dropout_p", "-0.1", "at least 0"]),
@@ -71,6 +76,12 @@ def test_wrong_arguments_are_named(change, exception, words, function):
         function(**(GOOD | change))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_lengths_on_the_cpu_are_checked_for_tensors_elsewhere():
+    query = zeros(2, 1, 4, 8, device="meta")
+    with pytest.raises(ValueError, match=r"key_lengths must be between 0 .* 4, got \[5, 1\]"):
+        scaled_dot_product_attention(query, query, query, key_lengths=[5, 1])
 
 
 def test_nothing_is_drawn_before_an_error():
