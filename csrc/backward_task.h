@@ -463,7 +463,11 @@ class BackwardTask {
       load_bias<F, T>(problem_, where, work_.bias);
     else
       load_bias<F, float>(problem_, where, work_.bias);
+    // Past the last query nothing is seen, or a key that is not finite would have weights there.
+    for (long q = where.queries.size(); q < width; q++)
+      for (long k = 0; k < where.keys.size(); k++) work_.bias[k * width + q] = -Limits<S>::infinity;
   }
+
   template <bool has_dropout, bool guarded>
   void gradients_of(Block<S> weights, Block<S> products, const Tile& where, [[maybe_unused]] long first) {
     const S* delta = work_.delta + where.queries.begin;

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastattn.backends import cpu
+from fastattn.problem import bias_gradient_shape
 from fastattn.testing import (
     CASES,
     GRADIENTS,
@@ -69,8 +70,7 @@ def _gradients(problem, out, lse, grad_out, grad_lse, wanted):
         name: torch.full(tensor.shape, torch.nan, dtype=tensor.dtype) if name in wanted else None
         for name, tensor in like.items()
     }
-    shape = [1 if stride == 0 else size for size, stride in zip(problem.bias.shape, problem.bias.stride(), strict=True)]
-    buffers["grad_bias"] = torch.zeros(shape) if "grad_bias" in wanted else None
+    buffers["grad_bias"] = torch.zeros(bias_gradient_shape(problem.bias)) if "grad_bias" in wanted else None
     cpu.backward(problem, out, lse, grad_out, grad_lse, **buffers)
     return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
@@ -131,11 +131,13 @@ def test_unattended_keys_and_values_change_nothing(ingredient, poison, dtype, is
         else:
             forbidding = torch.zeros(2, 2, 70, 220, dtype=dtype).masked_fill_(unattended, -torch.inf)
             problem = replace(problem, bias=forbidding)
-    clean = run_backend(cpu, problem, grad_out, grad_lse)
+    references = run_reference(problem)
+    out, lse = references["out"].to(dtype), references["lse"].to(problem.lse_dtype)
+    clean = _gradients(problem, out, lse, grad_out, grad_lse, GRADIENTS[:3])
     key, value = problem.key.clone(), problem.value.clone()
     key[..., unattended, :] = poison
     value[..., unattended, :] = poison
-    poisoned = run_backend(cpu, replace(problem, key=key, value=value), grad_out, grad_lse)
+    poisoned = _gradients(replace(problem, key=key, value=value), out, lse, grad_out, grad_lse, GRADIENTS[:3])
     for name, tensor in clean.items():
         assert torch.equal(tensor, poisoned[name]), name
     assert not poisoned["grad_key"][..., unattended, :].any()
