@@ -2,6 +2,7 @@
 // K, V, Q and dO stream through, panels and score blocks stay in the L1 cache.
 #pragma once
 
+#include "../backward_products.h"
 #include "../forward.h"
 #include "../probe.h"
 #include "part_list.h"
@@ -71,6 +72,26 @@ double output_part() {
   return 2.0 * bench_length * bench_dim * o.width;
 }
 
+// The backward's first two products, with what becomes of them in the same registers: P = exp2(S - lse) and
+// dS = P (dP - delta).
+template <class V>
+double weights_part() {
+  auto& o = Operands<V>::get();
+  for (long k = 0; k < bench_length; k += bench_keys)
+    weights_product<V>(bench_keys, DepthContiguous<typename V::element>{o.block(k), bench_dim / V::depth},
+                       o.panel_data(), bench_dim / V::depth, o.sum_data(), 1, {o.score_data(), o.width});
+  return 2.0 * bench_length * bench_dim * o.width;
+}
+template <class V>
+double score_gradients_part() {
+  auto& o = Operands<V>::get();
+  for (long k = 0; k < bench_length; k += bench_keys)
+    gradients_product<V>(bench_keys, DepthContiguous<typename V::element>{o.block(k), bench_dim / V::depth},
+                         o.panel_data(), bench_dim / V::depth, o.sum_data(), {o.score_data(), o.width},
+                         {o.score_data(), o.width});
+  return 2.0 * bench_length * bench_dim * o.width;
+}
+
 // dV += P^T dO and dK += dS^T Q: rows of weights against rows of a block; head dimension across the lanes.
 template <class V>
 double key_gradient_part() {
@@ -107,6 +128,8 @@ constexpr Part all_parts[] = {
     {"S = Q K^T  (and dP = dO V^T)", scores_part<V>},
     {"exp and row sums", softmax_part<V, degree>},
     {"O = P V", output_part<V>},
+    {"P = exp(S - lse), fused", weights_part<V>},
+    {"dS = P (dP - delta), fused", score_gradients_part<V>},
     {"dV = P^T dO (and dK = dS^T Q)", key_gradient_part<V>},
     {"dQ = dS K", query_gradient_part<V>},
 };
