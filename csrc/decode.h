@@ -23,7 +23,6 @@ class Decode {
   static constexpr int W = V::lanes;
   static constexpr int degree = sizeof(T) == 2 ? 3 : 5;
   static constexpr long block_keys = 64;  // per step: fits the L1 cache beside the queries
-  static constexpr bool in_place = sizeof(T) == sizeof(S);
 
  public:
   // With at most half a vector of queries, lanes along the queries would mostly idle.
@@ -55,10 +54,9 @@ class Decode {
       const Problem& p = d.problem_;
       query = layout.take<S>(d.rows_ * round_up(p.head_dim, W));
       weight = layout.take<S>(d.rows_ * block_keys);
-      wide = layout.take<S>(in_place || d.rows_ == 1 ? 0 : block_keys * max(p.head_dim, p.value_dim));
       bytes = layout.used();
     }
-    S *query, *weight, *wide;
+    S *query, *weight;
     size_t bytes;
   };
 
@@ -100,51 +98,56 @@ class Decode {
     const Tensor4<const T> key = problem_.key.as<const T>(), value = problem_.value.as<const T>();
     const T *k = key.at(b, kv_head, keys.begin), *v = value.at(b, kv_head, keys.begin);
     const long padded = round_up(problem_.head_dim, W), count = keys.size();
-    // Widened once where several rows read them; by each load where only one does.
-    if (in_place || rows_ == 1) {
-      for (long r = 0; r < rows_; r++)
-        score(work.query + r * padded, k, key.stride[2], count, work.weight + r * block_keys);
-    } else {
-      copy_widened<V>(k, key.stride[2], count, problem_.head_dim, work.wide, problem_.head_dim);
-      for (long r = 0; r < rows_; r++)
-        score(work.query + r * padded, work.wide, problem_.head_dim, count, work.weight + r * block_keys);
-    }
+    S* const weight = work.weight;
+    in_groups([&](auto group, long r) {
+      score<decltype(group)::value>(work.query + r * padded, k, key.stride[2], count,
+                                    weight + r * block_keys);
+    });
     for (long r = 0; r < rows_; r++)
-      weigh(b, head_of(kv_head, r), query_of(r), keys, band, work.weight + r * block_keys,
-            records + r * record_);
-    if (in_place || rows_ == 1) {
-      for (long r = 0; r < rows_; r++)
-        accumulate(work.weight + r * block_keys, v, value.stride[2], count, records + r * record_ + 2);
-    } else {
-      copy_widened<V>(v, value.stride[2], count, problem_.value_dim, work.wide, problem_.value_dim);
-      for (long r = 0; r < rows_; r++)
-        accumulate(work.weight + r * block_keys, work.wide, problem_.value_dim, count,
-                   records + r * record_ + 2);
-    }
+      weigh(b, head_of(kv_head, r), query_of(r), keys, band, weight + r * block_keys, records + r * record_);
+    in_groups([&](auto group, long r) {
+      accumulate<decltype(group)::value>(weight + r * block_keys, v, value.stride[2], count,
+                                         records + r * record_ + 2);
+    });
   }
 
-  // scores[count] = keys . query, W at a time: W sums across lanes are one transpose.
-  template <class K>
-  void score(const S* query, const K* keys, long stride, long count, S* scores) const {
-    const long whole = problem_.head_dim / W * W, rest = problem_.head_dim - whole;
+  // Rows are taken four at a time, which share each load (and widening) of a key or value.
+  template <class Function>
+  void in_groups(Function function) const {
+    long r = 0;
+    for (; r + 4 <= rows_; r += 4) function(std::integral_constant<int, 4>(), r);
+    for (; r + 2 <= rows_; r += 2) function(std::integral_constant<int, 2>(), r);
+    if (r < rows_) function(std::integral_constant<int, 1>(), r);
+  }
+
+  // scores[row][count] = keys . query[row], W keys at a time: W sums across lanes are one transpose.
+  template <int rows>
+  void score(const S* query, const T* keys, long stride, long count, S* scores) const {
+    const long padded = round_up(problem_.head_dim, W), whole = problem_.head_dim / W * W;
+    const long rest = problem_.head_dim - whole;
     for (long first = 0; first < count; first += W) {
-      vector products[W];
+      vector products[rows][W];
       for (int i = 0; i < W; i++) {
-        const K* key = keys + min(first + i, count - 1) * stride;
-        vector sum[2] = {V::zero(), V::zero()};
-        long d = 0;
-        for (; d + 2 * W <= whole; d += 2 * W) {
-          sum[0] = V::fma(V::load(key + d), V::load(query + d), sum[0]);
-          sum[1] = V::fma(V::load(key + d + W), V::load(query + d + W), sum[1]);
+        const T* key = keys + min(first + i, count - 1) * stride;
+        vector sum[rows];
+        UNROLL for (int r = 0; r < rows; r++) sum[r] = V::zero();
+        for (long d = 0; d < whole; d += W) {
+          const vector x = V::load(key + d);
+          UNROLL for (int r = 0; r < rows; r++) sum[r] = V::fma(x, V::load(query + r * padded + d), sum[r]);
         }
-        if (d < whole) sum[0] = V::fma(V::load(key + d), V::load(query + d), sum[0]);
-        if (rest) sum[1] = V::fma(V::load(key + whole, rest), V::load(query + whole), sum[1]);
-        products[i] = V::add(sum[0], sum[1]);
+        if (rest) {
+          const vector x = V::load(key + whole, rest);
+          UNROLL for (int r = 0; r < rows; r++) sum[r] =
+              V::fma(x, V::load(query + r * padded + whole), sum[r]);
+        }
+        UNROLL for (int r = 0; r < rows; r++) products[r][i] = sum[r];
       }
-      V::transpose(products);
-      UNROLL for (int half = W / 2; half > 0; half /= 2) UNROLL for (int i = 0; i < half; i++) products[i] =
-          V::add(products[i], products[i + half]);
-      V::store(scores + first, products[0]);
+      for (int r = 0; r < rows; r++) {
+        V::transpose(products[r]);
+        UNROLL for (int half = W / 2; half > 0; half /= 2) UNROLL for (int i = 0; i < half; i++)
+            products[r][i] = V::add(products[r][i], products[r][i + half]);
+        V::store(scores + r * block_keys + first, products[r][0]);
+      }
     }
   }
 
@@ -223,33 +226,45 @@ class Decode {
     }
   }
 
-  // out[Dv] += weights . values. A weight of 0 skips its value, which may be NaN in padding.
-  template <class K>
-  void accumulate(const S* weights, const K* values, long stride, long count, S* out) const {
-    constexpr int vectors = 8;
+  // out[row][Dv] += weights[row] . values. A weight of 0 in all rows skips its value, which may be NaN in
+  // padding.
+  template <int rows>
+  void accumulate(const S* weights, const T* values, long stride, long count, S* out) const {
+    constexpr int most = rows == 1 ? 8 : 16 / rows;
     long d = 0;
-    for (; d + vectors * W <= problem_.value_dim; d += vectors * W)
-      accumulate_columns<vectors>(weights, values + d, stride, count, out + d);
-    for (; d + W <= problem_.value_dim; d += W)
-      accumulate_columns<1>(weights, values + d, stride, count, out + d);
-    if (const long rest = problem_.value_dim - d) {
-      vector sum = V::load(out + d, rest);
-      for (long k = 0; k < count; k++)
-        if (weights[k] != 0) sum = V::fma(V::set1(weights[k]), V::load(values + k * stride + d, rest), sum);
-      V::store(out + d, sum, rest);
-    }
+    for (; d + most * W <= problem_.value_dim; d += most * W)
+      accumulate_columns<rows, most>(weights, values + d, stride, count, out + d, most * W);
+    for (; d < problem_.value_dim; d += W)
+      accumulate_columns<rows, 1>(weights, values + d, stride, count, out + d,
+                                  min<long>(W, problem_.value_dim - d));
   }
-  template <int vectors, class K>
-  INLINE static void accumulate_columns(const S* weights, const K* values, long stride, long count, S* out) {
-    vector sum[vectors];
-    UNROLL for (int j = 0; j < vectors; j++) sum[j] = V::load(out + j * W);
+  template <int rows, int vectors>
+  void accumulate_columns(const S* weights, const T* values, long stride, long count, S* out,
+                          long width) const {
+    vector sum[rows][vectors];
+    const bool whole = width == vectors * W;  // else one vector, in part
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < vectors; j++) sum[r][j] =
+        whole ? V::load(out + r * record_ + j * W) : V::load(out + r * record_, width);
     for (long k = 0; k < count; k++) {
-      if (weights[k] == 0) continue;
-      const vector p = V::set1(weights[k]);
-      UNROLL for (int j = 0; j < vectors; j++) sum[j] =
-          V::fma(p, V::load(values + k * stride + j * W), sum[j]);
+      vector p[rows];
+      bool any = false;
+      UNROLL for (int r = 0; r < rows; r++) {
+        any |= weights[r * block_keys + k] != 0;
+        p[r] = V::broadcast(weights + r * block_keys + k);
+      }
+      if (!any) continue;
+      UNROLL for (int j = 0; j < vectors; j++) {
+        const T* value = values + k * stride + j * W;
+        const vector x = whole ? V::load(value) : V::load(value, width);
+        UNROLL for (int r = 0; r < rows; r++) sum[r][j] = V::fma(p[r], x, sum[r][j]);
+      }
     }
-    UNROLL for (int j = 0; j < vectors; j++) V::store(out + j * W, sum[j]);
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < vectors; j++) {
+      if (whole)
+        V::store(out + r * record_ + j * W, sum[r][j]);
+      else
+        V::store(out + r * record_, sum[r][j], width);
+    }
   }
 
   // The rows of one key head from their chunks' records, which the first chunk's take up.

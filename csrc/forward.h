@@ -88,7 +88,7 @@ class Forward {
         block_keys_(choose_block()),
         panels_per_item_(choose_panels()),
         blocks_(ceil_div(problem.queries, panels_per_item_ * width)),
-        copy_values_(panels_per_item_ > 1 && problem.value.stride[2] * sizeof(T) % 256 == 0) {}
+        copy_values_(panels_per_item_ * width >= 128 && problem.value.stride[2] * sizeof(T) % 256 == 0) {}
 
   void run(int threads) const {
     parallel_for(problem_.batch * problem_.query_heads * blocks_, threads,
@@ -147,7 +147,7 @@ class Forward {
   int choose_panels() const {
     long panels = item_queries / width;
     const long heads = problem_.batch * problem_.query_heads;
-    while (panels > 1 && heads * ceil_div(problem_.queries, panels * width) < 32) panels /= 2;
+    while (panels * width > 64 && heads * ceil_div(problem_.queries, panels * width) < 32) panels /= 2;
     return static_cast<int>(min(panels, max(1L, ceil_div(problem_.queries, width))));
   }
 

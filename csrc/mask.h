@@ -62,12 +62,13 @@ struct Tile {
   Range queries, keys;
 };
 
-// Transposes 8 rows of 8 bytes: byte j of word i <-> byte i of word j.
-INLINE void transpose_bytes(uint64_t (&x)[8]) {
+// Transposes 8 x 8 bytes: byte j of word i <-> byte i of word j. A vector of words does a block per lane.
+template <class Word>
+INLINE void transpose_bytes(Word (&x)[8]) {
   const auto swap = [&x](int distance, int shift, uint64_t low) {
     UNROLL for (int i = 0; i < 8; i++) {
       if (i & distance) continue;
-      const uint64_t t = ((x[i] >> shift) ^ x[i + distance]) & low;
+      const Word t = ((x[i] >> shift) ^ x[i + distance]) & low;
       x[i + distance] ^= t;
       x[i] ^= t << shift;
     }
@@ -85,12 +86,14 @@ inline TileKind transpose_mask(const Problem& problem, const Tile& tile, uint8_t
   const long query_stride = mask.stride[2], key_stride = mask.stride[3];
   const uint8_t* source = mask.at(tile.batch, tile.head, tile.queries.begin, tile.keys.begin);
   const long queries = tile.queries.size(), keys = tile.keys.size();
-  uint64_t some = 0, every = ~0ull;
+  typedef uint64_t Words __attribute__((vector_size(32)));
+  constexpr uint64_t all_true = 0x0101010101010101ull;  // a bool is 0 or 1
+  uint64_t some = 0, every = all_true;
   if (query_stride == 0) {
     for (long k = 0; k < keys; k++) {
       const uint8_t value = source[k * key_stride] != 0;
       some |= value;
-      every &= value ? ~0ull : 0;
+      every &= value ? all_true : 0;
       memset(bytes + k * width, value, queries);
       memset(bytes + k * width + queries, 0, width - queries);
     }
@@ -99,20 +102,33 @@ inline TileKind transpose_mask(const Problem& problem, const Tile& tile, uint8_t
     const auto one = [&](long q, long k) {
       const uint8_t value = source[q * query_stride + k * key_stride] != 0;
       some |= value;
-      every &= value ? ~0ull : 0;
+      every &= value ? all_true : 0;
       bytes[k * width + q] = value;
     };
-    for (long q = 0; q < blocked_queries; q += 8) {
-      for (long k = 0; k < blocked_keys; k += 8) {
-        uint64_t block[8];
-        UNROLL for (int i = 0; i < 8; i++) {
-          memcpy(&block[i], source + (q + i) * query_stride + k, 8);
-          some |= block[i];
-          every &= block[i] * 0xff;
-        }
-        transpose_bytes(block);
-        UNROLL for (int i = 0; i < 8; i++) memcpy(bytes + (k + i) * width + q, &block[i], 8);
+    const auto block = [&](long q, long k, auto word) {
+      using Word = decltype(word);
+      constexpr int blocks = sizeof(Word) / 8;
+      Word x[8], or_all{}, and_all = Word{} + all_true;
+      UNROLL for (int i = 0; i < 8; i++) {
+        memcpy(&x[i], source + (q + i) * query_stride + k, sizeof(Word));
+        or_all |= x[i];
+        and_all &= x[i];
       }
+      transpose_bytes(x);
+      uint64_t words[8][blocks], ors[blocks], ands[blocks];
+      memcpy(words, x, sizeof x);
+      memcpy(ors, &or_all, sizeof ors);
+      memcpy(ands, &and_all, sizeof ands);
+      UNROLL for (int n = 0; n < blocks; n++) {
+        some |= ors[n];
+        every &= ands[n];
+        UNROLL for (int i = 0; i < 8; i++) memcpy(bytes + (k + 8 * n + i) * width + q, &words[i][n], 8);
+      }
+    };
+    for (long q = 0; q < blocked_queries; q += 8) {
+      long k = 0;
+      for (; k + 32 <= blocked_keys; k += 32) block(q, k, Words{});
+      for (; k < blocked_keys; k += 8) block(q, k, uint64_t{});
       for (long k = blocked_keys; k < keys; k++)
         for (long i = q; i < q + 8; i++) one(i, k);
     }
@@ -121,7 +137,7 @@ inline TileKind transpose_mask(const Problem& problem, const Tile& tile, uint8_t
     if (queries < width)
       for (long k = 0; k < keys; k++) memset(bytes + k * width + queries, 0, width - queries);
   }
-  return !some ? TileKind::empty : every == ~0ull ? TileKind::full : TileKind::mixed;
+  return !some ? TileKind::empty : every == all_true ? TileKind::full : TileKind::mixed;
 }
 
 // Classifies a tile; only when it is mixed, bytes [keys][width] tell for each key (row) and query (lane)
@@ -157,13 +173,12 @@ inline TileKind classify(const Problem& problem, const Band& band, const Tile& t
 // True when no query of the tile may attend to the key in this row of bytes.
 template <int width>
 INLINE bool is_dead(const uint8_t* row) {
-  uint64_t any = 0;
   for (int i = 0; i < width; i += 8) {
     uint64_t word = 0;
     memcpy(&word, row + i, width - i < 8 ? width - i : 8);
-    any |= word;
+    if (word) return false;
   }
-  return any == 0;
+  return true;
 }
 
 }  // namespace FASTATTN_ISA_NAMESPACE

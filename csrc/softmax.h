@@ -178,6 +178,18 @@ inline void load_bias(const Problem& problem, const Tile& tile, typename V::scal
   const long query_stride = source.stride[2], key_stride = source.stride[3];
   const long queries = tile.queries.size(), keys = tile.keys.size();
   const T* data = source.at(tile.batch, tile.head, tile.queries.begin, tile.keys.begin);
+  if (query_stride == 0) {
+    // One value per key: converted W keys at a time, then spread over the row.
+    for (long k = 0; k < keys; k += W) {
+      const long count = min<long>(W, keys - k);
+      alignas(64) S values[W] = {};
+      for (long i = 0; i < count; i++) V::store(values + i, V::load(data + (k + i) * key_stride, 1), 1);
+      V::store(values, bias_in_log2<V>(V::load(values)));
+      for (long i = 0; i < count; i++)
+        UNROLL for (int j = 0; j < width; j += W) V::store(bias + (k + i) * width + j, V::set1(values[i]));
+    }
+    return;
+  }
   const auto gather = [&](long q, long k) {
     alignas(64) S buffer[W] = {};
     for (long i = 0; i < min<long>(W, queries - q); i++)
@@ -187,7 +199,7 @@ inline void load_bias(const Problem& problem, const Tile& tile, typename V::scal
   for (long q = 0; q < queries; q += W) {
     const long count = min<long>(W, queries - q);
     long k = 0;
-    if (key_stride == 1 && query_stride != 0 && count == W) {
+    if (key_stride == 1 && count == W) {
       for (; k + W <= keys; k += W) {
         typename V::vector block[W];
         UNROLL for (int i = 0; i < W; i++) block[i] =
@@ -197,15 +209,7 @@ inline void load_bias(const Problem& problem, const Tile& tile, typename V::scal
       }
     }
     for (; k < keys; k++) {
-      typename V::vector row;
-      if (query_stride == 0) {
-        alignas(64) S one[W];
-        V::store(one, V::load(data + k * key_stride, 1));
-        row = V::set1(one[0]);
-      } else {
-        row = gather(q, k);
-      }
-      V::store(bias + k * width + q, bias_in_log2<V>(row));
+      V::store(bias + k * width + q, bias_in_log2<V>(gather(q, k)));
     }
   }
 }
