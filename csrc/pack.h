@@ -11,8 +11,8 @@ namespace FASTATTN_ISA_NAMESPACE {
 // panel[depth][lanes of the vectors] = transpose of rows [rows][depth], widened, times `factor`; lanes past
 // the last row are 0 up to a whole number of vectors. row_stride counts elements of T.
 template <class V, class T>
-inline void pack_transposed(const T* rows, long row_stride, long row_count, long depth, typename V::scalar factor,
-                            typename V::scalar* panel, long panel_stride) {
+inline void pack_transposed(const T* rows, long row_stride, long row_count, long depth,
+                            typename V::scalar factor, typename V::scalar* panel, long panel_stride) {
   constexpr int W = V::lanes;
   const auto f = V::set1(factor);
   for (long row = 0; row < row_count; row += W) {
@@ -26,7 +26,8 @@ inline void pack_transposed(const T* rows, long row_stride, long row_count, long
         V::load_transposed(source, row_stride, block);
         UNROLL for (int i = 0; i < W; i++) V::store(target + i * panel_stride, V::mul(block[i], f));
       } else {
-        for (int i = 0; i < W; i++) block[i] = i < count ? V::load(source + i * row_stride, width) : V::zero();
+        for (int i = 0; i < W; i++)
+          block[i] = i < count ? V::load(source + i * row_stride, width) : V::zero();
         V::transpose(block);
         for (int i = 0; i < width; i++) V::store(target + i * panel_stride, V::mul(block[i], f));
       }
