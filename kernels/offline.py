@@ -21,7 +21,9 @@ from . import arguments
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: Shared memory that one program may have, in bytes, by architecture.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "STL", "LDL")
+#: The matrix instructions of the architectures, as the disassembler names them.
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
+INSTRUCTIONS = (*MATRIX, "UTMALDG", "LDGSTS", "MUFU.EX2", "STL", "LDL")
 
 
 class AbsentDevice:
@@ -79,17 +81,50 @@ def compiling_for(architecture: int) -> Iterator[list]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: per thread, per program, and how often instructions stand in its code."""
+    """What a compiled kernel takes: per thread, per program, and how often instructions stand in its code.
+
+    ``loop_spills`` counts the spill instructions in its innermost loops with matrix or fused multiply-add
+    products; ``main_loop`` counts the instructions in the shortest of these, the one over full tiles.
+    """
 
     registers: int
     spill_bytes: int
+    loop_spills: int
     shared_bytes: int
     warps: int
     instructions: dict[str, int]
+    main_loop: dict[str, int]
 
 
 def tool(name: str, *arguments_: str) -> str:
     return subprocess.run([TOOLS / name, *arguments_], capture_output=True, text=True, check=True).stdout
+
+
+def innermost_loops(code: str) -> list[list[str]]:
+    """The instructions of each loop of a disassembly that holds no other loop."""
+    instructions, labels = [], {}
+    for line in code.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line)
+        if found:
+            instructions.append(found[1].strip())
+    spans = []
+    for at, text in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)
+        if target and labels.get(target[1], at + 1) <= at:
+            spans.append((labels[target[1]], at + 1))
+    return [
+        instructions[begin:end]
+        for begin, end in spans
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans)
+    ]
+
+
+def count(instructions: list[str]) -> dict[str, int]:
+    """How often each of INSTRUCTIONS occurs."""
+    return {name: sum(text.startswith(name) for text in instructions) for name in INSTRUCTIONS}
 
 
 def resources(kernel) -> Resources:
@@ -99,5 +134,17 @@ def resources(kernel) -> Resources:
         file.flush()
         usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "--dump-resource-usage", file.name))
         code = tool("nvdisasm", "-c", file.name)
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
-    return Resources(int(usage[1]), int(usage[2]), kernel.metadata.shared, kernel.metadata.num_warps, counts)
+    every = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", code)
+    products = [
+        loop for loop in innermost_loops(code) if any(text.startswith((*MATRIX, "FFMA", "FFMA2")) for text in loop)
+    ]
+    counts = [count(loop) | {"all": len(loop)} for loop in products]
+    return Resources(
+        registers=int(usage[1]),
+        spill_bytes=int(usage[2]),
+        loop_spills=sum(loop["STL"] + loop["LDL"] for loop in counts),
+        shared_bytes=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+        instructions=count(every),
+        main_loop=min(counts, key=lambda loop: loop["all"], default={}),
+    )
