@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +48,6 @@ def run(
     if not machine.has_cores(2) and "two threads" in chosen:
         console.print("One core only: the part with two threads is left out.")
         chosen = tuple(given for given in chosen if given != "two threads")
-    start = time.monotonic()
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         outcome = run_parts(chosen, seconds_scale, select, progress)
@@ -57,7 +55,6 @@ def run(
     if "machine" not in result:
         console.print(outcome.output, markup=False)
         raise typer.Exit(1)
-    result["minutes"] = round((time.monotonic() - start) / 60, 1)
     print_result(result)
 
     result["name"] = slug = name or "cpu-" + re.sub(r"[^a-z0-9.]+", "-", result["machine"]["cpu"].lower()).strip("-")
@@ -74,7 +71,8 @@ def run(
     if result["memory"]:
         written.append(plots / f"{slug}-memory.png")
         plot_memory(result, written[-1])
-    console.print(f"{result['minutes']} minutes; wrote", ", ".join(str(p) for p in written))
+    minutes = sum(about["minutes"] for about in result["parts"].values())
+    console.print(f"{minutes:.1f} minutes; wrote", ", ".join(str(p) for p in written))
     if outcome.failed:
         console.print(outcome.output, markup=False)
         console.print("[red]failed:[/] " + ", ".join(outcome.failed))

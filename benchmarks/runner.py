@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ def run_parts(parts: tuple[str, ...], seconds_scale: float, select: str, progres
     outcome = Outcome({"schema": SCHEMA, "parts": {}, "lines": [], "memory": []})
     for part in parts:
         task = progress.add_task(part, total=None)
+        start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             record = Path(folder) / "benchmark.json"
             command = [sys.executable, "-m", "pytest", "benchmarks", "-v", "--color=no", "-p", "no:cacheprovider"]
@@ -60,6 +62,7 @@ def run_parts(parts: tuple[str, ...], seconds_scale: float, select: str, progres
                 outcome.failed.append(f"{part}: no benchmark finished")
                 continue
             _condense(json.loads(record.read_text()), part, outcome.result)
+            outcome.result["parts"][part]["minutes"] = round((time.monotonic() - start) / 60, 1)
     return outcome
 
 

@@ -237,13 +237,11 @@ def test_a_part_run_alone_completes_the_result() -> None:
         "parts": {"one thread": {"isa": "old"}, "avx2": {"isa": "avx2"}},
         "lines": [{"part": "one thread", "share": 0.1}, {"part": "avx2", "share": 0.2}],
         "memory": [{"bytes": 1}],
-        "minutes": 9.0,
     }
     after = about | {
         "parts": {"one thread": {"isa": "new"}},
         "lines": [{"part": "one thread", "share": 0.3}],
         "memory": [],
-        "minutes": 1.0,
     }
     both = merged(before, after)
     assert both["parts"] == {"one thread": {"isa": "new"}, "avx2": {"isa": "avx2"}}
