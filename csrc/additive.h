@@ -32,7 +32,7 @@ struct AdditiveOutput {
 // gradient of the score in natural units:
 //   grad_query [chunks, B, Lq, D]   sum_j dS (r^2 - r), over the chunk's keys
 //   grad_key   [B, Lk, D]           sum_i dS (r^2 - r)
-//   grad_weight [chunks, B, D]      sum_ij dS r
+//   grad_weight [chunks, B, D]      sum_ij dS (r - 1/2)
 //   grad_value [B, Lk, Dv]          P^T grad_out
 struct AdditiveGradients {
   int64_t chunks = 1;

@@ -279,7 +279,8 @@ class Additive {
     }
     UNROLL for (int x = 0; x < n; x++) {
       const vector ds = V::set1(grad_score[x]);
-      of_weight = V::fma(ds, r[x], of_weight);
+      // The dS of a query add up to 0: subtracting half of each keeps the terms, and their rounding, small.
+      of_weight = V::fma(ds, V::sub(r[x], V::set1(S(0.5))), of_weight);
       const vector slope = V::mul(ds, V::fms(r[x], r[x], r[x]));
       of_query = V::add(of_query, slope);
       S* target = grad_key + x * features;

@@ -96,6 +96,7 @@ class AdditiveAttention(nn.Module):
         return out, weights
 
 
+@torch.compiler.disable
 def _call(query, key, value, weight, key_lengths, key_mask):
     mask = _checked_mask(query, key, value, weight, key_lengths, key_mask)
     return _Additive.apply(query, key, value, weight, mask)

@@ -85,8 +85,7 @@ class Call:
         outputs = (grad_query, grad_key, grad_value, grad_weight)
         addresses = [tensor.data_ptr() for tensor in (*inputs, *outputs)]
         cpu._C.additive_backward(self.description, chunks, *addresses, torch.get_num_threads())
-        # The engine sums dS (r^2 - r) with r = (1 - tanh) / 2, and 1 - tanh^2 is -4 (r^2 - r).  The weight's
-        # gradient is sum dS (1 - 2 r), and the dS of a query add up to 0.
+        # The engine sums dS (r^2 - r) and dS (r - 1/2), with r = (1 - tanh) / 2: 1 - tanh^2 is -4 (r^2 - r).
         return (
             grad_query.sum(0)[:, :, : self.features].mul_(self.slope),
             grad_key[:, :, : self.features].mul_(self.slope),
