@@ -64,6 +64,7 @@ def compiling_for(architecture: int) -> Iterator[list]:
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
+        self.device_caches.clear()  # they are by device number, and hold the target of the first compilation
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         compiled.append((self.fn.__name__, kernel))
         return kernel
