@@ -1,0 +1,224 @@
+"""What the plain Triton kernels must do at the edges of their tiles, checked under Triton's interpreter.
+
+The interpreter has to be on before Triton is imported, so ``python tests/triton_checks.py NAME...`` runs in a
+process of its own; it prints one JSON object per check. Tiles are small, so that small problems have full,
+border and skipped ones; keys that no query may attend to hold NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+
+from fastattn import reference
+from fastattn.problem import make_problem
+from fastattn.testing import Case, assert_within_budget, run_backend, run_reference
+
+SMALL = {"batch": 1, "heads": 2, "queries": 37, "keys": 70, "head_dim": 16}
+
+#: (case, dtype): every ingredient, and every pair of ingredients that meet in one line of a kernel.
+CASES = [
+    (Case("plain", **SMALL), "float32"),
+    (Case("one_by_one", batch=1, heads=1, queries=1, keys=1, head_dim=8), "bfloat16"),
+    (Case("tile_edges", batch=1, heads=1, queries=32, keys=64, head_dim=32), "float16"),
+    (Case("upper_left", **SMALL, causal="upper_left"), "bfloat16"),
+    (Case("lower_right", **SMALL, causal="lower_right"), "float16"),
+    (Case("lower_right_more_queries", batch=1, heads=1, queries=70, keys=37, causal="lower_right"), "bfloat16"),
+    (Case("window", **SMALL, window=(9, 3)), "float32"),
+    (Case("window_left_causal", **SMALL | {"queries": 70}, window=(20, None), causal="upper_left"), "bfloat16"),
+    (Case("window_right", **SMALL, window=(None, 5)), "float16"),
+    (Case("lengths", **SMALL | {"batch": 3}, key_lengths=(70, 0, 33)), "bfloat16"),
+    (Case("lengths_lower_right", **SMALL | {"batch": 2}, key_lengths=(70, 20), causal="lower_right"), "float32"),
+    (Case("mask_full", **SMALL, mask="full", masked_rows=True), "bfloat16"),
+    (Case("mask_keys_causal", **SMALL, mask="keys", causal="upper_left"), "float16"),
+    (Case("bias_full", **SMALL, bias="full"), "bfloat16"),
+    (Case("bias_shared", **SMALL | {"batch": 2}, bias="shared", masked_rows=True), "float32"),
+    (Case("bias_per_head", **SMALL | {"batch": 2}, bias="per_head", window=(16, 16)), "float16"),
+    (Case("bias_keys", **SMALL, bias="keys", masked_rows=True), "float16"),
+    (Case("bias_per_batch", **SMALL | {"batch": 2}, bias="per_batch"), "float32"),
+    (Case("bias_queries", **SMALL, bias="queries"), "bfloat16"),
+    (Case("bias_scalar", **SMALL, bias="scalar"), "float32"),
+    (Case("dropout", **SMALL, dropout_p=0.3), "float32"),
+    (Case("grouped", **SMALL | {"heads": 4}, kv_heads=2, causal="lower_right"), "bfloat16"),
+    (Case("grouped_bias_dropout", **SMALL | {"heads": 4}, kv_heads=1, bias="per_head", dropout_p=0.2), "float16"),
+    (Case("value_dim", **SMALL | {"head_dim": 40}, value_dim=24), "bfloat16"),
+    (Case("head_dim_5", **SMALL | {"head_dim": 5}, value_dim=70, layout="transposed"), "float32"),
+    (Case("packed", **SMALL | {"heads": 3}, layout="packed"), "float16"),
+    (Case("broadcast", **SMALL | {"batch": 2}, layout="broadcast"), "bfloat16"),
+    (Case("negative_scale", **SMALL, scale=-0.3), "float32"),
+    (Case("no_keys", batch=1, queries=5, keys=0), "float32"),
+    (Case("no_queries", batch=1, queries=0, keys=5), "float32"),
+]
+TMA_CASES = ("upper_left", "window", "lengths", "mask_keys_causal", "bias_full", "grouped", "value_dim")
+
+
+def with_hidden_keys_poisoned(problem):
+    """NaN in every key and value that no query of any head may attend to."""
+    visible = reference.allowed(problem).expand(*problem.query.shape[:3], problem.key.shape[2]).any(2)
+    hidden = ~visible.unflatten(1, (-1, problem.group_size)).any(2)[..., None]
+    if not hidden.any():
+        return problem
+    return replace(
+        problem, key=problem.key.masked_fill(hidden, torch.nan), value=problem.value.masked_fill(hidden, torch.nan)
+    )
+
+
+def check_case(case: Case, dtype: str, tma: bool = False) -> None:
+    """Forward and backward within the error budget, bitwise equal when repeated."""
+    from fastattn.kernels import launch
+    from fastattn.kernels.configs import Config
+
+    config = Config(16, 32, tma=tma)
+    backend = SimpleNamespace(
+        forward=partial(launch.forward, config=config),
+        backward=partial(launch.backward, key_value_config=config, query_config=config),
+    )
+    problem = case.make(dtype=getattr(torch, dtype))
+    grad_out = case.make_grad_out(dtype=problem.query.dtype)
+    grad_lse = case.make_grad_lse()
+    poisoned = with_hidden_keys_poisoned(problem)
+    results = run_backend(backend, poisoned, grad_out, grad_lse)
+    exact = run_reference(problem, grad_out, grad_lse)
+    naive = run_reference(problem, grad_out, grad_lse, dtype=None)
+    assert_within_budget(results, problem, exact, naive, grad_out)
+    again = run_backend(backend, poisoned, grad_out, grad_lse)
+    for name, tensor in results.items():
+        assert torch.equal(tensor, again[name]), f"{name} differs when repeated"
+
+
+def check_default_configurations() -> None:
+    """The shipped tiles, through the public function and autograd."""
+    import fastattn
+
+    case = Case("default", batch=1, heads=2, queries=70, keys=140, causal="lower_right")
+    problem = case.make(dtype=torch.bfloat16)
+    inputs = [tensor.requires_grad_() for tensor in (problem.query, problem.key, problem.value)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+
+    def results(tensors, backend):
+        out = fastattn.scaled_dot_product_attention(*tensors, causal="lower_right", backend=backend)
+        return out, *torch.autograd.grad(out.double().square().sum(), tensors)
+
+    for found, expected in zip(results(inputs, "triton"), results(exact, "reference"), strict=True):
+        error = (found.double() - expected).abs().max() / expected.abs().max()
+        assert error < 0.02, error
+
+
+def check_decode(splits: int, **ingredients) -> None:
+    """Few queries, the keys split: equal to the reference, also for empty rows and empty splits."""
+    from fastattn.kernels import launch
+    from fastattn.kernels.configs import Config
+
+    case = Case("decode", batch=2, heads=4, kv_heads=2, queries=3, keys=150, head_dim=16, **ingredients)
+    problem = case.make(dtype=torch.bfloat16)
+    backend = SimpleNamespace(forward=lambda p, out, lse: launch.decode(p, out, lse, splits, Config(16, 32)))
+    results = run_backend(backend, with_hidden_keys_poisoned(problem))
+    assert_within_budget(results, problem, run_reference(problem), run_reference(problem, dtype=None))
+
+
+def check_decode_is_chosen() -> None:
+    """The backend splits the keys of a long cache by itself."""
+    from fastattn.backends import triton as backend
+    from fastattn.kernels import launch
+
+    problem = Case("cache", batch=1, heads=4, kv_heads=1, queries=1, keys=1030, head_dim=16).make()
+    assert launch.splits_keys(problem) and launch.decode_splits(problem) > 1
+    results = run_backend(backend, problem)
+    assert_within_budget(results, problem, run_reference(problem), run_reference(problem, dtype=None))
+
+
+def check_weights(average: bool) -> None:
+    """The weights after dropout, per head and averaged."""
+    from fastattn.backends import triton as backend
+
+    case = Case(
+        "weights", batch=2, heads=4, kv_heads=2, queries=20, keys=40, head_dim=16, mask="full", masked_rows=True
+    )
+    problem = replace(case.make(), causal="lower_right", dropout_p=0.25)
+    out = problem.query.new_empty(2, 4, 20, 16)
+    lse = out.new_empty(2, 4, 20)
+    backend.forward(problem, out, lse)
+    weights = out.new_full((2, 20, 40) if average else (2, 4, 20, 40), torch.nan)
+    backend.weights(problem, lse, weights, average)
+    expected = reference.weights(reference.in_dtype(problem, torch.float64), average)
+    assert (weights - expected).abs().max() < 1e-5
+
+
+def check_same_drops() -> None:
+    """The kernels drop exactly the elements that the specification drops, whatever seed and offset."""
+    from fastattn.backends import triton as backend
+
+    query = torch.zeros(2, 3, 21, 16)
+    key = value = torch.zeros(2, 3, 50, 16)
+    for seed, offset in ((0, 0), (2**62 + 12345, 2**40 + 2**31 + 5), (-3, 1)):
+        problem = make_problem(query, key, value, dropout_p=0.4, rng_state=torch.tensor([seed, offset]))
+        weights = torch.full((2, 3, 21, 50), torch.nan)
+        backend.weights(problem, torch.zeros(2, 3, 21), weights, False)
+        assert torch.equal(weights != 0, reference.dropout_keep(problem))
+
+
+def check_lowest_bias() -> None:
+    """A bias of finfo.min everywhere forbids nothing: the row is the mean of V."""
+    from fastattn.backends import triton as backend
+
+    query, key, value = torch.randn(3, 1, 1, 33, 16)
+    bias = torch.full((33, 33), torch.finfo(torch.float32).min)
+    problem = make_problem(query, key, value, bias)
+    out, lse = torch.empty_like(query), torch.empty(1, 1, 33)
+    backend.forward(problem, out, lse)
+    assert (out - value.mean(2, keepdim=True)).abs().max() < 1e-6
+
+
+def check_refusals() -> None:
+    """What the engine cannot take, it says."""
+    from fastattn.backends import triton as backend
+
+    double = make_problem(*torch.zeros(3, 1, 1, 4, 8, dtype=torch.float64))
+    wide = make_problem(*torch.zeros(3, 1, 1, 4, 513))
+    assert any("float64" in reason for reason in backend.reasons(double))
+    assert any("513" in reason and "512" in reason for reason in backend.reasons(wide))
+    assert backend.unavailable() is None
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    **{f"{case.name}-{dtype}": partial(check_case, case, dtype) for case, dtype in CASES},
+    **{f"{case.name}-tma": partial(check_case, case, "float16", True) for case, _ in CASES if case.name in TMA_CASES},
+    "default_configurations": check_default_configurations,
+    "decode_lengths": partial(check_decode, 4, key_lengths=(0, 100)),
+    "decode_causal_window": partial(check_decode, 2, causal="lower_right", window=(60, None)),
+    "decode_mask_bias": partial(check_decode, 1, mask="full", bias="per_head", masked_rows=True),
+    "decode_is_chosen": check_decode_is_chosen,
+    "weights": partial(check_weights, False),
+    "weights_average": partial(check_weights, True),
+    "same_drops": check_same_drops,
+    "lowest_bias": check_lowest_bias,
+    "refusals": check_refusals,
+}
+
+
+def main(names: list[str]) -> None:
+    assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
+    import triton_interpreter
+
+    triton_interpreter.install()
+    torch.set_num_threads(1)
+    for name in names or CHECKS:
+        torch.manual_seed(0)
+        try:
+            CHECKS[name]()
+            failure = None
+        except Exception:
+            failure = traceback.format_exc()
+        print(json.dumps({"name": name, "failure": failure}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
