@@ -31,7 +31,7 @@ console = Console(width=None if Console().is_terminal else 160)
 def run(
     name: Annotated[str, typer.Option(help="The result's name; default: from the processor's.")] = "",
     part: Annotated[
-        list[str] | None, typer.Option(help="Only this part; repeatable. The result keeps what it has of others.")
+        list[str] | None, typer.Option(help="Only this part; repeatable. The result keeps its other lines.")
     ] = None,
     select: Annotated[str, typer.Option("-k", help="Only what matches this pytest expression.")] = "",
     seconds_scale: Annotated[float, typer.Option(min=0.01, help="Factor on the time of each measurement.")] = 1.0,
@@ -61,7 +61,7 @@ def run(
     results.mkdir(parents=True, exist_ok=True)
     plots.mkdir(parents=True, exist_ok=True)
     path = results / f"{slug}.json"
-    if part and path.exists():
+    if (part or select) and path.exists():
         result = merged(json.loads(path.read_text()), result)
     path.write_text(json.dumps(result, indent=1) + "\n")
     written = [path]

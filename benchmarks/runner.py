@@ -97,13 +97,17 @@ def _condense(record: dict, part: str, result: dict) -> None:
 
 
 def merged(before: dict, result: dict) -> dict:
-    """A result of some parts, completed by an earlier result's other parts.
+    """A result of some parts or lines, completed by an earlier result's others.
 
     Only where both are of one machine, with the same versions, on the same day: else the new one alone.
     """
     if any(before.get(key) != result[key] for key in ("schema", "machine", "versions", "date")):
         return result
-    other = {part: about for part, about in before["parts"].items() if part not in result["parts"]}
-    kept = [line for line in before["lines"] if line["part"] in other]
-    joined = before | result | {"parts": other | result["parts"], "lines": kept + result["lines"]}
+
+    def key(line: dict) -> tuple[str, str, str]:
+        return line["part"], line["group"], line["workload"]
+
+    new = {key(line): line for line in result["lines"]}
+    lines = [new.pop(key(line), line) for line in before["lines"]] + list(new.values())
+    joined = before | result | {"parts": before["parts"] | result["parts"], "lines": lines}
     return joined | {"memory": result["memory"] or before["memory"]}

@@ -82,7 +82,7 @@ class Entry:
     beside: dict[str, Workload | ModuleWorkload] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
     ceiling: str = "fma"
-    seconds: float = 1.5
+    seconds: float = 1.0
 
     def __str__(self) -> str:
         return f"{self.group}: {self.workload}"
@@ -133,7 +133,7 @@ def rate_entries(dtype: torch.dtype, column: int) -> Iterator[Entry]:
         peers = peers_for(workload)
         if dtype == FP32 and not backward and onnx_peer.installed():
             peers += ("onnxruntime",)
-        yield Entry("rate", workload, peers, beside, tuple(targets), seconds=2.5)
+        yield Entry("rate", workload, peers, beside, tuple(targets), seconds=2.0)
 
 
 def ingredient_entries() -> Iterator[Entry]:
@@ -194,7 +194,6 @@ def decode_entries() -> Iterator[Entry]:
                 ("torch", "naive"),
                 {},
                 (Target("ratio", ">=", 1.0, "torch"),),
-                ceiling="read",
                 seconds=0.5,
             )
 
@@ -247,7 +246,7 @@ def two_thread_entries() -> Iterator[Entry]:
     scales = (Target("ratio", ">=", 1.9, "one thread"),)
     for entry in rate_entries(FP32, 0):
         against_torch = tuple(target for target in entry.targets if target.other == "torch")
-        yield replace(entry, group="two threads", targets=scales + against_torch, seconds=2.0)
+        yield replace(entry, group="two threads", targets=scales + against_torch, seconds=1.5)
     for dtype, causal, backward in AGAINST_TORCH:
         if dtype != FP32:
             workload = Workload(2, 8, 2048, 64, dtype, backward, causal)

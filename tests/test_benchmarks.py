@@ -174,7 +174,7 @@ def test_peers_are_timed_between_the_rounds(monkeypatch: pytest.MonkeyPatch) -> 
         turns.run_call()
         own.append(clock[0] - start)
     # What took 7 s is not timed again; the two others take turns in coming first.
-    assert order == ["torch", "plain", "fastattn", "plain", "torch", "fastattn"] * 2
+    assert order == ["plain", "torch", "fastattn", "torch", "plain", "fastattn"] * 2
     summary = turns.summary(own, work=50.0)
     assert summary["seconds"] == pytest.approx({"fastattn": 0.1, "torch": 0.3, "plain": 0.05, "naive": 7.0})
     assert summary["ratio"] == pytest.approx({"torch": 3.0, "plain": 0.5, "naive": 70.0})
@@ -188,10 +188,10 @@ def test_short_calls_are_repeated_within_a_sample(monkeypatch: pytest.MonkeyPatc
     def short() -> None:
         clock[0] += 10e-6
 
-    turns = Turns(short, {}, None, seconds=0.01)
-    assert turns.repeats == 20
-    assert turns.rounds == 25
-    summary = turns.summary([20 * 10e-6] * 25, work=1.0)
+    turns = Turns(short, {}, None, seconds=0.02)
+    assert turns.repeats == 200
+    assert turns.rounds == 10
+    summary = turns.summary([200 * 10e-6] * 10, work=1.0)
     assert summary["seconds"]["fastattn"] == pytest.approx(10e-6)
     assert "share" not in summary
 
@@ -231,21 +231,24 @@ def test_a_failing_check_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome.result["lines"] == []
 
 
-def test_a_part_run_alone_completes_the_result() -> None:
+def test_lines_measured_alone_complete_the_result() -> None:
+    def line(part: str, workload: str, share: float) -> dict:
+        return {"part": part, "group": "rate", "workload": workload, "share": share}
+
     about = {"schema": 1, "machine": "m", "versions": "v", "date": "d"}
     before = about | {
         "parts": {"one thread": {"isa": "old"}, "avx2": {"isa": "avx2"}},
-        "lines": [{"part": "one thread", "share": 0.1}, {"part": "avx2", "share": 0.2}],
+        "lines": [line("one thread", "a", 0.1), line("one thread", "b", 0.2), line("avx2", "a", 0.3)],
         "memory": [{"bytes": 1}],
     }
     after = about | {
         "parts": {"one thread": {"isa": "new"}},
-        "lines": [{"part": "one thread", "share": 0.3}],
+        "lines": [line("one thread", "c", 0.4), line("one thread", "b", 0.5)],
         "memory": [],
     }
     both = merged(before, after)
     assert both["parts"] == {"one thread": {"isa": "new"}, "avx2": {"isa": "avx2"}}
-    assert [line["share"] for line in both["lines"]] == [0.2, 0.3]
+    assert [entry["share"] for entry in both["lines"]] == [0.1, 0.5, 0.3, 0.4]
     assert both["memory"] == [{"bytes": 1}]
     assert merged(before | {"date": "yesterday"}, after) == after
 
