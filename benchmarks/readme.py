@@ -107,6 +107,7 @@ def ingredients(result: dict) -> str:
     for line in _lines(result, "one thread", "ingredients"):
         fields = line["fields"]
         what = line["workload"].split("forward+backward" if fields["backward"] else "forward", 1)[1].strip()
+        what = {"bool": "bool mask", "bias_grad": "bias with gradient"}.get(what, what)
         if fields["kv_heads"]:
             what = f"{fields['heads'] // fields['kv_heads']} query heads per key head"
         rows.append(
