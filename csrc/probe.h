@@ -33,14 +33,17 @@ __attribute__((noinline)) void multiply_add_rounds(typename V::scalar* values, i
   V::store(values, sum[0]);
 }
 
-// Runs `rounds` rounds on every thread. Returns the floating-point operations done.
+// Runs `rounds` rounds for every thread, in pieces, so that a thread that starts late does not leave
+// another's whole share to be waited for. Returns the floating-point operations done.
 template <class V>
 double multiply_add_probe(int threads, int64_t rounds) {
   using T = typename V::scalar;
-  parallel_for(threads, threads, probe_values<V> * sizeof(T), [=](int64_t, void* scratch) {
+  constexpr int64_t pieces = 64;
+  rounds = ceil_div(rounds, pieces) * pieces;
+  parallel_for(threads * pieces, threads, probe_values<V> * sizeof(T), [=](int64_t, void* scratch) {
     T* values = static_cast<T*>(scratch);
     for (int i = 0; i < probe_values<V>; i++) values[i] = 0;
-    multiply_add_rounds<V>(values, rounds);
+    multiply_add_rounds<V>(values, rounds / pieces);
   });
   return 2.0 * V::depth * V::lanes * V::tile_rows * V::tile_vectors * rounds * threads;
 }
