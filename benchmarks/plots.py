@@ -39,7 +39,9 @@ def plot_throughput(result: dict, path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), **style)
         ceiling = [(line["fields"]["length"], line["ceiling"] / 1e9) for line in chosen]
         if ceiling:
-            axes.plot(*zip(*ceiling, strict=True), color="black", linestyle="--", linewidth=1, label="FMA rate, probed beside")
+            axes.plot(
+                *zip(*ceiling, strict=True), color="black", linestyle="--", linewidth=1, label="FMA rate, probed beside"
+            )
         axes.set_title(title, fontsize=10)
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
