@@ -155,10 +155,13 @@ class Decode {
   void weigh(long b, long h, long i, Range keys, const Band& band, S* scores, S* record) const {
     const long count = keys.size();
     const Range seen = intersect(band.row(i), keys);
-    auto largest = V::set1(-Limits<S>::infinity);
+    auto largest = V::set1(-Limits<S>::infinity), strange = V::zero();
     for (long k = 0; k < count; k += W) {
-      auto score = V::mul(V::load(scores + k), V::set1(static_cast<S>(problem_.scale * log2_e)));
-      if (problem_.bias.data) score = V::add(score, bias(b, h, i, keys.begin + k, min<long>(W, count - k)));
+      const auto factor = V::set1(static_cast<S>(problem_.scale * log2_e));
+      const auto product = V::load(scores + k);
+      vector score = V::mul(product, factor);
+      if (problem_.bias.data)
+        score = with_bias<V>(product, factor, bias(b, h, i, keys.begin + k, min<long>(W, count - k)));
       const auto inside =
           V::both(V::first_lanes(seen.end - keys.begin - k), V::lanes_from(seen.begin - keys.begin - k));
       score = V::select(inside, score, V::set1(-Limits<S>::infinity));
@@ -170,8 +173,12 @@ class Decode {
       }
       V::store(scores + k, score);
       largest = V::max(largest, score);
+      strange = V::max(strange, one_if_nan(score));
     }
-    const S old = record[0], now = max(old, V::maximum(largest));
+    const S old = record[0];
+    S now = max(old, V::maximum(largest));
+    // A maximum loses NaN: with a finite reference the weights carry it on.
+    if (now < Limits<S>::lowest && V::maximum(strange) > 0) now = 0;
     if (now < Limits<S>::lowest) {  // nothing to attend to yet
       memset(scores, 0, block_keys * sizeof(S));
       return;
@@ -190,6 +197,12 @@ class Decode {
     }
     record[1] += V::sum(total);
     if (problem_.dropout_p > 0) drop(b, h, i, keys, scores);
+  }
+
+  // Neither below infinity nor above 0.
+  static vector one_if_nan(vector x) {
+    const auto below = V::greater(V::set1(Limits<S>::infinity), x), above = V::greater(x, V::zero());
+    return V::select(below, V::zero(), V::select(above, V::zero(), V::set1(1)));
   }
 
   vector bias(long b, long h, long i, long k, long count) const {

@@ -119,13 +119,13 @@ class Forward {
       }
       products = layout.take<S>((block_keys + depth) * width);
       if (p.bias.data) bias = layout.take<S>(block_keys * width);
-      if (p.mask.data) seen = layout.take<uint8_t>(block_keys * width + 64);
+      if (p.mask.data || p.bias.data) seen = layout.take<uint8_t>(block_keys * width + 64);
       if (p.dropout_p > 0) kept = layout.take<typename V::mask>(block_keys * columns);
       if (!in_place || depth == 2) {
         key = layout.take<E>(block_keys * f.key_depth_);
       }
       value = layout.take<E>(ceil_div(block_keys, depth) * f.value_stride_);
-      if (p.mask.data) clean_value = layout.take<E>((block_keys / depth + 1) * p.value_dim);
+      if (p.mask.data || p.bias.data) clean_value = layout.take<E>((block_keys / depth + 1) * p.value_dim);
       bytes = layout.used();
     }
     Panel panel[item_queries / width];
@@ -254,14 +254,20 @@ class Forward {
       if (kind == TileKind::empty) return;
       whole = kind == TileKind::full;
       by_bytes = !whole;
-      if (by_bytes) keys = without_dead_values(keys, rows, work);
     }
     if (problem_.bias.data) {
       if (problem_.bias_dtype == problem_.dtype)
         load_bias<V, T>(problem_, tile, work.bias);
       else
         load_bias<V, float>(problem_, tile, work.bias);
+      if (bias_forbids<V>(work.bias, rows, panel.columns)) {
+        if (!by_bytes) bytes_of_band<width>(band, tile, work.seen);
+        take_out_forbidden<width>(work.bias, rows, work.seen);
+        by_bytes = true;
+        whole = false;
+      }
     }
+    if (by_bytes) keys = without_dead_values(keys, rows, work);
     if (problem_.dropout_p > 0) draw_dropout<V>(problem_, tile, panel.columns, work.kept);
 
     Reach reach[columns];

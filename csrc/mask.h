@@ -170,6 +170,17 @@ inline TileKind classify(const Problem& problem, const Band& band, const Tile& t
   return some ? TileKind::mixed : TileKind::empty;
 }
 
+// bytes [keys][width] from the band alone, for each key (row) and query (lane) of a tile.
+template <int width>
+inline void bytes_of_band(const Band& band, const Tile& tile, uint8_t* bytes) {
+  for (long key = tile.keys.begin; key < tile.keys.end; key++) {
+    uint8_t* row = bytes + (key - tile.keys.begin) * width;
+    const Range who = intersect(band.queries_of({key, key + 1}), tile.queries);
+    memset(row, 0, width);
+    if (!who.empty()) memset(row + (who.begin - tile.queries.begin), 1, who.size());
+  }
+}
+
 // True when no query of the tile may attend to the key in this row of bytes.
 template <int width>
 INLINE bool is_dead(const uint8_t* row) {

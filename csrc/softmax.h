@@ -54,6 +54,14 @@ struct ScoreRules {
   }
 };
 
+// factor * product + bias; a bias of -inf forbids the key even if the product is NaN.
+template <class V>
+INLINE typename V::vector with_bias(typename V::vector product, typename V::vector factor,
+                                    typename V::vector bias) {
+  const auto forbidden = V::greater(V::set1(Limits<typename V::scalar>::lowest), bias);
+  return V::select(forbidden, bias, V::fma(product, factor, bias));
+}
+
 // Prepares rows [0, rows) of vector j of the products, so that scores are remaining_factor() times them and
 // every later step can treat all rows alike. Nothing is touched where a positive factor is the only rule.
 template <class V>
@@ -69,7 +77,7 @@ inline void prepare_scores(const ScoreRules<V>& rules, int j, const Reach& reach
     for (long r = 0; r < rows; r++) {
       const auto product = V::load(column + r * width);
       V::store(column + r * width,
-               bias ? V::fma(product, factor, V::load(bias + r * width)) : V::mul(product, factor));
+               bias ? with_bias<V>(product, factor, V::load(bias + r * width)) : V::mul(product, factor));
     }
   }
   const auto restrict_rows = [&](long begin, long end) {
@@ -212,6 +220,23 @@ inline void load_bias(const Problem& problem, const Tile& tile, typename V::scal
       V::store(bias + k * width + q, bias_in_log2<V>(gather(q, k)));
     }
   }
+}
+
+// Whether any of the loaded biases [rows][width] is -inf, in the vectors that hold queries.
+template <class V>
+inline bool bias_forbids(const typename V::scalar* bias, long rows, int columns) {
+  constexpr int width = V::lanes * V::tile_vectors;
+  auto largest = V::zero();
+  for (long r = 0; r < rows; r++)
+    for (int j = 0; j < columns; j++)  // the operands' order loses NaN
+      largest = V::max(V::sub(V::zero(), V::load(bias + r * width + j * V::lanes)), largest);
+  return V::maximum(largest) == Limits<typename V::scalar>::infinity;
+}
+
+// Clears the bytes [rows][width] of what a loaded bias of -inf forbids.
+template <int width, class S>
+inline void take_out_forbidden(const S* bias, long rows, uint8_t* bytes) {
+  for (long i = 0; i < rows * width; i++) bytes[i] = bias[i] < Limits<S>::lowest ? 0 : bytes[i];
 }
 
 }  // namespace FASTATTN_ISA_NAMESPACE

@@ -144,3 +144,23 @@ def test_scores_beyond_the_range_of_exponentials(isa):
     )
     expected, _ = reference.attention(reference.in_dtype(problem, torch.float64))
     torch.testing.assert_close(run_backend(cpu, problem)["out"].double(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("queries", (3, 70))
+def test_a_key_that_a_bias_forbids_to_all_cannot_leak(isa, queries, dtype):
+    query, key, value = (torch.randn(1, 2, length, 16).to(dtype) for length in (queries, 90, 90))
+    bias = torch.zeros(queries, 90, dtype=dtype)
+    bias[:, 7] = -torch.inf
+    clean = run_backend(cpu, make_problem(query, key, value, attn_mask=bias))
+    key[:, :, 7], value[:, :, 7] = torch.nan, torch.inf
+    dirty = run_backend(cpu, make_problem(query, key, value, attn_mask=bias))
+    assert torch.equal(clean["out"], dirty["out"]) and torch.equal(clean["lse"], dirty["lse"])
+
+
+@pytest.mark.parametrize("queries", (1, 4, 70))
+def test_a_query_of_nan_gives_nan(isa, queries):
+    query, key, value = (torch.randn(1, 2, length, 16) for length in (queries, 5, 5))
+    query[0, 0, 0] = torch.nan
+    out = run_backend(cpu, make_problem(query, key, value))["out"]
+    assert out[0, 0, 0].isnan().all() and out[0, 1].isfinite().all() and out[0, 0, 1:].isfinite().all()
