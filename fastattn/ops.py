@@ -89,6 +89,7 @@ def _backward(
     engine = dispatch.select(problem, backend)
     if grad_out.stride(3) != 1:
         grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+    lse = lse.contiguous()  # vmap over the gradient alone expands it
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     inputs = (problem.query, problem.key, problem.value)
