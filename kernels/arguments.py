@@ -1,10 +1,13 @@
-"""From a problem to what every kernel takes: pointers, strides, the band, and compile-time switches."""
+"""From a problem to what every kernel takes: its tensors as operands, the band, and compile-time options."""
 
 import functools
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .configs import Config
+from .operands import Dropout, Options, Rows, Scores, Sizes
 
 LOG2_E = 1.4426950408889634
 #: Bytes of K and V (or Q and dO) that may share the L2 cache.
@@ -16,67 +19,69 @@ def padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def band(problem) -> dict:
-    """Causality and window as keys [position - left, position + right]; a side too wide to matter is open."""
+def rows_of(tensor: torch.Tensor | None) -> Rows | None:
+    """A tensor [B, H, L, D] as an operand."""
+    return None if tensor is None else Rows(tensor, *tensor.stride()[:3])
+
+
+def scores_of(tensor: torch.Tensor | None) -> Scores | None:
+    """A mask or bias as an operand; bool as bytes."""
+    if tensor is None:
+        return None
+    return Scores(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, *tensor.stride())
+
+
+def dropout_of(problem) -> Dropout | None:
+    if not problem.dropout_p > 0:
+        return None
+    threshold = int(problem.dropout_p * 2**32) - 2**31
+    return Dropout(problem.rng_state, threshold, 1.0 / (1.0 - problem.dropout_p))
+
+
+def edges(problem) -> tuple[int | None, int | None]:
+    """Causality and window as keys [position - left, position + right]; a side too wide to matter is None."""
     widest = problem.query.shape[2] + problem.key.shape[2]
     left, right = problem.window_left, problem.window_right
     if problem.causal is not None:
         right = 0 if right is None else min(right, 0)
-    has_left = left is not None and left < widest
-    has_right = right is not None and right < widest
+    return tuple(side if side is not None and side < widest else None for side in (left, right))
+
+
+def options_of(problem, config: Config) -> Options:
+    """What a kernel is compiled for."""
+    left, right = edges(problem)
+    D, DV = problem.query.shape[-1], problem.value.shape[-1]
+    return Options(
+        D=D,
+        DV=DV,
+        block_d=padded(D),
+        block_dv=padded(DV),
+        block_m=config.block_m,
+        block_n=config.block_n,
+        has_left=left is not None,
+        has_right=right is not None,
+        lower_right=problem.causal == "lower_right",
+        positive_scale=problem.scale > 0,
+        precision="ieee" if problem.query.dtype == torch.float32 else "tf32",
+    )
+
+
+def launch_arguments(problem, config: Config) -> dict:
+    """The keyword arguments that all attention kernels share, the launch's own among them."""
+    left, right = edges(problem)
     return {
-        "left": left if has_left else 0,
-        "right": right if has_right else 0,
-        "HAS_LEFT": has_left,
-        "HAS_RIGHT": has_right,
-        "LOWER_RIGHT": problem.causal == "lower_right",
-    }
-
-
-def _strides(prefix: str, tensor: torch.Tensor | None, names: str) -> dict:
-    values = tensor.stride() if tensor is not None else (0,) * len(names)
-    return {f"stride_{prefix}{name}": value for name, value in zip(names, values, strict=False)}
-
-
-def head_strides(name: str, tensor: torch.Tensor) -> dict:
-    """The strides of the batch, the head and the row of a [B, H, L, D] tensor, as ``stride_{name[0]}..``."""
-    row = "n" if name in ("k", "v", "dk", "dv") else "m"
-    return _strides(name, tensor, "bh" + row)
-
-
-def problem_arguments(problem) -> dict:
-    """The keyword arguments that all attention kernels share."""
-    query, key, value = problem.query, problem.key, problem.value
-    D, DV = query.shape[-1], value.shape[-1]
-    dropout = problem.dropout_p > 0
-    mask = problem.attn_mask.view(torch.uint8) if problem.attn_mask is not None else None
-    return {
-        "query": query,
-        "key": key,
-        "value": value,
+        "query": rows_of(problem.query),
+        "key": rows_of(problem.key),
         "key_lengths": problem.key_lengths,
-        "mask": mask,
-        "bias": problem.bias,
-        "rng_state": problem.rng_state if dropout else None,
-        **head_strides("q", query),
-        **head_strides("k", key),
-        **head_strides("v", value),
-        **_strides("mask_", problem.attn_mask, "bhmn"),
-        **_strides("bias_", problem.bias, "bhmn"),
-        "Lq": query.shape[2],
-        "Lk": key.shape[2],
-        "heads": query.shape[1],
-        "group": problem.group_size,
-        **band(problem),
+        "mask": scores_of(problem.attn_mask),
+        "bias": scores_of(problem.bias),
+        "sizes": Sizes(problem.query.shape[2], problem.key.shape[2], problem.query.shape[1], problem.group_size),
+        "left": left or 0,
+        "right": right or 0,
         "scale": problem.scale * LOG2_E,
-        "threshold": int(problem.dropout_p * 2**32) - 2**31,
-        "keep_scale": 1.0 / (1.0 - problem.dropout_p),
-        "D": D,
-        "DV": DV,
-        "BLOCK_D": padded(D),
-        "BLOCK_DV": padded(DV),
-        "POSITIVE_SCALE": problem.scale > 0,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "OPTIONS": options_of(problem, config),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }
 
 
@@ -105,6 +110,14 @@ def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
     """A TMA descriptor of [B, H, L, D] in boxes of ``rows`` rows of one head; it reads zeros outside."""
     box = [1, 1, rows, padded(tensor.shape[-1])]
     return TensorDescriptor(tensor, list(tensor.shape), legal_strides(tensor), box)
+
+
+def boxes(config: Config, rows: int, **tensors: torch.Tensor) -> dict:
+    """TMA descriptors of these tensors in boxes of ``rows`` rows as ``NAME_boxes``, or None where TMA is not to be."""
+    first = next(iter(tensors.values()))
+    able = architecture_of(first) >= 90 or not first.is_cuda
+    by_tma = config.tma and able and tma_ready(*tensors.values())
+    return {f"{name}_boxes": descriptor(tensor, rows) if by_tma else None for name, tensor in tensors.items()}
 
 
 #: Set while kernels are compiled for a device that is not there (offline.py).

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from .forward import softmax_step
-from .masks import LN_2, key_tiles, masked_scores, sequence, without_unseen
-from .tiles import load_rows
+from .masks import LN_2, band_of, key_tiles, masked_scores, without_unseen
+from .operands import head_of
+from .tiles import load_tile
 
 
 @triton.jit
@@ -22,115 +23,68 @@ def decode_part(
     key_lengths,
     mask,
     bias,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_mask_b,
-    stride_mask_h,
-    stride_mask_m,
-    stride_mask_n,
-    stride_bias_b,
-    stride_bias_h,
-    stride_bias_m,
-    stride_bias_n,
-    Lq,
-    Lk,
-    heads,
-    group,
+    sizes,
     left,
     right,
     scale,
     splits,
     keys_per_split,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):
     """One program: up to BLOCK_M (head of the group, query) rows over one split of the keys.
 
     ``part_out`` fp32 [splits, B * Hq * Lq, Dv] unnormalised, ``part_sum`` and ``part_max`` (log2) beside it.
     ``keys_per_split`` is a multiple of BLOCK_N.
     """
+    BLOCK_M: tl.constexpr = OPTIONS.block_m
+    BLOCK_N: tl.constexpr = OPTIONS.block_n
+    BLOCK_D: tl.constexpr = OPTIONS.block_d
+    BLOCK_DV: tl.constexpr = OPTIONS.block_dv
+    Lq = sizes.Lq
+    group = sizes.group
     pid = tl.program_id(0)
     split = pid % splits
     blocks = tl.cdiv(group * Lq, BLOCK_M)
     block = pid // splits % blocks
-    key_heads = heads // group
-    b = (pid // splits // blocks // key_heads).to(tl.int64)
-    key_head = (pid // splits // blocks % key_heads).to(tl.int64)
-    n, shift = sequence(key_lengths, b, Lq, Lk, LOWER_RIGHT)
+    key_heads = sizes.heads // group
+    b = pid // splits // blocks // key_heads
+    key_head = pid // splits // blocks % key_heads
+    band = band_of(key_lengths, b, left, right, sizes, OPTIONS)
     packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = packed < group * Lq
     packed = tl.minimum(packed, group * Lq - 1)  # the rows past the last repeat it
     rows = packed % Lq
     h = key_head * group + packed // Lq
     d = tl.arange(0, BLOCK_D)
-    q_rows = query + b * stride_qb + h * stride_qh + rows.to(tl.int64) * stride_qm
-    q = tl.load(q_rows[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    key += b * stride_kb + key_head * stride_kh
-    value += b * stride_vb + key_head * stride_vh
-    if mask is not None:
-        mask += (b * stride_mask_b + h * stride_mask_h)[:, None]
-    if bias is not None:
-        bias += (b * stride_bias_b + h * stride_bias_h)[:, None]
-    low, begin, _, _, end = key_tiles(0, Lq - 1, n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
-    first = tl.maximum(begin, split * keys_per_split)
-    last = tl.minimum(end, (split + 1) * keys_per_split)
+    q_rows = head_of(query, b, h) + rows.to(tl.int64) * query.stride_l
+    q = tl.load(q_rows[:, None] + d[None, :], mask=inside[:, None] & (d < OPTIONS.D)[None, :], other=0.0)
+    tiles = key_tiles(0, Lq - 1, band, OPTIONS)
+    first = tl.maximum(tiles.begin, split * keys_per_split)
+    last = tl.minimum(tiles.end, (split + 1) * keys_per_split)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for column0 in tl.range(first, last, BLOCK_N):
         column0 = tl.multiple_of(column0, BLOCK_N)
         columns = column0 + tl.arange(0, BLOCK_N)
-        k = load_rows(key, column0, stride_kn, n, D, BLOCK_N, BLOCK_D, True)
-        s = tl.dot(q, k.T, input_precision=PRECISION) * scale
-        s = masked_scores(
-            s,
-            rows[:, None],
-            columns[None, :],
-            n,
-            shift,
-            left,
-            right,
-            Lq,
-            mask,
-            stride_mask_m,
-            stride_mask_n,
-            bias,
-            stride_bias_m,
-            stride_bias_n,
-            True,
-            HAS_LEFT,
-            HAS_RIGHT,
-        )
+        k = load_tile(key, None, b, key_head, column0, band.n, OPTIONS.D, BLOCK_N, BLOCK_D, True)
+        s = tl.dot(q, k.T, input_precision=OPTIONS.precision) * scale
+        s = masked_scores(s, b, h[:, None], rows[:, None], columns[None, :], band, mask, bias, Lq, True, OPTIONS)
         p, alpha, m = softmax_step(s, m, scale, True, False)
         total = total * alpha + tl.sum(p, 1)
-        v = load_rows(value, column0, stride_vn, end, DV, BLOCK_N, BLOCK_DV, True)
+        v = load_tile(value, None, b, key_head, column0, tiles.end, OPTIONS.DV, BLOCK_N, BLOCK_DV, True)
         if mask is not None or bias is not None:
             seen = tl.max(s, 0) > float("-inf")
             v = tl.where(seen[:, None], v, tl.zeros_like(v))
-        elif HAS_LEFT:
-            v = without_unseen(v, column0, low, end, BLOCK_N)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        elif OPTIONS.has_left:
+            v = without_unseen(v, column0, tiles, BLOCK_N)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=OPTIONS.precision)
     all_rows = tl.num_programs(0).to(tl.int64) // splits // blocks * group * Lq  # B * Hq * Lq
-    at = split * all_rows + (b * heads + h) * Lq + rows
+    at = split * all_rows + (tl.cast(b, tl.int64) * sizes.heads + h) * Lq + rows
     tl.store(part_sum + at, total, mask=inside)
     tl.store(part_max + at, m, mask=inside)
     dv = tl.arange(0, BLOCK_DV)
-    tl.store(part_out + at[:, None] * DV + dv[None, :], acc, mask=inside[:, None] & (dv < DV)[None, :])
+    tl.store(part_out + at[:, None] * OPTIONS.DV + dv[None, :], acc, mask=inside[:, None] & (dv < OPTIONS.DV)[None, :])
 
 
 @triton.jit
@@ -140,16 +94,13 @@ def combine_parts(
     part_max,
     out,
     lse,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    Lq,
-    heads,
+    sizes,
     splits,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):
     """One program: one row of the output, from its parts in the order of the splits."""
+    DV: tl.constexpr = OPTIONS.DV
+    BLOCK_DV: tl.constexpr = OPTIONS.block_dv
     row = tl.program_id(0).to(tl.int64)
     all_rows = tl.num_programs(0).to(tl.int64)
     dv = tl.arange(0, BLOCK_DV)
@@ -169,8 +120,8 @@ def combine_parts(
     empty = total == 0.0
     whole = tl.where(empty, 1.0, total)
     tl.store(lse + row, tl.where(empty, float("-inf"), (m + tl.math.log2(whole)) * LN_2))
-    i = row % Lq
-    h = row // Lq % heads
-    b = row // Lq // heads
-    out += b * stride_ob + h * stride_oh + i * stride_om
-    tl.store(out + dv, (acc / whole).to(out.dtype.element_ty), mask=dv < DV)
+    i = row % sizes.Lq
+    h = row // sizes.Lq % sizes.heads
+    b = row // sizes.Lq // sizes.heads
+    target = head_of(out, b, h) + i * out.stride_l + dv
+    tl.store(target, (acc / whole).to(out.data.dtype.element_ty), mask=dv < DV)

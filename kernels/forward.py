@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from .masks import LN_2, dropout_keep, key_tiles, masked_scores, sequence, without_unseen
-from .tiles import deal, load_rows, store_rows
+from .masks import LN_2, band_of, bounds, dropout_keep, key_tiles, masked_scores, without_unseen
+from .operands import head_of
+from .tiles import deal, load_rows, load_tile, store_tile
 
 
 @triton.jit
@@ -36,93 +37,52 @@ def attend_tiles(
     q,
     key,
     value,
+    key_boxes,
+    value_boxes,
     first,
     last,
     row0,
     b,
-    key_head,
-    head,
-    n,
-    low,
-    end,
-    shift,
-    left,
-    right,
-    Lq,
-    scale,
-    stride_kn,
-    stride_vn,
+    h,
+    tiles,
+    band,
     mask,
-    stride_mask_m,
-    stride_mask_n,
     bias,
-    stride_bias_m,
-    stride_bias_n,
-    rng_state,
-    threshold,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    dropout,
+    sizes,
+    scale,
     BAND: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    POSITIVE_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):
     """Add the keys from ``first`` up to ``last`` to the running softmax (acc [BM, BDV], total [BM], m [BM])."""
+    BLOCK_M: tl.constexpr = OPTIONS.block_m
+    BLOCK_N: tl.constexpr = OPTIONS.block_n
     # only raw scores can be scaled inside the exponent's fused multiply-add
-    SCALED: tl.constexpr = BAND or (mask is not None) or (bias is not None) or (not POSITIVE_SCALE)
+    SCALED: tl.constexpr = BAND or (mask is not None) or (bias is not None) or (not OPTIONS.positive_scale)
     SAFE: tl.constexpr = not (BAND or (mask is not None) or (bias is not None))
     rows = row0 + tl.arange(0, BLOCK_M)
+    key_head = h // sizes.group
     for column0 in tl.range(first, last, BLOCK_N):
         column0 = tl.multiple_of(column0, BLOCK_N)
         columns = column0 + tl.arange(0, BLOCK_N)
-        if TMA:
-            k = key.load([b, key_head, column0, 0]).reshape(BLOCK_N, BLOCK_D)
-        else:
-            k = load_rows(key, column0, stride_kn, n, D, BLOCK_N, BLOCK_D, BAND)
-        s = tl.dot(q, k.T, input_precision=PRECISION)
+        k = load_tile(key, key_boxes, b, key_head, column0, band.n, OPTIONS.D, BLOCK_N, OPTIONS.block_d, BAND)
+        s = tl.dot(q, k.T, input_precision=OPTIONS.precision)
         if SCALED:
             s = s * scale
-        s = masked_scores(
-            s,
-            rows[:, None],
-            columns[None, :],
-            n,
-            shift,
-            left,
-            right,
-            Lq,
-            mask,
-            stride_mask_m,
-            stride_mask_n,
-            bias,
-            stride_bias_m,
-            stride_bias_n,
-            BAND,
-            HAS_LEFT,
-            HAS_RIGHT,
-        )
+        s = masked_scores(s, b, h, rows[:, None], columns[None, :], band, mask, bias, sizes.Lq, BAND, OPTIONS)
         p, alpha, m = softmax_step(s, m, scale, SCALED, SAFE)
         total = total * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        if rng_state is not None:
-            p = tl.where(dropout_keep(rng_state, threshold, head, row0, column0, BLOCK_M, BLOCK_N), p, 0.0)
-        if TMA:
-            v = value.load([b, key_head, column0, 0]).reshape(BLOCK_N, BLOCK_DV)
-        else:
-            v = load_rows(value, column0, stride_vn, end, DV, BLOCK_N, BLOCK_DV, BAND)
+        if dropout is not None:
+            p = tl.where(dropout_keep(dropout, b * sizes.heads + h, row0, column0, BLOCK_M, BLOCK_N), p, 0.0)
+        v = load_tile(value, value_boxes, b, key_head, column0, tiles.end, OPTIONS.DV, BLOCK_N, OPTIONS.block_dv, BAND)
         if mask is not None or bias is not None:
             # a key that no query of the tile may see must not leak a NaN through 0 * NaN
             seen = tl.max(s, 0) > float("-inf")
             v = tl.where(seen[:, None], v, tl.zeros_like(v))
-        elif BAND and (TMA or HAS_LEFT):
-            v = without_unseen(v, column0, low, end, BLOCK_N)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        elif BAND and (value_boxes is not None or OPTIONS.has_left):
+            v = without_unseen(v, column0, tiles, BLOCK_N)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=OPTIONS.precision)
     return acc, total, m
 
 
@@ -131,92 +91,44 @@ def attention_forward(
     query,
     key,
     value,
+    key_boxes,
+    value_boxes,
     out,
     lse,
     key_lengths,
     mask,
     bias,
-    rng_state,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_mask_b,
-    stride_mask_h,
-    stride_mask_m,
-    stride_mask_n,
-    stride_bias_b,
-    stride_bias_h,
-    stride_bias_m,
-    stride_bias_n,
-    Lq,
-    Lk,
-    heads,
-    group,
-    together,
+    dropout,
+    sizes,
     left,
     right,
     scale,
-    threshold,
-    keep_scale,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr,
-    POSITIVE_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    together,
+    OPTIONS: tl.constexpr,
 ):
     """One program: BLOCK_M queries of one head. ``scale`` is in log2 units (times log2 e).
 
-    TMA: ``key`` and ``value`` are descriptors of [B, Hkv, Lk, D] in boxes of [1, 1, BLOCK_N, BLOCK_D].
+    ``key_boxes`` and ``value_boxes``: TMA descriptors in boxes of block_n rows, or None.
     """
+    BLOCK_M: tl.constexpr = OPTIONS.block_m
+    BLOCK_DV: tl.constexpr = OPTIONS.block_dv
+    Lq = sizes.Lq
     blocks = tl.cdiv(Lq, BLOCK_M)
     head, block = deal(blocks, together)  # head = b * Hq + h
-    if HAS_RIGHT:
+    if OPTIONS.has_right:
         block = blocks - 1 - block  # a causal row block works the more the later it is: heaviest first
-    key_head = head % heads // group
-    b = (head // heads).to(tl.int64)
-    h = (head % heads).to(tl.int64)
-    query += b * stride_qb + h * stride_qh
-    if not TMA:
-        key += b * stride_kb + key_head.to(tl.int64) * stride_kh
-        value += b * stride_vb + key_head.to(tl.int64) * stride_vh
-    if mask is not None:
-        mask += b * stride_mask_b + h * stride_mask_h
-    if bias is not None:
-        bias += b * stride_bias_b + h * stride_bias_h
-    n, shift = sequence(key_lengths, b, Lq, Lk, LOWER_RIGHT)
+    b = head // sizes.heads
+    h = head % sizes.heads
+    band = band_of(key_lengths, b, left, right, sizes, OPTIONS)
     row0 = block * BLOCK_M
-    row1 = tl.minimum(row0 + BLOCK_M, Lq) - 1
-    low, begin, full_begin, full_end, end = key_tiles(row0, row1, n, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
-
-    q = load_rows(query, row0, stride_qm, Lq, D, BLOCK_M, BLOCK_D, True)
+    tiles = key_tiles(row0, tl.minimum(row0 + BLOCK_M, Lq) - 1, band, OPTIONS)
+    q = load_rows(head_of(query, b, h), row0, query.stride_l, Lq, OPTIONS.D, BLOCK_M, OPTIONS.block_d, True)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for part in tl.static_range(3):
-        # the border on the left, the tiles that every query sees whole, the border on the right
-        if part == 0:
-            first, last = begin, full_begin
-        elif part == 1:
-            first, last = full_begin, full_end
-        else:
-            first, last = full_end, end
-        if part > 0 or HAS_LEFT:
+        if part > 0 or OPTIONS.has_left:
+            first, last = bounds(tiles, part)
             acc, total, m = attend_tiles(
                 acc,
                 total,
@@ -224,47 +136,29 @@ def attention_forward(
                 q,
                 key,
                 value,
+                key_boxes,
+                value_boxes,
                 first,
                 last,
                 row0,
-                head // heads,
-                key_head,
-                head,
-                n,
-                low,
-                end,
-                shift,
-                left,
-                right,
-                Lq,
-                scale,
-                stride_kn,
-                stride_vn,
+                b,
+                h,
+                tiles,
+                band,
                 mask,
-                stride_mask_m,
-                stride_mask_n,
                 bias,
-                stride_bias_m,
-                stride_bias_n,
-                rng_state,
-                threshold,
-                D,
-                DV,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
+                dropout,
+                sizes,
+                scale,
                 part != 1,
-                HAS_LEFT,
-                HAS_RIGHT,
-                POSITIVE_SCALE,
-                PRECISION,
-                TMA,
+                OPTIONS,
             )
     rows = row0 + tl.arange(0, BLOCK_M)
     empty = total == 0.0
     natural = tl.where(empty, float("-inf"), (m + tl.math.log2(tl.where(empty, 1.0, total))) * LN_2)
     tl.store(lse + head.to(tl.int64) * Lq + rows, natural, mask=rows < Lq)
+    keep_scale = 1.0
+    if dropout is not None:
+        keep_scale = dropout.keep_scale
     acc = acc * (keep_scale / tl.where(empty, 1.0, total))[:, None]
-    out += b * stride_ob + h * stride_oh
-    store_rows(out, acc, row0, stride_om, Lq, DV, BLOCK_M, BLOCK_DV)
+    store_tile(out, acc, b, h, row0, Lq, OPTIONS.DV, BLOCK_M, BLOCK_DV)

@@ -8,18 +8,21 @@ import triton
 
 from .arguments import (
     architecture_of,
-    descriptor,
-    head_strides,
+    boxes,
+    dropout_of,
     heads_together,
+    launch_arguments,
     multiprocessors,
     padded,
-    problem_arguments,
-    tma_ready,
+    rows_of,
 )
-from .backward import grad_bias_kernel, grad_key_value, grad_query_kernel, row_statistics
+from .backward_bias import gradient_of_bias
+from .backward_keys import gradients_of_keys
+from .backward_queries import gradients_of_queries
 from .configs import Config, choose
 from .decode import combine_parts, decode_part
 from .forward import attention_forward
+from .statistics import row_statistics
 from .weights import attention_weights
 
 #: A program should have at least this many keys of its own in a split.
@@ -44,23 +47,6 @@ def chosen(kernel: str, problem, config: Config | None) -> Config:
     return choose(kernel, problem.query.element_size(), head_dim, architecture_of(problem.query))
 
 
-def tile_arguments(config: Config) -> dict:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-
-
-def by_tma(config: Config, rows: int, **tensors: torch.Tensor) -> dict:
-    """TMA, and then descriptors of these tensors in boxes of ``rows`` rows in place of pointers."""
-    first = next(iter(tensors.values()))
-    if not (config.tma and tma_ready(*tensors.values()) and (architecture_of(first) >= 90 or not first.is_cuda)):
-        return {"TMA": False}
-    return {"TMA": True} | {name: descriptor(tensor, rows) for name, tensor in tensors.items()}
-
-
 def forward(problem, out: torch.Tensor, lse: torch.Tensor, config: Config | None = None) -> None:
     """Write out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]; an explicit configuration is for measuring."""
     batch, heads, Lq = lse.shape
@@ -73,15 +59,15 @@ def forward(problem, out: torch.Tensor, lse: torch.Tensor, config: Config | None
     if config is None and splits_keys(problem):
         return decode(problem, out, lse, decode_splits(problem))
     config = chosen("forward", problem, config)
-    arguments = problem_arguments(problem) | by_tma(config, config.block_n, key=problem.key, value=problem.value)
     with on_device(out):
         attention_forward[(triton.cdiv(Lq, config.block_m) * batch * heads,)](
-            out=out,
+            value=rows_of(problem.value),
+            out=rows_of(out),
             lse=lse,
+            dropout=dropout_of(problem),
             together=together_by_group(problem),
-            **arguments,
-            **head_strides("o", out),
-            **tile_arguments(config),
+            **boxes(config, config.block_n, key=problem.key, value=problem.value),
+            **launch_arguments(problem, config),
         )
 
 
@@ -118,33 +104,28 @@ def decode(problem, out: torch.Tensor, lse: torch.Tensor, splits: int, config: C
     key_heads, Lk = problem.key.shape[1:3]
     blocks = triton.cdiv(problem.group_size * Lq, config.block_m)
     keys_per_split = triton.cdiv(triton.cdiv(Lk, splits), config.block_n) * config.block_n
-    DV = out.shape[-1]
-    part_out = lse.new_empty(splits, lse.numel(), DV)
+    part_out = lse.new_empty(splits, lse.numel(), out.shape[-1])
     part_sum, part_max = lse.new_empty(2, splits, lse.numel())
-    arguments = problem_arguments(problem)
-    unused = ("rng_state", "threshold", "keep_scale", "POSITIVE_SCALE")
+    arguments = launch_arguments(problem, config)
     with on_device(out):
         decode_part[(batch * key_heads * blocks * splits,)](
+            value=rows_of(problem.value),
             part_out=part_out,
             part_sum=part_sum,
             part_max=part_max,
-            **{name: value for name, value in arguments.items() if name not in unused},
             splits=splits,
             keys_per_split=keys_per_split,
-            **tile_arguments(config),
+            **arguments,
         )
         combine_parts[(lse.numel(),)](
             part_out,
             part_sum,
             part_max,
-            out,
+            rows_of(out),
             lse,
-            **head_strides("o", out),
-            Lq=Lq,
-            heads=heads,
+            sizes=arguments["sizes"],
             splits=splits,
-            DV=DV,
-            BLOCK_DV=padded(DV),
+            OPTIONS=arguments["OPTIONS"],
         )
 
 
@@ -154,14 +135,12 @@ def statistics(problem, out, lse, grad_out, grad_lse) -> tuple[torch.Tensor, tor
     log2_lse, delta = lse.new_empty(2, *lse.shape)
     with on_device(out):
         row_statistics[(triton.cdiv(Lq, STATISTICS_ROWS) * batch * heads,)](
-            out,
+            rows_of(out),
             lse,
-            grad_out,
+            rows_of(grad_out),
             grad_lse,
             log2_lse,
             delta,
-            **head_strides("o", out),
-            **head_strides("do", grad_out),
             Lq=Lq,
             heads=heads,
             DV=out.shape[-1],
@@ -194,33 +173,31 @@ def backward(
         return
     log2_lse, delta = statistics(problem, out, lse, grad_out, grad_lse)
     shared = {
-        "grad_out": grad_out,
+        "value": rows_of(problem.value),
+        "grad_out": rows_of(grad_out),
         "log2_lse": log2_lse,
         "delta": delta,
-        **problem_arguments(problem),
-        **head_strides("do", grad_out),
+        "dropout": dropout_of(problem),
     }
     with on_device(out):
         if grad_key is not None or grad_value is not None:
             config = chosen("grad_key_value", problem, key_value_config)
-            given = grad_key if grad_key is not None else grad_value
-            grad_key_value[(triton.cdiv(Lk, config.block_n) * batch * key_heads,)](
-                grad_key=grad_key,
-                grad_value=grad_value,
+            gradients_of_keys[(triton.cdiv(Lk, config.block_n) * batch * key_heads,)](
+                grad_key=rows_of(grad_key),
+                grad_value=rows_of(grad_value),
                 together=heads_together(batch * key_heads, problem.query, grad_out),
-                **shared | by_tma(config, config.block_m, query=problem.query, grad_out=grad_out),
-                **head_strides("dk", grad_key if grad_key is not None else given),
-                **head_strides("dv", grad_value if grad_value is not None else given),
-                **tile_arguments(config),
+                **boxes(config, config.block_m, query=problem.query, grad_out=grad_out),
+                **shared,
+                **launch_arguments(problem, config),
             )
         if grad_query is not None:
             config = chosen("grad_query", problem, query_config)
-            grad_query_kernel[(triton.cdiv(Lq, config.block_m) * batch * heads,)](
-                grad_query=grad_query,
+            gradients_of_queries[(triton.cdiv(Lq, config.block_m) * batch * heads,)](
+                grad_query=rows_of(grad_query),
                 together=together_by_group(problem),
-                **shared | by_tma(config, config.block_n, key=problem.key, value=problem.value),
-                **head_strides("dq", grad_query),
-                **tile_arguments(config),
+                **boxes(config, config.block_n, key=problem.key, value=problem.value),
+                **shared,
+                **launch_arguments(problem, config),
             )
         if grad_bias is not None:
             _launch_grad_bias(problem, grad_bias, shared)
@@ -233,11 +210,11 @@ def _launch_grad_bias(problem, grad_bias: torch.Tensor, shared: dict) -> None:
     sizes = grad_bias.shape
     tiles = 1 if summed[2] else triton.cdiv(sizes[2], config.block_m)
     tiles *= 1 if summed[3] else triton.cdiv(sizes[3], config.block_n)
-    grad_bias_kernel[(tiles * sizes[0] * sizes[1],)](
+    gradient_of_bias[(tiles * sizes[0] * sizes[1],)](
         grad_bias=grad_bias,
-        **shared,
         batch=full[0],
-        **tile_arguments(config),
+        **shared,
+        **launch_arguments(problem, config),
         **dict(zip(("SUM_B", "SUM_H", "SUM_M", "SUM_N"), summed, strict=True)),
     )
 
@@ -247,14 +224,12 @@ def weights(problem, lse: torch.Tensor, out: torch.Tensor, average: bool) -> Non
     if not out.numel():
         return
     config = chosen("weights", problem, None)
-    arguments = problem_arguments(problem)
-    unused = ("value", "stride_vb", "stride_vh", "stride_vn", "DV", "BLOCK_DV", "POSITIVE_SCALE")
     tiles = triton.cdiv(out.shape[-2], config.block_m) * triton.cdiv(out.shape[-1], config.block_n)
     with on_device(out):
         attention_weights[(tiles * math.prod(out.shape[:-2]),)](
             lse=lse,
             weights=out,
-            **{name: value for name, value in arguments.items() if name not in unused},
-            **tile_arguments(config),
+            dropout=dropout_of(problem),
+            **launch_arguments(problem, config),
             AVERAGE=average,
         )

@@ -7,151 +7,140 @@ below the sequence's own number of keys ``n``.  The boolean mask and the bias ac
 import triton
 import triton.language as tl
 
+from .operands import Band, Tiles
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def sequence(key_lengths, batch, Lq, Lk, LOWER_RIGHT: tl.constexpr):
-    """The number of keys n of this sequence, and the shift from a query's index to its position."""
-    n = Lk
+def band_of(key_lengths, b, left, right, sizes, OPTIONS: tl.constexpr):
+    """The band of one sequence."""
+    n = sizes.Lk
     if key_lengths is not None:
-        n = tl.load(key_lengths + batch).to(tl.int32)
+        n = tl.load(key_lengths + b).to(tl.int32)
     shift = 0
-    if LOWER_RIGHT:
-        shift = n - Lq
-    return n, shift
+    if OPTIONS.lower_right:
+        shift = n - sizes.Lq
+    return Band(left, right, n, shift)
 
 
 @triton.jit
-def key_tiles(
-    row0, row1, n, shift, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Key tiles for the queries row0..row1 (inclusive): (low, begin, full_begin, full_end, end).
-
-    Tiles from begin up to full_begin and from full_end up to end are borders; those between are seen whole by
-    every one of the queries.  These are multiples of BLOCK_N, but for ``end``; no query sees a key below ``low``
-    or from ``end`` on.
-    """
+def key_tiles(row0, row1, band, OPTIONS: tl.constexpr):
+    """The tiles of keys for the queries row0..row1 (inclusive)."""
+    BLOCK: tl.constexpr = OPTIONS.block_n
     low = 0
     full_begin = 0
-    end = n
-    full_end = n
-    if HAS_LEFT:
-        low = tl.maximum(0, row0 + shift - left)
-        full_begin = tl.maximum(0, row1 + shift - left)
-    if HAS_RIGHT:
-        end = tl.minimum(n, row1 + shift + right + 1)
-        full_end = tl.minimum(n, row0 + shift + right + 1)
+    end = band.n
+    full_end = band.n
+    if OPTIONS.has_left:
+        low = tl.maximum(0, row0 + band.shift - band.left)
+        full_begin = tl.maximum(0, row1 + band.shift - band.left)
+    if OPTIONS.has_right:
+        end = tl.minimum(band.n, row1 + band.shift + band.right + 1)
+        full_end = tl.minimum(band.n, row0 + band.shift + band.right + 1)
     end = tl.maximum(end, 0)
-    begin = low // BLOCK_N * BLOCK_N
-    full_begin = tl.cdiv(full_begin, BLOCK_N) * BLOCK_N
-    full_end = tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N
-    full_begin = tl.minimum(full_begin, tl.cdiv(end, BLOCK_N) * BLOCK_N)
-    full_begin = tl.maximum(full_begin, begin)
-    full_end = tl.maximum(full_end, full_begin)
-    return low, begin, full_begin, full_end, end
+    full_end = tl.maximum(full_end, 0)
+    return whole_tiles(low, full_begin, full_end, end, BLOCK)
 
 
 @triton.jit
-def query_tiles(
-    key0, key1, n, shift, left, right, Lq, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """Query tiles for the keys key0..key1 (inclusive): (begin, full_begin, full_end, end) of :func:`key_tiles`."""
-    begin = 0
+def query_tiles(key0, key1, band, Lq, OPTIONS: tl.constexpr):
+    """The tiles of queries for the keys key0..key1 (inclusive)."""
+    BLOCK: tl.constexpr = OPTIONS.block_m
+    low = 0
     full_begin = 0
     end = Lq
     full_end = Lq
-    if HAS_RIGHT:
-        begin = tl.maximum(0, key0 - right - shift)
-        full_begin = tl.maximum(0, key1 - right - shift)
-    if HAS_LEFT:
-        end = tl.minimum(Lq, key1 + left - shift + 1)
-        full_end = tl.minimum(Lq, key0 + left - shift + 1)
-    end = tl.where(key0 < n, tl.maximum(end, 0), 0)  # a tile of padding has no query
-    full_end = tl.where(key1 < n, tl.maximum(full_end, 0), 0)
-    begin = begin // BLOCK_M * BLOCK_M
-    full_begin = tl.cdiv(full_begin, BLOCK_M) * BLOCK_M
-    full_end = full_end // BLOCK_M * BLOCK_M
-    full_begin = tl.minimum(full_begin, tl.cdiv(end, BLOCK_M) * BLOCK_M)
+    if OPTIONS.has_right:
+        low = tl.maximum(0, key0 - band.right - band.shift)
+        full_begin = tl.maximum(0, key1 - band.right - band.shift)
+    if OPTIONS.has_left:
+        end = tl.minimum(Lq, key1 + band.left - band.shift + 1)
+        full_end = tl.minimum(Lq, key0 + band.left - band.shift + 1)
+    end = tl.where(key0 < band.n, tl.maximum(end, 0), 0)  # a tile of padding has no query
+    full_end = tl.where(key1 < band.n, tl.maximum(full_end, 0), 0)
+    return whole_tiles(low, full_begin, full_end, end, BLOCK)
+
+
+@triton.jit
+def whole_tiles(low, full_begin, full_end, end, BLOCK: tl.constexpr):
+    """:class:`Tiles` from the bounds of what is seen at all and of what is seen by everyone."""
+    begin = low // BLOCK * BLOCK
+    full_begin = tl.cdiv(full_begin, BLOCK) * BLOCK
+    full_end = full_end // BLOCK * BLOCK
+    full_begin = tl.minimum(full_begin, tl.cdiv(end, BLOCK) * BLOCK)
     full_begin = tl.maximum(full_begin, begin)
     full_end = tl.maximum(full_end, full_begin)
-    return begin, full_begin, full_end, end
+    return Tiles(low, begin, full_begin, full_end, end)
 
 
 @triton.jit
-def without_unseen(x, column0, low, end, BLOCK_N: tl.constexpr):
+def bounds(tiles, part: tl.constexpr):
+    """(first, last) of the border on the left (part 0), the full tiles (1), the border on the right (2)."""
+    if part == 0:
+        return tiles.begin, tiles.full_begin
+    if part == 1:
+        return tiles.full_begin, tiles.full_end
+    return tiles.full_end, tiles.end
+
+
+@triton.jit
+def without_unseen(x, column0, tiles, BLOCK_N: tl.constexpr):
     """The rows of a tile of K or V [BLOCK_N, D] that no query of the tile sees, zeroed: 0 * NaN would be NaN."""
     columns = column0 + tl.arange(0, BLOCK_N)
-    return tl.where(((columns >= low) & (columns < end))[:, None], x, tl.zeros_like(x))
+    return tl.where(((columns >= tiles.low) & (columns < tiles.end))[:, None], x, tl.zeros_like(x))
 
 
 @triton.jit
-def masked_scores(
-    s,
-    rows,
-    columns,
-    n,
-    shift,
-    left,
-    right,
-    Lq,
-    mask,
-    stride_mask_m,
-    stride_mask_n,
-    bias,
-    stride_bias_m,
-    stride_bias_n,
-    BAND: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-):
+def load_scores(x, b, h, rows, columns, inside, BAND: tl.constexpr):
+    """Elements of a mask or bias; BAND: only those ``inside``, else all columns exist."""
+    base = x.data + tl.cast(b, tl.int64) * x.stride_b + tl.cast(h, tl.int64) * x.stride_h
+    pointers = base + (rows.to(tl.int64) * x.stride_m + columns.to(tl.int64) * x.stride_n)
+    if BAND:
+        return tl.load(pointers, mask=inside, other=0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def masked_scores(s, b, h, rows, columns, band, mask, bias, Lq, BAND: tl.constexpr, OPTIONS: tl.constexpr):
     """Scores in log2 units with the bias added and -inf where the query may not attend.
 
-    ``rows`` and ``columns`` broadcast to the shape of ``s``, in either order; ``mask`` and ``bias`` point at the
-    head's [Lq, Lk].  BAND: the tile may cross the band's edge; else all its columns exist.
+    ``h``, ``rows`` and ``columns`` broadcast to the shape of ``s``, in either order.  BAND: the tile may cross
+    the band's edge; else all its columns exist.
     """
-    inside = columns < n
-    # rows past the last query read the last one's mask and bias
-    last_rows = tl.minimum(rows, Lq - 1).to(tl.int64)
+    inside = columns < band.n
+    last_rows = tl.minimum(rows, Lq - 1)  # rows past the last query read the last one's mask and bias
     if bias is not None:
-        offset = last_rows * stride_bias_m + columns.to(tl.int64) * stride_bias_n
-        if BAND:
-            added = tl.load(bias + offset, mask=inside, other=0.0).to(tl.float32)
-        else:
-            added = tl.load(bias + offset).to(tl.float32)
+        added = load_scores(bias, b, h, last_rows, columns, inside, BAND).to(tl.float32)
         # finfo.min stays finite in log2 units: such a bias forbids nothing
         s = tl.where(added == float("-inf"), float("-inf"), s + tl.maximum(added * LOG2_E, LOWEST))
     if mask is not None:
-        offset = last_rows * stride_mask_m + columns.to(tl.int64) * stride_mask_n
-        if BAND:
-            allowed = tl.load(mask + offset, mask=inside, other=0)
-        else:
-            allowed = tl.load(mask + offset)
+        allowed = load_scores(mask, b, h, last_rows, columns, inside, BAND)
         s = tl.where(allowed != 0, s, float("-inf"))
     if BAND:
         ok = inside & (rows < Lq)
-        if HAS_LEFT:
-            ok = ok & (columns >= rows + (shift - left))
-        if HAS_RIGHT:
-            ok = ok & (columns <= rows + (shift + right))
+        if OPTIONS.has_left:
+            ok = ok & (columns >= rows + (band.shift - band.left))
+        if OPTIONS.has_right:
+            ok = ok & (columns <= rows + (band.shift + band.right))
         s = tl.where(ok, s, float("-inf"))
     return s
 
 
 @triton.jit
-def dropout_keep(rng_state, threshold, head, row0, column0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def dropout_keep(dropout, head, row0, column0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """bool [BLOCK_M, BLOCK_N]: the weights that dropout keeps (Philox4x32-10, Salmon et al. 2011).
 
-    Key (seed low, seed high), counter (j // 4, i, b * Hq + h, offset low); key j takes word j % 4.  ``threshold``
-    is floor(p * 2^32) - 2^31: words are compared as signed numbers with their top bit flipped.
+    Key (seed low, seed high), counter (j // 4, i, b * Hq + h, offset low); key j takes word j % 4.  Words are
+    compared with the threshold as signed numbers with their top bit flipped.
     """
-    seed = tl.load(rng_state)
-    offset = tl.load(rng_state + 1).to(tl.int32)
+    seed = tl.load(dropout.rng_state)
+    offset = tl.load(dropout.rng_state + 1).to(tl.int32)
     zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
     quad = zero + (column0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
     row = zero + (row0 + tl.arange(0, BLOCK_M))[:, None]
     w0, w1, w2, w3 = tl.philox(seed, quad, row, zero + tl.cast(head, tl.int32), zero + offset, 10)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_M, BLOCK_N)
-    return (words.to(tl.int32, bitcast=True) ^ -2147483648) >= threshold
+    return (words.to(tl.int32, bitcast=True) ^ -2147483648) >= dropout.threshold

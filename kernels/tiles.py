@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .operands import head_of
+
 
 @triton.jit
 def load_rows(base, row0, stride, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr):
@@ -21,12 +23,23 @@ def load_rows(base, row0, stride, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def store_rows(base, x, row0, stride, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store [BLOCK, BLOCK_D] at row0 of a matrix with ``rows`` rows of D elements, converted to its dtype."""
+def load_tile(x, boxes, b, h, row0, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr):
+    """:func:`load_rows` of one head of Rows ``x``, by TMA where ``boxes`` is its descriptor.
+
+    A descriptor's boxes are [1, 1, BLOCK, BLOCK_D] of [B, H, L, D]: L bounds their rows, not ``rows``.
+    """
+    if boxes is not None:
+        return boxes.load([b, h, row0, 0]).reshape(BLOCK, BLOCK_D)
+    return load_rows(head_of(x, b, h), row0, x.stride_l, rows, D, BLOCK, BLOCK_D, RAGGED)
+
+
+@triton.jit
+def store_tile(x, tile, b, h, row0, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store [BLOCK, BLOCK_D] at row0 of one head of Rows ``x``, ``rows`` rows of D elements, in its dtype."""
     r = row0 + tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
-    pointers = base + r[:, None].to(tl.int64) * stride + d[None, :]
-    tl.store(pointers, x.to(base.dtype.element_ty), mask=(r < rows)[:, None] & (d < D)[None, :])
+    pointers = head_of(x, b, h) + r[:, None].to(tl.int64) * x.stride_l + d[None, :]
+    tl.store(pointers, tile.to(x.data.dtype.element_ty), mask=(r < rows)[:, None] & (d < D)[None, :])
 
 
 @triton.jit

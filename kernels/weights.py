@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from .backward import probabilities
-from .masks import LOG2_E, dropout_keep, sequence
-from .tiles import load_rows
+from .backward_tiles import probabilities
+from .masks import LOG2_E, band_of, dropout_keep, masked_scores
+from .tiles import load_tile
 
 
 @triton.jit
@@ -17,41 +17,20 @@ def attention_weights(
     key_lengths,
     mask,
     bias,
-    rng_state,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_mask_b,
-    stride_mask_h,
-    stride_mask_m,
-    stride_mask_n,
-    stride_bias_b,
-    stride_bias_h,
-    stride_bias_m,
-    stride_bias_n,
-    Lq,
-    Lk,
-    heads,
-    group,
+    dropout,
+    sizes,
     left,
     right,
     scale,
-    threshold,
-    keep_scale,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OPTIONS: tl.constexpr,
     AVERAGE: tl.constexpr,
 ):
     """One program: one tile of [B, Lq, Lk] (AVERAGE, the mean over the heads) or of [B, Hq, Lq, Lk]."""
+    BLOCK_M: tl.constexpr = OPTIONS.block_m
+    BLOCK_N: tl.constexpr = OPTIONS.block_n
+    Lq = sizes.Lq
+    Lk = sizes.Lk
+    heads = sizes.heads
     blocks_n = tl.cdiv(Lk, BLOCK_N)
     blocks_m = tl.cdiv(Lq, BLOCK_M)
     pid = tl.program_id(0)
@@ -62,51 +41,24 @@ def attention_weights(
         b, first, last = slab, 0, heads
     else:
         b, first, last = slab // heads, slab % heads, slab % heads + 1
-    n, shift = sequence(key_lengths, b, Lq, Lk, LOWER_RIGHT)
+    band = band_of(key_lengths, b, left, right, sizes, OPTIONS)
     rows = row0 + tl.arange(0, BLOCK_M)
     columns = column0 + tl.arange(0, BLOCK_N)
-    b64 = b.to(tl.int64)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for h in tl.range(first, last):
-        h64 = tl.cast(h, tl.int64)
-        head = b * heads + h
-        q = load_rows(query + b64 * stride_qb + h64 * stride_qh, row0, stride_qm, Lq, D, BLOCK_M, BLOCK_D, True)
-        k_head = key + b64 * stride_kb + (h64 // group) * stride_kh
-        k = load_rows(k_head, column0, stride_kn, n, D, BLOCK_N, BLOCK_D, True)
-        natural = tl.load(lse + (b64 * heads + h) * Lq + rows, mask=rows < Lq, other=float("-inf"))
+        head = tl.cast(b, tl.int64) * heads + h
+        q = load_tile(query, None, b, h, row0, Lq, OPTIONS.D, BLOCK_M, OPTIONS.block_d, True)
+        k = load_tile(key, None, b, h // sizes.group, column0, band.n, OPTIONS.D, BLOCK_N, OPTIONS.block_d, True)
+        natural = tl.load(lse + head * Lq + rows, mask=rows < Lq, other=float("-inf"))
         log2_lse = tl.where(natural == float("-inf"), float("inf"), natural * LOG2_E)
-        mask_head = mask
-        if mask is not None:
-            mask_head = mask + b64 * stride_mask_b + h64 * stride_mask_h
-        bias_head = bias
-        if bias is not None:
-            bias_head = bias + b64 * stride_bias_b + h64 * stride_bias_h
-        p = probabilities(
-            tl.dot(q, k.T, input_precision=PRECISION),
-            log2_lse[:, None],
-            rows[:, None],
-            columns[None, :],
-            n,
-            shift,
-            left,
-            right,
-            Lq,
-            scale,
-            mask_head,
-            stride_mask_m,
-            stride_mask_n,
-            bias_head,
-            stride_bias_m,
-            stride_bias_n,
-            True,
-            HAS_LEFT,
-            HAS_RIGHT,
-        )
-        if rng_state is not None:
-            keep = dropout_keep(rng_state, threshold, head, row0, column0, BLOCK_M, BLOCK_N)
-            p = tl.where(keep, p * keep_scale, 0.0)
+        s = tl.dot(q, k.T, input_precision=OPTIONS.precision) * scale
+        s = masked_scores(s, b, h, rows[:, None], columns[None, :], band, mask, bias, Lq, True, OPTIONS)
+        p = probabilities(s, log2_lse[:, None], True)
+        if dropout is not None:
+            keep = dropout_keep(dropout, head, row0, column0, BLOCK_M, BLOCK_N)
+            p = tl.where(keep, p * dropout.keep_scale, 0.0)
         total += p
     if AVERAGE:
         total = total / heads
-    offset = slab.to(tl.int64) * Lq * Lk + rows[:, None].to(tl.int64) * Lk + columns[None, :]
+    offset = tl.cast(slab, tl.int64) * Lq * Lk + rows[:, None].to(tl.int64) * Lk + columns[None, :]
     tl.store(weights + offset, total, mask=(rows < Lq)[:, None] & (columns < Lk)[None, :])
