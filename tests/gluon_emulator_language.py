@@ -228,7 +228,8 @@ class Kernels:
         gl.to_tensor = lambda value: value
         gl.expand_dims = lambda value, axis: value.unsqueeze(axis)
         gl.maximum, gl.minimum = _numeric(max, torch.maximum), _numeric(min, torch.minimum)
-        gl.max, gl.sum = lambda value, axis: value.amax(axis), lambda value, axis: value.sum(axis)
+        gl.max = lambda value, axis: as_tensor(value).amax(axis)
+        gl.sum = lambda value, axis: as_tensor(value).sum(axis)
         gl.where, gl.cdiv = _where, lambda a, b: -(-a // b)
         gl.exp2, gl.log2 = torch.exp2, torch.log2
         gl.load, gl.store, gl.atomic_add = self._load, self._store, self._atomic_add

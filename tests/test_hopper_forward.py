@@ -134,26 +134,27 @@ FAULTS = {
     ),
     "the producer does not wait for a free Q": ("            mbarrier.wait(q_empty.index(i), (round_ & 1) ^ 1)\n", ""),
     "half of the bytes expected": ("k_desc.block_type.nbytes)", "k_desc.block_type.nbytes // 2)"),
-    "V used before it is there": ("    mbarrier.wait(v_full.index(before), ((load - 1) // STAGES) & 1)\n", ""),
+    "V used before it is there": ("    mbarrier.wait(v_full.index(before), v_parity)\n", ""),
     "K used before it is there": (
         "    mbarrier.wait(k_full.index(stage), (load // STAGES) & 1)\n",
         "",
     ),
     "V of the wrong stage": ("v_tiles.index(before)", "v_tiles.index(stage)"),
     "V released before its product is done": (
-        "    output = warpgroup_mma_wait(0, deps=[o_token])\n"
-        "    mbarrier.arrive(v_empty.index((load + STAGES - 2) % STAGES), count=1, pred=i >= 2)\n",
-        "    mbarrier.arrive(v_empty.index((load + STAGES - 2) % STAGES), count=1, pred=i >= 2)\n"
-        "    output = warpgroup_mma_wait(0, deps=[o_token])\n",
+        "        hold_order(v_full.index(before), v_parity)\n",
+        "        hold_order(v_full.index(before), v_parity)\n        mbarrier.arrive(v_empty.index(before), count=1)\n",
     ),
-    "V released twice": ("count=1, pred=i >= 2)", "count=1)"),
+    "V released twice": (
+        "mbarrier.arrive(v_empty.index(before), count=1)",
+        "mbarrier.arrive(v_empty.index(before), count=2)",
+    ),
     "scores used before their wait": (
         "s = warpgroup_mma_wait(1, deps=[s_token])",
         "s = warpgroup_mma_wait(2, deps=[s_token])",
     ),
     "output not rescaled": (
-        "output = output * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]\n    mbarrier.wait(k_full",
-        "mbarrier.wait(k_full",
+        "    output = output * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]\n",
+        "",
     ),
     "no fence before the TMA store": ("        fence_async_shared()\n        tma_store(", "        tma_store("),
     "output staged over a store in flight": (

@@ -4,16 +4,16 @@ One warp (the producer) feeds shared memory with TMA; two or three warpgroups (t
 queries each, run both matrix products on wgmma and the online softmax (Milakov and Gimelshein 2018;
 FlashAttention-3, Shah et al. 2024, for the schedule) between them.
 
-The consumer's loop is rotated.  Iteration i holds the probabilities of tile i - 1 in registers::
+Iteration i of the consumer's loop holds the probabilities of tile i - 1 in registers::
 
-    wait for P V (i - 2), rescale the output      nothing of this warpgroup is in flight here
     issue S = Q K(i)', then O += P V (i - 1)
     wait for S alone
-    softmax(S) -> P                               under P V (i - 1)
+    softmax(S)                                    under P V (i - 1)
+    wait for P V (i - 1), rescale the output, round softmax(S) to P
 
-With the wait at the head of the loop ptxas keeps the exponentials under the wgmma; with the wait at the
-end it hoists it above the softmax.  The other consumer's products run meanwhile: named barriers let one
-warpgroup issue at a time (ping-pong), so that one computes exponentials while another multiplies.
+Nothing is in flight over the loop's back edge, and P is not written before the product that reads it from registers
+has ended: registers of a wgmma in flight may not be touched.  The other consumer's products run meanwhile: named
+barriers let one warpgroup issue at a time (ping-pong), so that one computes exponentials while another multiplies.
 """
 
 from triton.experimental import gluon
@@ -23,12 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
 from .band import mask_scores, query_item, zero_tail
-from .primitives import new_barriers, pass_turn, take_turn, tma_load, tma_store
+from .primitives import hold_order, new_barriers, pass_turn, take_turn, tma_load, tma_store
 from .schedule import key_tile, tiles_of_program
 
 
@@ -39,10 +38,10 @@ def softmax_tile(
     """One step of the online softmax in base 2; ``scale`` includes log2(e).
 
     s [64, block_n] raw scores of the keys from ``start``, ``rows`` the (low, high) bounds of each row's keys, which
-    matter if the tile is ``cut`` by them; state = (row_max, row_sum, _) -> (p, row_max, row_sum, alpha), alpha the
+    matter if the tile is ``cut`` by them; state = (row_max, row_sum) -> (p, row_max, row_sum, alpha), alpha the
     factor of what was summed before.
     """
-    row_max, row_sum, alpha = state
+    row_max, row_sum = state
     if MASKED:  # noqa: SIM102 - a compile-time and a run-time condition
         if cut:
             row_low, row_high = rows
@@ -61,7 +60,7 @@ def step(
     i,
     load,
     keys,
-    o_token,
+    output,
     p_operand,
     state,
     q_tile,
@@ -78,22 +77,19 @@ def step(
     ``load`` numbers tile i among all that this program loads: it gives stage and parity.
     """
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = ring
-    row_max, row_sum, alpha = state
     count, edge, low, low_edge, high = keys
     N: gl.constexpr = OPTIONS.block_n
     STAGES: gl.constexpr = OPTIONS.stages
     stage = load % STAGES
     before = (load - 1) % STAGES
-    output = warpgroup_mma_wait(0, deps=[o_token])
-    mbarrier.arrive(v_empty.index((load + STAGES - 2) % STAGES), count=1, pred=i >= 2)
-    output = output * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
     mbarrier.wait(k_full.index(stage), (load // STAGES) & 1)
     if OPTIONS.ping_pong:
         take_turn(CONSUMER)
     k_tile = k_tiles.index(stage).reshape((N, OPTIONS.head_dim))
     s_zero = gl.zeros([64, N], gl.float32, s_layout)
     s_token = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(before), ((load - 1) // STAGES) & 1)
+    v_parity = ((load - 1) // STAGES) & 1
+    mbarrier.wait(v_full.index(before), v_parity)
     v_tile = v_tiles.index(before).reshape((N, OPTIONS.head_dim))
     o_token = warpgroup_mma(p_operand, v_tile, output, is_async=True)
     if OPTIONS.ping_pong:
@@ -102,14 +98,18 @@ def step(
         s = warpgroup_mma_wait(1, deps=[s_token])
     else:
         s, output = warpgroup_mma_wait(0, deps=[s_token, o_token])
-        o_token = warpgroup_mma_init(output)
     mbarrier.arrive(k_empty.index(stage), count=1)
     start = key_tile(i, edge, low, low_edge, high) * N
     p, row_max, row_sum, alpha = softmax_tile(
         s, state, scale, rows, start, i <= edge + low_edge, OPTIONS.has_left or OPTIONS.has_right, OPTIONS, s_layout
     )
+    if OPTIONS.overlap:
+        hold_order(v_full.index(before), v_parity)
+        output = warpgroup_mma_wait(0, deps=[o_token])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    output = output * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
     p_operand = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, o_layout, 2))
-    return o_token, p_operand, row_max, row_sum, alpha
+    return output, p_operand, row_max, row_sum
 
 
 @gluon.jit
@@ -152,7 +152,7 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, lengths
         nothing = gl.full([64], -float("inf"), gl.float32, s_row)
         zero = gl.zeros([64], gl.float32, s_row)
         p, row_max, row_sum, alpha = softmax_tile(
-            s, (nothing, zero, zero), scale, rows, (high - 1) * N, True, True, OPTIONS, s_layout
+            s, (nothing, zero), scale, rows, (high - 1) * N, True, True, OPTIONS, s_layout
         )
         p_operand = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, o_layout, 2))
         if OPTIONS.key_lengths:  # noqa: SIM102 - a compile-time and a run-time condition
@@ -161,15 +161,15 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, lengths
                 v_tile = v_tiles.index(stage).reshape((N, D))
                 zero_tail(v_tile, length - (high - 1) * N, CONSUMER, OPTIONS.consumers)
 
-        o_token = warpgroup_mma_init(gl.zeros([64, D], gl.float32, o_layout))
+        output = gl.zeros([64, D], gl.float32, o_layout)
         for i in range(1, count):
-            o_token, p_operand, row_max, row_sum, alpha = step(
+            output, p_operand, row_max, row_sum = step(
                 i,
                 loads + i,
                 keys,
-                o_token,
+                output,
                 p_operand,
-                (row_max, row_sum, alpha),
+                (row_max, row_sum),
                 q_tile,
                 ring,
                 rows,
@@ -183,9 +183,6 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, lengths
         if OPTIONS.own_out:
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
 
-        output = warpgroup_mma_wait(0, deps=[o_token])
-        mbarrier.arrive(v_empty.index((loads + STAGES - 2) % STAGES), count=1, pred=count >= 2)
-        output = output * gl.convert_layout(alpha, o_row)[:, None]
         stage = (loads - 1) % STAGES
         mbarrier.wait(v_full.index(stage), ((loads - 1) // STAGES) & 1)
         o_token = warpgroup_mma(p_operand, v_tiles.index(stage).reshape((N, D)), output, is_async=True)

@@ -62,6 +62,17 @@ def named_barrier(action: gl.constexpr, name: gl.constexpr, threads: gl.constexp
 
 
 @gluon.jit
+def hold_order(barrier, parity):
+    """Keep ptxas from moving the wait for a product that follows above the arithmetic that precedes.
+
+    ptxas moves the wait for a wgmma up within a basic block, so that what was written to run under the product runs
+    after it.  The loop of an mbarrier wait ends the block; this one, on a phase that the caller has waited for and
+    that cannot begin again before the caller lets it, is over at once.
+    """
+    mbarrier.wait(barrier, parity)
+
+
+@gluon.jit
 def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
     """``number`` mbarriers that turn after ``arrivals`` arrivals (and the bytes that they expect)."""
     barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
