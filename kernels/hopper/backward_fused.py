@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .band import mask_scores, position_offset, sequence_length, zero_tail
-from .primitives import named_barrier, new_barriers, publish_stores, tma_load, tma_reduce_add, tma_store
+from .primitives import hold_order, named_barrier, new_barriers, publish_stores, tma_load, tma_reduce_add, tma_store
 from .schedule import keys_of_queries, locate_tile, queries_of_keys
 
 
@@ -112,6 +112,7 @@ def consumer(
             if cut:
                 s = mask_scores(s, from_query - start, to_query - start, OPTIONS.has_right, OPTIONS.has_left, s_layout)
         p = gl.exp2(s * scale_log2 - lse_tiles.index(stage).load(s_layout))
+        hold_order(do_full.index(stage), parity)
         dp = warpgroup_mma_wait(0, deps=[dp_token])
         dv_token = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do_tile, dv, is_async=True)
         ds = (p * (dp - delta_tiles.index(stage).load(s_layout))).to(dtype)

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .band import mask_scores, position_offset, sequence_length
-from .primitives import new_barriers, tma_load, tma_store
+from .primitives import hold_order, new_barriers, tma_load, tma_store
 from .schedule import locate_tile, queries_of_keys, tile_of_round, tiles_of_program
 
 
@@ -95,6 +95,7 @@ def consumer(
                         s, from_query - start, to_query - start, OPTIONS.has_right, OPTIONS.has_left, s_layout
                     )
             p = gl.exp2(s * scale_log2 - lse_tiles.index(stage).load(s_layout))
+            hold_order(do_full.index(stage), parity)
             dp = warpgroup_mma_wait(0, deps=[dp_token])
             dv_token = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do_tile, dv, is_async=True)
             ds = p * (dp - delta_tiles.index(stage).load(s_layout))

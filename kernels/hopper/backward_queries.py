@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .band import mask_scores, query_item, zero_tail
-from .primitives import new_barriers, tma_load, tma_store
+from .primitives import hold_order, new_barriers, tma_load, tma_store
 from .schedule import key_tile, tiles_of_program
 
 
@@ -86,6 +86,7 @@ def consumer(
             if cut:
                 s = mask_scores(s, row_low - start, row_high - start, OPTIONS.has_left, True, s_layout)
             p = gl.exp2(s * scale_log2 - lse[:, None])
+            hold_order(v_full.index(stage), parity)
             dp = warpgroup_mma_wait(0, deps=[dp_token])
             ds = p * (dp - delta[:, None])
             if OPTIONS.key_lengths:
