@@ -43,6 +43,21 @@ bool all_finite(const T* source, long stride, long rows, long columns) {
   return V::sum(zeros) == 0;
 }
 
+// panel[ceil(columns / depth)][panel width] = transpose of rows [count][columns], times `factor` where
+// elements are single values; lanes past the last row are 0.
+template <class V, class T>
+void pack_panel(const T* rows, long stride, long count, long columns,
+                [[maybe_unused]] typename V::scalar factor, typename V::element* panel) {
+  constexpr long width = V::tile_vectors * V::lanes;
+  if (count < width) memset(panel, 0, sizeof(*panel) * width * ceil_div(columns, V::depth));
+#ifdef FASTATTN_BF16_DOT
+  if constexpr (V::depth == 2)
+    pack_pairs_transposed(rows, stride, count, columns, panel, width);
+  else
+#endif
+    pack_transposed<V>(rows, stride, count, columns, factor, panel, width);
+}
+
 #ifdef FASTATTN_BF16_DOT
 // Pairs of consecutive columns: bf16 [rows][columns] -> uint32 [rows][pairs], zero past the columns.
 inline void pair_columns(const bf16* source, long stride, long rows, long columns, uint32_t* out,

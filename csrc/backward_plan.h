@@ -22,6 +22,7 @@ inline Range query_span(const Band& band, Range keys, long queries, long block) 
 
 template <class V>
 struct BackwardPlan {
+  using S = typename V::scalar;
   static constexpr long width = panel_width<V>;
   // What is read again and again stays in a 32 KB L1 (fp32, D = 64): a panel of Q^T or dO^T, rows of Q or dO
   // (16 KB each), the block's keys (24 KB). P, dS and the block's dK and dV (24 KB each) lie in L2.
@@ -37,6 +38,9 @@ struct BackwardPlan {
   // dQ = scale dS K and dK = scale dS^T Q. dS carries the scale where nobody wants to see it (a bias does),
   // so that the sums need no factor and can be kept in the caller's gradients.
   double scale_in_scores, scale_after;
+  // Scores in log2 units are score_factor * K (query_scale * Q)^T. Q carries the scale where that does not
+  // cost precision worth having: bf16 would be rounded once more, and fp64's callers ask for all its digits.
+  S query_scale, score_factor;
   long grad_bias_stride[4];
 
   BackwardPlan(const Problem& p, const BackwardArgs& a) : problem(p), args(a) {
@@ -55,6 +59,10 @@ struct BackwardPlan {
     wants_scores = a.grad_query.data || a.grad_key.data || a.grad_bias;
     scale_in_scores = V::depth == 2 || a.grad_bias ? 1 : p.scale;
     scale_after = V::depth == 2 || a.grad_bias ? p.scale : 1;
+    constexpr bool scales_query = sizeof(query_scale) == 4 && V::depth == 1;
+    const S scale_log2 = static_cast<S>(p.scale) * static_cast<S>(log2_e);
+    query_scale = scales_query ? scale_log2 : 1;
+    score_factor = scales_query ? 1 : scale_log2;
     const long size[4] = {p.batch, p.query_heads, p.queries, p.keys};
     long stride = 1;
     for (int i = 3; i >= 0; i--) {

@@ -44,11 +44,11 @@ INLINE void panel_product(typename V::vector (&sum)[rows][V::tile_vectors], A a,
   multiply<V, rows, V::tile_vectors>(sum, a, panel, panel_width<V>, depth);
 }
 
-// weights[keys][panel] = exp2(factor A B + shift).
+// weights[keys][panel] = exp2(factor A B + shift + correction).
 template <class V, class A>
 void weights_product(long keys, A a, const typename V::element* panel, long depth,
-                     const typename V::scalar* shift, typename V::scalar factor,
-                     Block<typename V::scalar> weights) {
+                     const typename V::scalar* shift, const typename V::scalar* correction,
+                     typename V::scalar factor, Block<typename V::scalar> weights) {
   constexpr int degree = V::depth == 2 ? 3 : 5;
   for_each_row_tile<V>(keys, [&](auto count, long row) {
     constexpr int rows = decltype(count)::value;
@@ -56,7 +56,8 @@ void weights_product(long keys, A a, const typename V::element* panel, long dept
     panel_product<V, rows>(sum, a.rows_from(row), panel, depth);
     UNROLL for (int i = 0; i < rows; i++) {
       UNROLL for (int j = 0; j < V::tile_vectors; j++) sum[i][j] =
-          V::fma(sum[i][j], V::set1(factor), V::load(shift + j * V::lanes));
+          V::add(V::fma(sum[i][j], V::set1(factor), V::load(shift + j * V::lanes)),
+                 V::load(correction + j * V::lanes));
       V::template exp2_each<degree>(sum[i]);
       UNROLL for (int j = 0; j < V::tile_vectors; j++)
           V::store(weights.row(row + i) + j * V::lanes, sum[i][j]);

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "backward_products.h"
+#include "backward_shift.h"
 #include "backward_workspace.h"
 
 namespace fastattn {
@@ -26,15 +27,18 @@ class BackwardTask {
   static constexpr long depth = V::depth, width = panel_width<V>;
   static constexpr bool pairs = depth == 2;
   static constexpr bool in_place = sizeof(T) == sizeof(E) && !pairs;
-  // Q carries the scale where that does not cost precision worth having: bf16 would be rounded once more,
-  // and fp64's callers ask for all its digits.
-  static constexpr bool scales_query = sizeof(S) == 4 && !pairs;
   static constexpr long block_keys = Plan::block_keys, block_queries = Plan::block_queries;
   static constexpr long panels = block_queries / width;
 
  public:
-  BackwardTask(const Plan& plan, S* partial, void* scratch)
-      : plan_(plan), problem_(plan.problem), args_(plan.args), partial_(partial), work_(plan, scratch) {}
+  // `shifts` [B][Hq][Lq] are those of LargeShifts, or null where no lse is large.
+  BackwardTask(const Plan& plan, const Shift<S>* shifts, S* partial, void* scratch)
+      : plan_(plan),
+        problem_(plan.problem),
+        args_(plan.args),
+        shifts_(shifts),
+        partial_(partial),
+        work_(plan, scratch) {}
 
   void run(long item) {
     chunk_ = item % plan_.chunks;
@@ -159,7 +163,7 @@ class BackwardTask {
       grad_query_ = partial_ + part * plan_.head_query_size() + span.begin * dim;
       memset(grad_query_, 0, sizeof(S) * span.size() * dim);
     }
-    prepare_queries(band, span);
+    prepare_queries(span);
 
     for (long k = keys_.begin; k < keys_.end; k += block_keys) {
       const Range keys{k, min(keys_.end, k + block_keys)};
@@ -173,7 +177,7 @@ class BackwardTask {
                  grad_query_);
   }
 
-  void prepare_queries(const Band& band, Range span) {
+  void prepare_queries(Range span) {
     const T* query = element<T>(problem_.query, batch_, head_, 0);
     const T* out = element<T>(args_.out, batch_, head_, 0);
     const T* grad_out = element<T>(args_.grad_out, batch_, head_, 0);
@@ -181,30 +185,13 @@ class BackwardTask {
                grad_out_stride = args_.grad_out.stride[2];
     const long dim = problem_.head_dim, value_dim = problem_.value_dim;
     const long first = span.begin, rows = span.size();
-    const S scale_log2 = static_cast<S>(problem_.scale) * static_cast<S>(log2_e);
-    const S query_scale = scales_query ? scale_log2 : 1;
     const S scale_in_scores = static_cast<S>(plan_.scale_in_scores);
-    score_factor_ = scales_query ? 1 : scale_log2;
     for (long q = first; q < span.end; q += width) {
       const long count = min(width, span.end - q);
-      E* query_panel = work_.query_panels + q * ceil_div(dim, depth);
-      E* grad_out_panel = work_.grad_out_panels + q * ceil_div(value_dim, depth);
-      if (count < width) {
-        memset(query_panel, 0, sizeof(E) * width * ceil_div(dim, depth));
-        memset(grad_out_panel, 0, sizeof(E) * width * ceil_div(value_dim, depth));
-      }
-      if constexpr (pairs) {
-#ifdef FASTATTN_BF16_DOT
-        pack_pairs_transposed(query + q * query_stride, query_stride, count, dim, query_panel, width);
-        pack_pairs_transposed(grad_out + q * grad_out_stride, grad_out_stride, count, value_dim,
-                              grad_out_panel, width);
-#endif
-      } else {
-        pack_transposed<V>(query + q * query_stride, query_stride, count, dim, query_scale, query_panel,
-                           width);
-        pack_transposed<V>(grad_out + q * grad_out_stride, grad_out_stride, count, value_dim, scale_in_scores,
-                           grad_out_panel, width);
-      }
+      pack_panel<V>(query + q * query_stride, query_stride, count, dim, plan_.query_scale,
+                    work_.query_panels + q * ceil_div(dim, depth));
+      pack_panel<V>(grad_out + q * grad_out_stride, grad_out_stride, count, value_dim, scale_in_scores,
+                    work_.grad_out_panels + q * ceil_div(value_dim, depth));
     }
     E* query_copy = work_.query_rows + first / depth * plan_.dim_padded;
     E* grad_out_copy = work_.grad_out_rows + first / depth * plan_.value_dim_padded;
@@ -229,7 +216,9 @@ class BackwardTask {
     const S* lse = static_cast<const S*>(args_.lse) + offset;
     const S* grad_lse = args_.grad_lse ? static_cast<const S*>(args_.grad_lse) + offset : nullptr;
     for (long q = first; q < span.end; q++) {
-      set_shift(band, q, lse[q]);
+      const Shift<S> shift = shifts_ && is_large_lse<S, T>(lse[q]) ? shifts_[offset + q] : shift_of(lse[q]);
+      work_.shift[q] = shift.high;
+      work_.correction[q] = shift.low;
       const S product = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim);
       work_.delta[q] = scale_in_scores * (product - (grad_lse ? grad_lse[q] : 0));
     }
@@ -237,46 +226,6 @@ class BackwardTask {
       work_.shift[q] = static_cast<S>(-1e30);  // weight 0
       work_.correction[q] = work_.delta[q] = 0;
     }
-  }
-
-  void set_shift(const Band& band, long query, S lse) {
-    constexpr S large = 1e6;  // fp32 holds lse itself to 1/16 there, and at finfo.min not even log(Lk)
-    const double exact = -lse * log2_e;
-    const S shift = static_cast<S>(exact);
-    // A row without keys has lse -inf and only masked weights.
-    work_.shift[query] = lse == -Limits<S>::infinity ? 0 : shift;
-    work_.correction[query] = lse == -Limits<S>::infinity ? 0 : static_cast<S>(exact - shift);
-    if (problem_.bias.data && (lse > large || lse < -large) && lse != -Limits<S>::infinity) {
-      if (problem_.bias_dtype == problem_.dtype)
-        renormalise<T>(band, query);
-      else
-        renormalise<float>(band, query);
-    }
-  }
-
-  // Splits -lse of one query into minus the largest score and minus the logarithm of the sum beside it.
-  template <class B>
-  void renormalise(const Band& band, long query) {
-    const Tensor4<const B> bias = problem_.bias.template as<const B>();
-    const T* row = element<T>(problem_.query, batch_, head_, query);
-    const Range keys = band.row(query);
-    const auto score = [&](long key) {
-      const S b = first_of<F>(bias.at(batch_, head_, query, key));
-      const bool allowed =
-          b != -Limits<S>::infinity && (!problem_.mask.data || *problem_.mask.at(batch_, head_, query, key));
-      if (!allowed) return -Limits<S>::infinity;
-      const S product = dot<F>(row, element<T>(problem_.key, batch_, kv_head_, key), problem_.head_dim);
-      const S scaled_bias = max(Limits<S>::lowest, b * static_cast<S>(log2_e));
-      return max(Limits<S>::lowest,
-                 product * (static_cast<S>(problem_.scale) * static_cast<S>(log2_e)) + scaled_bias);
-    };
-    S largest = -Limits<S>::infinity;
-    for (long key = keys.begin; key < keys.end; key++) largest = max(largest, score(key));
-    S sum = 0;
-    for (long key = keys.begin; key < keys.end; key++)
-      sum += V::sum(V::zero_unless(V::first_lanes(1), V::exp2(V::set1(score(key) - largest))));
-    work_.shift[query] = -largest;
-    work_.correction[query] = -static_cast<S>(__builtin_log2(sum));
   }
 
   void tile(const Band& band, Range keys, Range queries) {
@@ -398,22 +347,22 @@ class BackwardTask {
     const DepthContiguous<E> value_columns{value_columns_.row(key), value_columns_.stride};
     const E* query_panel = work_.query_panels + queries.begin * dim;
     const E* grad_out_panel = work_.grad_out_panels + queries.begin * value_dim;
-    const S *shift = work_.shift + queries.begin, *delta = work_.delta + queries.begin;
+    const S *shift = work_.shift + queries.begin, *correction = work_.correction + queries.begin,
+            *delta = work_.delta + queries.begin;
     const bool has_bias = problem_.bias.data, has_dropout = problem_.dropout_p > 0;
 
     if (kind == TileKind::full && !has_bias) {
-      weights_product<V>(count, key_columns, query_panel, dim, shift, score_factor_, scores);
+      weights_product<V>(count, key_columns, query_panel, dim, shift, correction, plan_.score_factor, scores);
     } else {
       const uint8_t* allowed = kind == TileKind::mixed ? work_.allowed : nullptr;
-      const S* correction = work_.correction + queries.begin;
       if (has_bias) read_bias(where);
       seen_product(band, where, key_columns, query_panel, dim, scores);
       if (has_bias && allowed)
-        weights_of<V, true, true>(scores, count, shift, correction, score_factor_, work_.bias, allowed);
+        weights_of<V, true, true>(scores, count, shift, correction, plan_.score_factor, work_.bias, allowed);
       else if (has_bias)
-        weights_of<V, true, false>(scores, count, shift, correction, score_factor_, work_.bias, nullptr);
+        weights_of<V, true, false>(scores, count, shift, correction, plan_.score_factor, work_.bias, nullptr);
       else
-        weights_of<V, false, true>(scores, count, shift, correction, score_factor_, nullptr, allowed);
+        weights_of<V, false, true>(scores, count, shift, correction, plan_.score_factor, nullptr, allowed);
     }
     if (has_dropout) mark_dropped<V>(problem_, where, scores);
 
@@ -550,6 +499,7 @@ class BackwardTask {
   const Plan& plan_;
   const Problem& problem_;
   const BackwardArgs& args_;
+  const Shift<S>* const shifts_;
   S* const partial_;
   BackwardWorkspace<V> work_;
 
@@ -559,7 +509,6 @@ class BackwardTask {
   Rows<E> key_rows_{}, query_rows_{}, grad_out_rows_{};
   long first_query_ = 0;  // what query_rows_ and grad_out_rows_ begin with
   bool guards_keys_ = false;
-  S score_factor_ = 1;
   S *grad_query_ = nullptr, *grad_key_ = nullptr, *grad_value_ = nullptr;  // sums, from the first row on
 };
 

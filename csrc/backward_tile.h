@@ -55,7 +55,7 @@ void add_transposed(Block<typename V::scalar> gradient, long queries, long keys,
 }
 
 // Scores -> softmax weights exp2(factor * score + bias - lse), in place. `shift` holds -lse in log2 units
-// for each query, `correction` what it lacks in precision beside a large bias; bias [keys][panel] and
+// for each query, `correction` what it lacks in precision; bias [keys][panel] and
 // allowed [keys][panel] are null where the template says so.
 template <class V, bool has_bias, bool has_mask>
 void weights_of(Block<typename V::scalar> scores, long keys, const typename V::scalar* shift,
@@ -79,7 +79,8 @@ void weights_of(Block<typename V::scalar> scores, long keys, const typename V::s
         x = V::template exp2<degree>(V::add(V::add(x, V::load(shift + q)), V::load(correction + q)));
         x = V::zero_unless(V::not_less_equal(b, V::set1(-Limits<S>::infinity)), x);
       } else {
-        x = V::template exp2<degree>(V::fma(x, V::set1(factor), V::load(shift + q)));
+        x = V::fma(x, V::set1(factor), V::load(shift + q));
+        x = V::template exp2<degree>(V::add(x, V::load(correction + q)));
       }
       if constexpr (has_mask) x = V::zero_unless(V::nonzero(allowed + k * width + q), x);
       V::store(scores.row(k) + q, x);

@@ -23,7 +23,7 @@ struct BackwardWorkspace {
   E *key_rows, *key_columns;          // [ceil(chunk / depth)][padded], [chunk][ceil(D / depth)]
   E* value_columns;                   // [chunk][ceil(Dv / depth)]
   E* block_key_rows;                  // key_rows of one block, without those that are not finite
-  S *shift, *correction, *delta;      // [Lq]: -lse in log2 units, what it lacks, rowsum(dO O) - dlse
+  S *shift, *correction, *delta;      // [Lq]: -lse in log2 units, what that lacks, rowsum(dO O) - dlse
   S *grad_query, *grad_key, *grad_value;
   S *scores, *products, *bias;            // [block_keys][scores_stride], bias [block_keys][width]
   uint8_t* allowed;                       // [block_keys][width]

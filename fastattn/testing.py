@@ -372,7 +372,7 @@ def judge(
     largest terms that the result is a sum of. An lse, float32 also for low-precision inputs, may have
     a 64th of their unit: an exponential for them need not be better.
     """
-    magnitudes = _term_magnitudes(problem, grad_out)
+    magnitudes = term_magnitudes(problem, grad_out)
     weight_unit = torch.finfo(problem.query.dtype).eps / 64
     judgements = []
     for name, tensor in actual.items():
@@ -411,7 +411,7 @@ def _largest_error(actual: Tensor, exact: Tensor) -> float:
     return difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
 
 
-def _term_magnitudes(problem: Problem, grad_out: Tensor | None) -> dict[str, float]:
+def term_magnitudes(problem: Problem, grad_out: Tensor | None) -> dict[str, float]:
     """The size of the largest terms in each result's sum."""
     query, key, value = (_largest(t.double()) for t in (problem.query, problem.key, problem.value))
     scores = abs(problem.scale) * query * key + (0.0 if problem.bias is None else _largest(problem.bias))

@@ -34,6 +34,16 @@ LONG_CASES = (
     Case("chunks_bias_queries", batch=2, heads=2, queries=33, keys=1100, head_dim=16, bias="queries"),
     Case("chunks_mask", batch=1, heads=2, queries=100, keys=1100, head_dim=16, mask="shared", masked_rows=True),
 )
+#: Scores of some 50 (double precision, whose truth has errors of its own) and some 400.
+LARGE_SCORES = {torch.float64: 1.0, torch.float32: 8.0, torch.bfloat16: 8.0, torch.float16: 8.0}
+LARGE_SCORE_CASES = (
+    Case("plain", queries=70, keys=130),
+    Case("chunks", batch=1, heads=1, queries=70, keys=1100, head_dim=40),
+    Case("causal_gqa", heads=4, kv_heads=2, queries=130, causal="upper_left"),
+    Case("mask", queries=70, keys=130, mask="full", masked_rows=True, key_lengths=(130, 100)),
+    Case("bias", queries=70, keys=130, bias="per_head", masked_rows=True, window=(64, 8)),
+    Case("dropout", queries=70, keys=130, dropout_p=0.2),
+)
 
 
 @pytest.fixture(params=cpu.available_isas())
@@ -61,6 +71,17 @@ def test_gradients_within_budget(case, dtype, isa):
     problem, grad_out, grad_lse = _problem_and_gradients(case, dtype)
     results = run_backend(cpu, problem, grad_out, grad_lse)
     assert_within_budget(results, problem, *_references(case, dtype), grad_out)
+
+
+@pytest.mark.parametrize("case", LARGE_SCORE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores_within_budget(case, dtype, isa):
+    """The weights of a row add up to one however coarse an lse of hundreds is."""
+    given = _problem_and_gradients(replace(case, scale=LARGE_SCORES[dtype]), dtype)
+    results = run_backend(cpu, *given)
+    references = run_reference(*given), run_reference(*given, dtype=None)
+    assert results["lse"][results["lse"].isfinite()].abs().max() > 16
+    assert_within_budget({name: results[name] for name in results if "grad" in name}, given[0], *references, given[1])
 
 
 def _gradients(problem, out, lse, grad_out, grad_lse, wanted):
@@ -93,6 +114,7 @@ def test_each_gradient_alone_is_the_same(wanted, isa):
         Case("heads", batch=2, heads=4, kv_heads=2, queries=130, head_dim=32, causal="upper_left", dropout_p=0.1),
         Case("chunks", batch=1, heads=1, queries=300, keys=1600, head_dim=32),
         Case("shared_bias", batch=2, heads=2, queries=70, keys=1100, head_dim=16, bias="shared"),
+        Case("large_scores", batch=1, heads=2, queries=300, keys=1100, head_dim=32, scale=400.0),
     ),
     ids=lambda case: case.name,
 )

@@ -1,0 +1,175 @@
+// What the backward subtracts from the scores of a query: -lse in log2 units, as a sum of two numbers.
+//
+// P = exp2(s - lse) inherits the rounding of lse as a relative error of |lse| epsilon / 2, and s is not
+// rounded as it was in the forward. Where |lse| is large that is more than naive attention's error, whose
+// weights add up to one by construction. There the scores are computed once more, by the very product that
+// the tiles will use, and -lse becomes minus the largest score, then minus the logarithm of the sum of the
+// weights beside it: one product more than the tiles' five, for the panels of queries that need it.
+#pragma once
+
+#include "backward_plan.h"
+#include "gemm.h"
+#include "scratch.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA_NAMESPACE {
+
+template <class S>
+struct Shift {
+  S high, low;
+};
+
+// lse split exactly; a row without keys has lse -inf and only masked weights.
+template <class S>
+INLINE Shift<S> shift_of(S lse) {
+  if (lse == -Limits<S>::infinity) return {0, 0};
+  const double exact = -lse * log2_e;
+  const S high = static_cast<S>(exact);
+  return {high, static_cast<S>(exact - high)};
+}
+
+// Whether rounding this lse, and scores of its size, costs the gradients more than their own sums do: some 16
+// units of fp32 or fp64, a sixteenth of a unit of fp16 and less of bf16's.
+template <class S, class T>
+INLINE bool is_large_lse(S lse) {
+  constexpr S limit = sizeof(T) == 2 ? 1024 : 16;
+  return (lse > limit || lse < -limit) && lse - lse == 0;
+}
+
+// Writes shifts [B][Hq][Lq] of the queries whose lse is large, and nothing for the others.
+template <class V, class T>
+class LargeShifts {
+  using S = typename V::scalar;
+  using E = typename V::element;
+  using F = std::conditional_t<sizeof(S) == 8, F64, F32>;  // reads T
+  using Plan = BackwardPlan<V>;
+  static constexpr long depth = V::depth, width = panel_width<V>, block_keys = Plan::block_keys;
+  static constexpr bool in_place = sizeof(T) == sizeof(E) && depth == 1;
+
+ public:
+  LargeShifts(const Plan& plan, Shift<S>* shifts) : plan_(plan), problem_(plan.problem), shifts_(shifts) {}
+
+  // Whether any query needs them.
+  static bool wanted(const Plan& plan) {
+    const Problem& p = plan.problem;
+    const S* lse = static_cast<const S*>(plan.args.lse);
+    bool any = false;
+    for (long i = 0; i < p.batch * p.query_heads * p.queries; i++) any |= is_large_lse<S, T>(lse[i]);
+    return any;
+  }
+
+  void run(int threads) const {
+    const long blocks = ceil_div(problem_.queries, width), heads = problem_.query_heads;
+    parallel_for(problem_.batch * heads * blocks, threads, Workspace(plan_, nullptr).bytes,
+                 [&](int64_t item, void* scratch) {
+                   const long first = item % blocks * width;
+                   panel(item / blocks / heads, item / blocks % heads,
+                         {first, min<long>(first + width, problem_.queries)}, Workspace(plan_, scratch));
+                 });
+  }
+
+ private:
+  struct Workspace {
+    Workspace(const Plan& plan, void* base) {
+      ScratchLayout layout(base);
+      const Problem& p = plan.problem;
+      const long elements = ceil_div(p.head_dim, depth);
+      query = layout.template take<E>(width * elements);
+      key = layout.template take<E>(in_place ? 0 : block_keys * elements);
+      products = layout.template take<S>(block_keys * width);
+      bias = layout.template take<S>(p.bias.data ? block_keys * width : 0);
+      allowed = layout.template take<uint8_t>(block_keys * width);
+      bytes = layout.used();
+    }
+    E *query, *key;
+    S *products, *bias;
+    uint8_t* allowed;
+    size_t bytes;
+  };
+
+  void panel(long b, long h, Range queries, const Workspace& work) const {
+    const long offset = (b * problem_.query_heads + h) * problem_.queries;
+    const S* lse = static_cast<const S*>(plan_.args.lse) + offset;
+    bool any = false;
+    for (long q = queries.begin; q < queries.end; q++) any |= is_large_lse<S, T>(lse[q]);
+    if (!any) return;
+
+    const Tensor4<const T> query = problem_.query.template as<const T>();
+    pack_panel<V>(query.at(b, h, queries.begin), query.stride[2], queries.size(), problem_.head_dim,
+                  plan_.query_scale, work.query);
+    alignas(64) S largest[width], sum[width];
+    for (long q = 0; q < width; q++) largest[q] = -Limits<S>::infinity, sum[q] = 0;
+    const Band band(problem_, b);
+    const Range keys = band.seen_by_any(queries);
+    for (long k = keys.begin; k < keys.end; k += block_keys)
+      add_block(band, {b, h, queries, {k, min(keys.end, k + block_keys)}}, work, largest, sum);
+    for (long q = queries.begin; q < queries.end; q++) {
+      const long lane = q - queries.begin;
+      if (is_large_lse<S, T>(lse[q]))
+        shifts_[offset + q] = {-largest[lane], -static_cast<S>(__builtin_log2(sum[lane]))};
+    }
+  }
+
+  void add_block(const Band& band, const Tile& tile, const Workspace& work, S* largest, S* sum) const {
+    const TileKind kind = classify<width>(problem_, band, tile, work.allowed);
+    if (kind == TileKind::empty) return;
+    const bool masked = kind == TileKind::mixed, biased = problem_.bias.data;
+    if (biased && problem_.bias_dtype == problem_.dtype)
+      load_bias<F, T>(problem_, tile, work.bias);
+    else if (biased)
+      load_bias<F, float>(problem_, tile, work.bias);
+    const long rows = tile.keys.size(), elements = ceil_div(problem_.head_dim, depth);
+    gemm_columns<V, Store>(V::tile_vectors, rows, keys_of(tile, work), work.query, width, elements,
+                           work.products, width);
+
+    constexpr int degree = depth == 2 ? 3 : 5;
+    const auto factor = V::set1(plan_.score_factor), none = V::set1(-Limits<S>::infinity);
+    for (long q = 0; q < width; q += V::lanes) {
+      // score - reference, rounded as the tiles round it; -inf where the query may not attend.
+      const auto score = [&](long k, typename V::vector shift) {
+        auto x = V::load(work.products + k * width + q);
+        if (biased) {
+          const auto bias = V::load(work.bias + k * width + q);
+          x = V::add(V::max(V::set1(Limits<S>::lowest), V::fma(x, factor, bias)), shift);
+          x = V::select(V::not_less_equal(bias, none), x, none);
+        } else {
+          x = V::fma(x, factor, shift);
+        }
+        return masked ? V::select(V::nonzero(work.allowed + k * width + q), x, none) : x;
+      };
+      const auto old = V::load(largest + q);
+      auto now = old;
+      for (long k = 0; k < rows; k++) now = V::max(now, score(k, V::zero()));
+      const auto reference = V::select(V::greater(V::set1(Limits<S>::lowest), now), V::zero(), now);
+      auto total = V::mul(V::load(sum + q), V::exp2(V::sub(old, reference)));
+      for (long k = 0; k < rows; k++)
+        total = V::add(total, V::template exp2<degree>(score(k, V::sub(V::zero(), reference))));
+      V::store(largest + q, now);
+      V::store(sum + q, total);
+    }
+  }
+
+  DepthContiguous<E> keys_of(const Tile& tile, const Workspace& work) const {
+    const Tensor4<const T> key = problem_.key.template as<const T>();
+    const T* first = key.at(tile.batch, tile.head / problem_.group(), tile.keys.begin);
+    const long rows = tile.keys.size(), dim = problem_.head_dim, elements = ceil_div(dim, depth);
+    if constexpr (in_place) {
+      return {first, key.stride[2]};
+    } else {
+#ifdef FASTATTN_BF16_DOT
+      if constexpr (depth == 2)
+        pair_columns(first, key.stride[2], rows, dim, work.key, elements);
+      else
+#endif
+        copy_widened<V>(first, key.stride[2], rows, dim, work.key, elements);
+      return {work.key, elements};
+    }
+  }
+
+  const Plan& plan_;
+  const Problem& problem_;
+  Shift<S>* const shifts_;
+};
+
+}  // namespace FASTATTN_ISA_NAMESPACE
+}  // namespace fastattn
