@@ -24,6 +24,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Cal
     heads = query.shape[1]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Idle threads of its pool that spin would take a core from whoever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(_model(heads, is_causal), options, providers=["CPUExecutionProvider"])
     feeds = {
         name: tensor.detach().transpose(1, 2).flatten(2).contiguous().numpy()
