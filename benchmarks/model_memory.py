@@ -1,7 +1,7 @@
-"""Peak memory of one training step of a model, in a process of its own.
+"""Peak memory and time of one training step of a model, in a process of its own.
 
 ``python -m benchmarks.model_memory classifier torch 4096`` prints, as JSON, the bytes that the step
-needed at its peak beyond what the process held before it.
+needed at its peak beyond what the process held before it, and its seconds.
 """
 
 from __future__ import annotations
@@ -11,18 +11,28 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.memory import RESET_PEAK, _status_bytes
 
 #: What "the longest sequence that fits" has to fit in.
 LIMIT = 2 * 2**30
-#: Tried in this order until one does not fit.
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+#: Each twice the one before, tried in this order until one does not fit.
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
-def peak_of_step(kind: str, implementation: str, length: int) -> int:
-    """Bytes at the peak of the model's or the additive attention's step over those before, in this process."""
+@dataclass(frozen=True)
+class Step:
+    """What one step took: bytes at its peak over those before, and seconds (of this one call)."""
+
+    bytes: int
+    seconds: float
+
+
+def measure_step(kind: str, implementation: str, length: int) -> Step:
+    """The model's or the additive attention's step at this length, in this process."""
     from benchmarks.models import AdditiveWorkload, ModelInputs, ModelWorkload
 
     def step(n: int):
@@ -35,11 +45,13 @@ def peak_of_step(kind: str, implementation: str, length: int) -> int:
     call = step(length)
     RESET_PEAK.write_text("5")  # the high-water mark becomes the present size (proc(5))
     before = _status_bytes("VmRSS")
+    start = time.perf_counter()
     call()
-    return _status_bytes("VmHWM") - before
+    seconds = time.perf_counter() - start
+    return Step(_status_bytes("VmHWM") - before, round(seconds, 4))
 
 
-def peak_in_child(kind: str, implementation: str, length: int) -> int:
+def step_in_child(kind: str, implementation: str, length: int) -> Step:
     """The same in a fresh process, which may hold 4 GiB; MemoryError where that is not enough."""
     command = [sys.executable, "-m", "benchmarks.model_memory", kind, implementation, str(length)]
     root = Path(__file__).parents[1]
@@ -48,24 +60,27 @@ def peak_in_child(kind: str, implementation: str, length: int) -> int:
         raise MemoryError(f"{kind} with {implementation} attention at length {length} needs over 4 GiB")
     if child.returncode:
         raise RuntimeError(child.stderr.strip() or f"exit status {child.returncode}")
-    return json.loads(child.stdout)["bytes"]
+    return Step(**json.loads(child.stdout))
 
 
-def peaks_until_limit(kind: str, implementation: str) -> dict[int, int | None]:
-    """Bytes at each of LENGTHS, up to the first that passes LIMIT (None where even 4 GiB did not do)."""
-    peaks: dict[int, int | None] = {}
+def steps_until_limit(kind: str, implementation: str) -> dict[int, Step]:
+    """The steps at LENGTHS, up to the longest that fits in LIMIT.
+
+    A step needs memory for every token at the least, so where one needs over half of LIMIT, that of twice
+    the length, which would take minutes, is known not to fit.
+    """
+    steps: dict[int, Step] = {}
     for length in LENGTHS:
         try:
-            peaks[length] = peak_in_child(kind, implementation, length)
+            step = step_in_child(kind, implementation, length)
         except MemoryError:
-            peaks[length] = None
-        if peaks[length] is None or peaks[length] > LIMIT:
             break
-    return peaks
-
-
-def longest_that_fits(peaks: dict[int, int | None]) -> int:
-    return max((length for length, peak in peaks.items() if peak is not None and peak <= LIMIT), default=0)
+        if step.bytes > LIMIT:
+            break
+        steps[length] = step
+        if step.bytes > LIMIT / 2:
+            break
+    return steps
 
 
 if __name__ == "__main__":
@@ -80,4 +95,4 @@ if __name__ == "__main__":
 
     mapped = _status_bytes("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30, resource.RLIM_INFINITY))
-    print(json.dumps({"bytes": peak_of_step(given.kind, given.implementation, given.length)}))
+    print(json.dumps(asdict(measure_step(given.kind, given.implementation, given.length))))

@@ -114,7 +114,7 @@ def print_result(result: dict) -> None:
         )
     rows = tables.model_memory_rows(result)
     if rows:
-        right = ("longest in 2 GiB", "MiB at 2048")
+        right = ("longest in 2 GiB", "seconds", "MiB at 2048")
         console.print(tables.table("Memory of a training step", ("model", "implementation"), right, rows))
     rows = tables.target_rows(result)
     styles = {"met": "[green]met[/]", "missed": "[red]missed[/]"}

@@ -87,7 +87,7 @@ def _condense(record: dict, part: str, result: dict) -> None:
     for benchmark in record["benchmarks"]:
         info = benchmark["extra_info"]
         if "peaks" in info:
-            kept = ("model", "implementation", "peaks", "longest")
+            kept = ("model", "implementation", "peaks", "seconds", "longest")
             result.setdefault("model_memory", []).append({key: info[key] for key in kept})
         elif "bytes" in info:
             result["memory"].append({key: info[key] for key in ("implementation", "length", "bytes")})

@@ -105,9 +105,15 @@ def memory_rows(result: dict) -> list[list[str]]:
 
 
 def model_memory_rows(result: dict) -> list[list[str]]:
-    """model, implementation, the longest sequence whose training step fits in 2 GiB, MiB at length 2048."""
+    """model, implementation, the longest sequence whose training step fits in 2 GiB, its seconds, MiB at 2048."""
     return [
-        [entry["model"], entry["implementation"], str(entry["longest"]), _mebibytes(entry["peaks"].get("2048"))]
+        [
+            entry["model"],
+            entry["implementation"],
+            str(entry["longest"]),
+            f"{entry['seconds'].get(str(entry['longest']), 0):.2f}",
+            _mebibytes(entry["peaks"].get("2048")),
+        ]
         for entry in result.get("model_memory", [])
     ]
 
