@@ -53,9 +53,8 @@ def additive_weights(
     """The softmax weights ``[B, Lq, Lk]`` of :func:`additive_attention`, for inspection (no gradient)."""
     with torch.no_grad():
         mask = _checked_mask(query, key, key, weight, key_lengths, key_mask)
-        lse = _call(query, key, key[..., :1], weight, None, mask)[1]
         query, key, weight = (_working(x) for x in (query, key, weight))
-        return additive_tiles.weights(query, _without_masked(key, mask), weight, mask, lse)
+        return additive_tiles.weights(query, _without_masked(key, mask), weight, mask)
 
 
 class AdditiveAttention(nn.Module):

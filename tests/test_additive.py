@@ -187,6 +187,13 @@ def test_weights_are_the_softmax():
     torch.testing.assert_close(additive_weights(query, key, weight, lengths, other), expected)
 
 
+def test_weights_of_no_and_of_one_key():
+    query, key, _, weight = inputs((2, 3, 1, 4, 1), torch.float32)
+    assert torch.equal(additive_weights(query, key, weight), torch.ones(2, 3, 1))
+    assert torch.equal(additive_weights(query, key, weight, torch.tensor([1, 0]))[1], torch.zeros(3, 1))
+    assert additive_weights(query, key[:, :0], weight).shape == (2, 3, 0)
+
+
 def test_module_projects_and_masks():
     torch.manual_seed(0)
     module = AdditiveAttention(query_dim=6, key_dim=4, hidden_dim=10)

@@ -60,13 +60,14 @@ class Call:
         return grad_q, grad_k, grad_v, grad_w
 
 
-def weights(q: Tensor, k: Tensor, w: Tensor, mask: Tensor | None, lse: Tensor) -> Tensor:
-    """The softmax weights [B, Lq, Lk]."""
+def weights(q: Tensor, k: Tensor, w: Tensor, mask: Tensor | None) -> Tensor:
+    """The softmax weights [B, Lq, Lk]; 0 in a row with nothing to attend to."""
     out = q.new_empty(q.shape[0], q.shape[1], k.shape[1])
-    lse = _finite(lse)
     for i, j in _tiles(q, k):
-        out[:, i, j] = (_scores(q, k, w, mask, i, j) - lse[:, i, None]).exp2()
-    return out
+        out[:, i, j] = _masked(torch.tanh(q[:, i, None] + k[:, None, j]) @ w, mask, j)
+    # Not against the lse of an engine, whose last bit may differ: a single key's weight is 1, and they add up to 1.
+    out = out.softmax(-1)
+    return out if mask is None else out.masked_fill_(~mask[:, None], 0.0)
 
 
 def _scores(q, k, w, mask, i, j):
