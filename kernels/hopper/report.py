@@ -1,25 +1,35 @@
-"""What the compiler made of the shipped configurations, read from the machine code: no GPU needed.
+"""What the compiler made of the Hopper kernels, read from the machine code: no GPU needed.
 
-``python -m fastattn.kernels.hopper.report`` prints the table.
+``python -m fastattn.kernels.hopper.report`` compiles the configurations that are chosen by default, and with
+``--candidates`` all, writes the table to benchmarks/results/, and fails where a rule of :func:`broken_rules` is broken.
 """
 
+import argparse
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
 from fastattn.problem import Problem
 
-from ..offline import TOOLS, compiling_for, resources, tool
+from ..offline import SHARED_MEMORY, compiling_for, resources, tool
 from . import configs
 from .launch import forward
 from .launch_backward import backward
+from .machine_code import exponentials_in_flight, main_loops, overwritten_in_flight
 
 #: ptxas's advisories that it executes wgmma one by one, for want of registers or because of how they are used.
 SERIALIZED = re.compile(r"\((C75(?:0[89]|1[0-4]))\)")
+#: The share of the main loop's exponentials that must issue under a wgmma.
+OVERLAP = 0.95
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
@@ -29,91 +39,82 @@ class Row:
     kernel: str
     head_dim: int
     causal: bool
+    name: str  # of the configuration
     config: object
     shared_bytes: int
     spill_stores: int  # in the whole kernel
-    loop_spills: int  # spill loads and stores in the main loop
     warnings: tuple[str, ...]  # C7510 and the like: wgmma serialised
-    loop_registers: int  # highest register named in the main loop
-    loop_instructions: Counter  # of the first consumer's main loop, by opcode
-    exponentials: int  # MUFU.EX2 in the main loop
+    # of the consumers' main loops
+    loop_spills: int  # spill loads and stores
+    overwritten: int  # instructions that break a wgmma in flight
+    loop_registers: int  # highest register named
+    exponentials: int  # MUFU.EX2
     exponentials_in_flight: int  # of them, issued while a wgmma is outstanding
-
-
-def loops(code: str) -> list[list[str]]:
-    """Bodies of the backward branches of a disassembly that hold wgmma, shortest first."""
-    instructions, labels = [], {}
-    for line in code.splitlines():
-        label = re.match(r"\s*(\.L_x_\d+):", line)
-        if label:
-            labels[label[1]] = len(instructions)
-        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
-        if found:
-            instructions.append(re.sub(r"^@!?U?P\w+\s+", "", found[1].strip()))
-    bodies = []
-    for at, text in enumerate(instructions):
-        target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)
-        if target and labels.get(target[1], at + 1) <= at:
-            body = instructions[labels[target[1]] : at + 1]
-            if any(i.startswith("HGMMA") for i in body):
-                bodies.append(body)
-    return sorted(bodies, key=len)
-
-
-def exponentials_in_flight(body: list[str]) -> tuple[int, int]:
-    """(in flight, all): the loop's MUFU.EX2 that issue while a wgmma group is outstanding, in steady state."""
-    outstanding = 0
-    for _ in range(2):  # the second turn starts as every later one
-        under = total = 0
-        for text in body:
-            if text.startswith("HGMMA") and "gsb0" in text:
-                outstanding += 1
-            wait = re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)", text)
-            if wait:
-                outstanding = min(outstanding, int(wait[1], 16))
-            if "MUFU.EX2" in text:
-                total += 1
-                under += outstanding > 0
-    return under, total
+    loop_instructions: Counter  # by opcode, of the first consumer
 
 
 def advisories(kernel) -> tuple[str, ...]:
-    """ptxas's wgmma advisories, which Triton hides."""
+    """The wgmma advisories, which Triton hides, of the ptxas that it compiles for Hopper with."""
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
         file.write(kernel.asm["ptx"])
         file.flush()
-        command = [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
     return tuple(SERIALIZED.findall(result.stderr))
 
 
-def read(name: str, kernel, head_dim: int, causal: bool, config) -> Row:
+def read(kernel_name: str, kernel, head_dim: int, causal: bool, name: str, config) -> Row:
     """Everything about one compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         code = tool("nvdisasm", "-c", file.name)
-    body = next(body for body in loops(code) if any("MUFU.EX2" in text for text in body))
-    under, total = exponentials_in_flight(body)
+    loops = main_loops(code)
+    in_flight = [exponentials_in_flight(loop) for loop in loops]
+    everything = [text for loop in loops for text in loop]
     found = resources(kernel)
-    mix = Counter(re.split(r"[\s.]", text)[0] for text in body)
     return Row(
-        kernel=name,
+        kernel=kernel_name,
         head_dim=head_dim,
         causal=causal,
+        name=name,
         config=config,
         shared_bytes=found.shared_bytes,
         spill_stores=found.instructions["STL"],
-        loop_spills=mix["STL"] + mix["LDL"],
         warnings=advisories(kernel),
-        loop_registers=max(int(number) for text in body for number in re.findall(r"\bR(\d+)\b", text)),
-        loop_instructions=mix,
-        exponentials=total,
-        exponentials_in_flight=under,
+        loop_spills=sum(text.startswith(("STL", "LDL")) for text in everything),
+        overwritten=sum(len(overwritten_in_flight(loop)) for loop in loops),
+        loop_registers=max(int(number) for text in everything for number in re.findall(r"\bR(\d+)\b", text)),
+        exponentials=sum(total for _, total in in_flight),
+        exponentials_in_flight=sum(under for under, _ in in_flight),
+        loop_instructions=Counter(re.split(r"[\s.]", text)[0] for text in loops[0]),
     )
 
 
-def compile_rows(direction: str, head_dim: int, causal: bool, config) -> list[Row]:
+def broken_rules(row: Row) -> list[str]:
+    """What is wrong with a compiled kernel.
+
+    The asynchrony that a configuration switches off is not asked of it.
+    """
+    broken = []
+    if not row.loop_instructions["HGMMA"]:
+        broken.append("no wgmma in the main loops")
+    if row.warnings:
+        broken.append(f"wgmma serialised ({', '.join(row.warnings)})")
+    if row.overwritten:
+        broken.append(f"{row.overwritten} instructions overwrite a wgmma in flight")
+    if row.loop_spills:
+        broken.append(f"{row.loop_spills} spill instructions in the main loops")
+    if row.shared_bytes > SHARED_MEMORY[90]:
+        broken.append(f"{row.shared_bytes} bytes of shared memory, {SHARED_MEMORY[90]} are there")
+    if row.loop_registers >= row.config.most_registers:
+        broken.append(f"register {row.loop_registers}, {row.config.most_registers} are there")
+    if getattr(row.config, "overlap", True) and row.exponentials_in_flight < OVERLAP * row.exponentials:
+        broken.append(f"{row.exponentials_in_flight} of {row.exponentials} exponentials under a product")
+    return broken
+
+
+def compile_rows(direction: str, head_dim: int, causal: bool, name: str, config) -> list[Row]:
     """Compile one configuration through the real launch, with tensors that only have a shape's worth of memory."""
     shape = (1, 2, 256, head_dim)
     query, key, value, out, grad_out, *grads = torch.empty(8, *shape, dtype=torch.bfloat16).unbind()
@@ -124,35 +125,90 @@ def compile_rows(direction: str, head_dim: int, causal: bool, config) -> list[Ro
             forward(problem, out, lse, config)
         else:
             backward(problem, out, lse, grad_out, None, *grads, config)
-    return [read(name, kernel, head_dim, causal, config) for name, kernel in compiled if name != "statistics_kernel"]
-
-
-def shipped() -> list[tuple[str, int, bool, object]]:
-    """(direction, head_dim, causal, config) of every configuration that is chosen by default."""
-    tables = (("forward", configs.FORWARD), ("backward", configs.BACKWARD))
-    return [(direction, *key, config) for direction, table in tables for key, config in table.items()]
-
-
-def rows() -> list[Row]:
-    """The report: every shipped configuration."""
-    return [row for case in shipped() for row in compile_rows(*case)]
-
-
-def table(found: list[Row]) -> str:
-    """The report as Markdown."""
-    lines = [
-        "| kernel | D | causal | shared KB | loop spills | advisories | regs | EX2 in flight | loop instructions |",
-        "|---|---|---|---|---|---|---|---|---|",
+    return [
+        read(kernel_name, kernel, head_dim, causal, name, config)
+        for kernel_name, kernel in compiled
+        if kernel_name != "statistics_kernel"
     ]
-    for row in found:
-        mix = " ".join(f"{name} {count}" for name, count in row.loop_instructions.most_common(12))
-        lines.append(
-            f"| {row.kernel} | {row.head_dim} | {'yes' if row.causal else 'no'} | {row.shared_bytes / 1024:.0f} "
-            f"| {row.loop_spills} | {' '.join(row.warnings) or 'none'} | {row.loop_registers} "
-            f"| {row.exponentials_in_flight}/{row.exponentials} | {row.loop_instructions.total()}: {mix} |"
-        )
-    return "\n".join(lines)
+
+
+def shipped() -> list[tuple[str, int, bool, str, object]]:
+    """(direction, columns, causal, name, config) of every configuration that is chosen by default."""
+    tables = (("forward", configs.FORWARD), ("backward", configs.BACKWARD))
+    return [(direction, *key, "chosen", config) for direction, table in tables for key, config in table.items()]
+
+
+def candidates() -> list[tuple[str, int, bool, str, object]]:
+    """The same for what ``benchmarks/gpu.py tune`` ranks beside them."""
+    tables = (("forward", configs.FORWARD_CANDIDATES), ("backward", configs.BACKWARD_CANDIDATES))
+    chosen = {(direction, columns, config) for direction, columns, _, _, config in shipped()}
+    return [
+        (direction, columns, causal, name, config)
+        for direction, table in tables
+        for columns, named in table.items()
+        for name, config in named.items()
+        if (direction, columns, config) not in chosen
+        for causal in (False, True)
+    ]
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    mix = " ".join(f"{name} {count}" for name, count in row.loop_instructions.most_common(12))
+    cells = (
+        row.kernel,
+        row.head_dim,
+        "yes" if row.causal else "no",
+        row.name,
+        f"{row.shared_bytes / 1024:.0f}",
+        row.loop_registers,
+        f"{row.loop_spills} / {row.spill_stores}",
+        " ".join(row.warnings) or "none",
+        row.overwritten,
+        f"{row.exponentials_in_flight}/{row.exponentials}",
+        f"{row.loop_instructions.total()}: {mix}",
+        "; ".join(broken_rules(row)),
+    )
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def document(found: list[Row]) -> str:
+    """The report as Markdown."""
+    heads = ("kernel", "D", "causal", "configuration", "shared KiB", "registers", "spills in loop / all", "advisories")
+    heads += ("overwritten", "EX2 in flight", "instructions", "broken rules")
+    lines = [
+        "# The Hopper kernels as compiled",
+        "",
+        f"Triton {triton.__version__} with ptxas {get_ptxas(90).version}, bf16, for sm_90; no GPU needed. Of the main",
+        "loops of the consumers: the highest register, spill instructions (and spill stores in the whole kernel), the",
+        "instructions that overwrite a register of a wgmma in flight, the exponentials that issue under one, and the",
+        "first loop's instructions by opcode. Advisories: ptxas says that it runs wgmma one by one.",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|" + "---|" * len(heads),
+        *map(line, found),
+        "",
+        "Beside it the prototype's best schedule (forward, D = 128, 128 x 128, Triton 3.6.0): 64 wgmma in the kernel,",
+        "no spills, 164 KiB, 66 of 66 exponentials in flight. With P V in flight over the back edge, 86 instructions",
+        "of each such loop overwrote registers of those products, and Triton 3.9 serialised them (C7512).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--candidates", action="store_true", help="also what benchmarks/gpu.py tune ranks")
+    wanted = shipped() + (candidates() if parser.parse_args().candidates else [])
+    rows = []
+    for case in wanted:
+        for row in compile_rows(*case):
+            rows.append(row)
+            print(line(row), file=sys.stderr, flush=True)
+    (RESULTS / f"hopper_compile_report_triton_{triton.__version__}.md").write_text(document(rows))
+    broken = [row for row in rows if row.name == "chosen" and broken_rules(row)]
+    print(f"{len(rows)} compiled, {len(broken)} of the chosen break a rule")
+    return bool(broken)
 
 
 if __name__ == "__main__":
-    print(table(rows()))
+    sys.exit(main())
