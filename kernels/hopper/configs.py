@@ -2,6 +2,18 @@
 
 from dataclasses import dataclass
 
+#: The columns that a tile can have: powers of two, as Triton takes them.
+TILE_COLUMNS = (64, 128, 256)
+
+
+def tile_columns(head_dim: int) -> int:
+    """The columns of the tiles for a head dimension of up to 256.
+
+    TMA fills the columns past the head dimension with zeros, which add nothing to any product, and stores none of
+    them: D = 96 and 192 pay for 128 and 256.
+    """
+    return next(columns for columns in TILE_COLUMNS if columns >= head_dim)
+
 
 @dataclass(frozen=True)
 class ForwardConfig:
@@ -33,6 +45,12 @@ class ForwardConfig:
         """Registers per thread at launch: 65536 over 12 or 16 warps (a partition of one warp takes four)."""
         return 168 if self.consumers == 2 else 128
 
+    @property
+    def most_registers(self) -> int:
+        """Registers per thread of the first consumer, to which Triton gives what the others leave."""
+        others = self.registers * (self.consumers - 1) + 24
+        return self.entry_registers * (self.consumers + 1) - others
+
 
 @dataclass(frozen=True)
 class BackwardConfig:
@@ -62,8 +80,13 @@ class BackwardConfig:
         """Registers per thread at launch: 65536 over 12 warps."""
         return 168
 
+    @property
+    def most_registers(self) -> int:
+        """Registers per consumer thread after setmaxnreg."""
+        return 240
 
-#: (head_dim, causal band or window) -> configuration, chosen by prediction (README.md), compiled for sm_90.
+
+#: (columns of a tile, causal band or window) -> configuration, chosen by prediction (README.md), compiled for sm_90.
 FORWARD = {
     (64, False): ForwardConfig(consumers=3, stages=3),
     (64, True): ForwardConfig(consumers=3, stages=3),
@@ -73,7 +96,7 @@ FORWARD = {
     (256, True): ForwardConfig(block_n=64, own_out=False),
 }
 
-#: What ``benchmarks/gpu.py`` ranks, by head dimension.
+#: What ``benchmarks/gpu.py`` ranks, by columns of a tile.
 FORWARD_CANDIDATES = {
     64: {
         "128x128": ForwardConfig(stages=3),
@@ -104,7 +127,7 @@ FORWARD_CANDIDATES = {
 
 def forward_config(head_dim: int, banded: bool) -> ForwardConfig:
     """The configuration for a head dimension, with or without a right or left bound to the band."""
-    return FORWARD[head_dim, banded]
+    return FORWARD[tile_columns(head_dim), banded]
 
 
 BACKWARD = {
@@ -141,4 +164,4 @@ BACKWARD_CANDIDATES = {
 
 def backward_config(head_dim: int, banded: bool) -> BackwardConfig:
     """The configuration for a head dimension, with or without a right or left bound to the band."""
-    return BACKWARD[head_dim, banded]
+    return BACKWARD[tile_columns(head_dim), banded]

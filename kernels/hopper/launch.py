@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .capability import tma_reason
-from .configs import forward_config
+from .configs import forward_config, tile_columns
 from .forward import attention_forward
 from .plan import band_of, forward_plan
 
@@ -48,11 +48,12 @@ def tma_strides(tensor: torch.Tensor) -> list[int]:
 
 
 def tile_descriptor(tensor: torch.Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """A TMA descriptor of [B, H, L, D] in boxes of ``rows`` rows of one head, all columns unless said otherwise.
+    """A TMA descriptor of [B, H, L, D] in boxes of ``rows`` rows of one head, a tile's columns unless said otherwise.
 
-    Rank 4 with the true strides: a ragged last tile ends with its head (loads give zeros, stores do nothing).
+    Rank 4 with the true strides and sizes: past the rows of a head and past its columns loads give zeros and stores
+    do nothing.
     """
-    box = [1, 1, rows, columns or tensor.shape[-1]]
+    box = [1, 1, rows, columns or tile_columns(tensor.shape[-1])]
     return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), box, tile_layout(tuple(box), tensor.dtype))
 
 
@@ -63,6 +64,15 @@ def writable(tensor: torch.Tensor) -> torch.Tensor:
         if tma_reason("output", tensor) is None
         else torch.empty_like(tensor, memory_format=torch.contiguous_format)
     )
+
+
+def compiler_options(config) -> dict:
+    """What every launch tells the compiler.
+
+    Contraction to fused multiply-adds is asked for: Triton 3.9 announces that it will stop being the default, and the
+    softmax would take half as many instructions again.
+    """
+    return {"num_warps": 4, "maxnreg": config.entry_registers, "enable_fp_fusion": True}
 
 
 def forward(problem, out: torch.Tensor, lse: torch.Tensor, config=None) -> None:
@@ -90,8 +100,7 @@ def forward(problem, out: torch.Tensor, lse: torch.Tensor, config=None) -> None:
             lengths,
             **plan.scalars,
             OPTIONS=plan.options,
-            num_warps=4,
-            maxnreg=config.entry_registers,
+            **compiler_options(config),
         )
     if target is not out:
         out.copy_(target)

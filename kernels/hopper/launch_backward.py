@@ -9,8 +9,8 @@ from .backward_fused import gradients
 from .backward_keys import gradients_of_keys
 from .backward_queries import gradients_of_queries
 from .capability import tma_reason
-from .configs import backward_config
-from .launch import multiprocessors, on_device, tile_descriptor, tile_layout, writable
+from .configs import backward_config, tile_columns
+from .launch import compiler_options, multiprocessors, on_device, tile_descriptor, tile_layout, writable
 from .plan import band_of, fused_plan, keys_plan, queries_plan
 from .statistics import row_statistics
 
@@ -53,8 +53,7 @@ def key_gradients(problem, band, config, grad_out, lse_2, delta, lengths, grad_k
         lengths,
         **plan.scalars,
         OPTIONS=plan.options,
-        num_warps=4,
-        maxnreg=config.entry_registers,
+        **compiler_options(config),
     )
     deliver(targets, (grad_key, grad_value))
 
@@ -74,8 +73,7 @@ def query_gradients(problem, band, config, grad_out, lse_2, delta, lengths, grad
         lengths,
         **plan.scalars,
         OPTIONS=plan.options,
-        num_warps=4,
-        maxnreg=config.entry_registers,
+        **compiler_options(config),
     )
     deliver(targets, (grad_query,))
 
@@ -94,15 +92,14 @@ def all_gradients(problem, band, config, grad_out, lse_2, delta, lengths, grad_q
         *query_descriptors(problem, grad_out, lse_2, delta, config.block_m),
         tile_descriptor(problem.key, 128),
         tile_descriptor(problem.value, 128),
-        tile_descriptor(total, config.block_m, D // 2),
+        tile_descriptor(total, config.block_m, tile_columns(D) // 2),
         *(tile_descriptor(target, 64) for target in targets),
         counters,
         lengths,
         **plan.scalars,
         DS_LAYOUT=tile_layout((128, config.block_m), query.dtype),
         OPTIONS=plan.options,
-        num_warps=4,
-        maxnreg=config.entry_registers,
+        **compiler_options(config),
     )
     torch.mul(total, problem.scale, out=grad_query)
     deliver(targets, (grad_key, grad_value))

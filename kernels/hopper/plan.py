@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from .configs import tile_columns
+
 LOG2_E = 1.4426950408889634
 #: K and V of the heads in flight at one time should stay in this much of the 50 MB L2.
 L2_BYTES = 32 << 20
@@ -25,7 +27,10 @@ class Band:
 
 @dataclass(frozen=True)
 class ForwardOptions:
-    """What the forward kernel is compiled for: the band's kind, the tile shape and the switches of ForwardConfig."""
+    """What the forward kernel is compiled for: the band's kind, the tile shape and the switches of ForwardConfig.
+
+    Here and below ``head_dim`` counts a tile's columns, of which TMA fills those past the problem's with zeros.
+    """
 
     head_dim: int
     has_left: bool
@@ -135,7 +140,7 @@ def forward_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
         "section": min(heads_in_l2(problem), batch * heads),
     }
     options = ForwardOptions(
-        head_dim=D,
+        head_dim=tile_columns(D),
         has_left=band.has_left,
         has_right=band.has_right,
         lower_right=band.lower_right,
@@ -175,7 +180,7 @@ def _backward_plan(problem, band: Band, config, multiprocessors: int, rows: int,
 
 def _band_options(problem, band: Band, config) -> dict:
     return {
-        "head_dim": problem.query.shape[3],
+        "head_dim": tile_columns(problem.query.shape[3]),
         "has_left": band.has_left,
         "has_right": band.has_right,
         "lower_right": band.lower_right,
@@ -200,7 +205,7 @@ def fused_plan(problem, band: Band, config) -> Plan:
     """Arguments of :func:`.backward_fused.gradients` but tensors and descriptors."""
     batch, heads = problem.key.shape[:2]
     options = FusedOptions(
-        head_dim=problem.query.shape[3],
+        head_dim=tile_columns(problem.query.shape[3]),
         has_left=band.has_left,
         has_right=band.has_right,
         lower_right=band.lower_right,

@@ -27,16 +27,20 @@ def statistics_kernel(
     log2_e,
     HAS_GRAD_LSE: tl.constexpr,
     D: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program: ROWS rows of a head.  Rows past L, and rows that see nothing, get lse +inf (so that their
-    probabilities are exp2(-inf) = 0) and delta 0."""
-    head = tl.program_id(1)
+    """One program: ROWS rows of a head, COLUMNS >= D a power of two.
+
+    Rows past L, and rows that see nothing, get lse +inf (so that their probabilities are exp2(-inf) = 0) and delta 0.
+    """
+    blocks = padded // ROWS
+    head = tl.program_id(0) // blocks
     batch, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, D)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
     real = row < L
-    rows, at = real[:, None], row.to(tl.int64)[:, None]
+    rows, at = real[:, None] & (column < D)[None, :], row.to(tl.int64)[:, None]
     o = tl.load(out + batch * out_b + h * out_h + at * out_l + column[None, :], mask=rows, other=0.0)
     do = tl.load(grad_out + batch * grad_b + h * grad_h + at * grad_l + column[None, :], mask=rows, other=0.0)
     value = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -56,7 +60,8 @@ def row_statistics(out, lse, grad_out, grad_lse) -> tuple[torch.Tensor, torch.Te
     padded = triton.cdiv(L, STATISTICS_ROWS) * STATISTICS_ROWS
     lse_2, delta = torch.empty(2, B * H, padded, dtype=torch.float32, device=out.device).unbind()
     rows = 32
-    statistics_kernel[(padded // rows, B * H)](
+    grid = (padded // rows * B * H,)  # in one dimension: the others end at 65535
+    statistics_kernel[grid](
         out,
         grad_out,
         lse,
@@ -71,6 +76,7 @@ def row_statistics(out, lse, grad_out, grad_lse) -> tuple[torch.Tensor, torch.Te
         LOG2_E,
         HAS_GRAD_LSE=grad_lse is not None,
         D=D,
+        COLUMNS=triton.next_power_of_2(D),
         ROWS=rows,
         num_warps=4,
     )
