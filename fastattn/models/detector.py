@@ -57,27 +57,52 @@ def sine_embedding(position: Tensor, dim: int, temperature: float = 20.0) -> Ten
     return torch.cat((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
+class MaskedGroupNorm(nn.GroupNorm):
+    """Group normalisation over the image alone: padding neither counts nor stays (it comes out as 0)."""
+
+    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
+        # x [B, C, H, W]; inside [B, 1, H, W], 1 in the image and 0 in its padding
+        groups = (x * inside).unflatten(1, (self.num_groups, -1))  # [B, G, C/G, H, W]
+        count = inside.sum((1, 2, 3))[:, None] * groups.shape[2]  # [B, 1]
+        mean = groups.sum((2, 3, 4)) / count  # [B, G]
+        centred = (groups - mean[:, :, None, None, None]) * inside[:, None]
+        scale = (centred.square().sum((2, 3, 4)) / count + self.eps).rsqrt()
+        normalised = (centred * scale[:, :, None, None, None]).flatten(1, 2)
+        return (normalised * self.weight[:, None, None] + self.bias[:, None, None]) * inside
+
+
 class Backbone(nn.Module):
-    """Convolutions with group normalisation: [B, C, H, W] -> [B, embed_dim, ceil(H/s), ceil(W/s)]."""
+    """Convolutions with group normalisation: [B, C, H, W] -> [B, embed_dim, ceil(H/s), ceil(W/s)].
+
+    What an image gives does not depend on how far it is padded.
+    """
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
-        stages, channels = [], config.in_channels
+        self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
+        channels = config.in_channels
         for width in config.backbone_channels:
-            stages += [
-                nn.Conv2d(channels, width, 3, stride=2, padding=1),
-                nn.GroupNorm(8, width),
-                nn.ReLU(),
-                nn.Conv2d(width, width, 3, padding=1),
-                nn.GroupNorm(8, width),
-                nn.ReLU(),
-            ]
-            channels = width
-        self.stages = nn.Sequential(*stages)
+            for stride in (2, 1):
+                self.convolutions.append(nn.Conv2d(channels, width, 3, stride=stride, padding=1))
+                self.norms.append(MaskedGroupNorm(8, width))
+                channels = width
         self.project = nn.Conv2d(channels, config.embed_dim, 1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.project(self.stages(images))
+    def forward(self, images: Tensor, sizes: Tensor) -> Tensor:
+        # images [B, C, H, W], 0 in the padding; sizes int [B, 2]
+        x = images
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = convolution(x)
+            sizes = (sizes + convolution.stride[0] - 1) // convolution.stride[0]
+            x = norm(x, inside_image(sizes, *x.shape[-2:]).to(x.dtype)).relu()
+        return self.project(x)
+
+
+def inside_image(sizes: Tensor, height: int, width: int) -> Tensor:
+    """bool [B, 1, height, width], True where a cell belongs to the image of its size (height, width)."""
+    rows = torch.arange(height, device=sizes.device) < sizes[:, :1]  # [B, height]
+    columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 def feed_forward(config: DetectorConfig) -> nn.Sequential:
@@ -184,16 +209,14 @@ class Detector(nn.Module):
     def encode(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """images [B, C, H, W], sizes int [B, 2] (height, width before padding) -> memory, its positions
         (both [B, N, E]), its padding [B, N], and the feature map's size."""
-        features = self.backbone(images)
+        features = self.backbone(images, sizes)
         height, width = features.shape[-2:]
         centre_y = (torch.arange(height, device=images.device) + 0.5) * self.config.stride
         centre_x = (torch.arange(width, device=images.device) + 0.5) * self.config.stride
         y = centre_y[None, :] / sizes[:, :1]  # [B, H'], beyond 1 in the padding
         x = centre_x[None, :] / sizes[:, 1:]
         # a cell is padding when it begins beyond the image
-        outside_y = torch.arange(height, device=images.device) * self.config.stride >= sizes[:, :1]
-        outside_x = torch.arange(width, device=images.device) * self.config.stride >= sizes[:, 1:]
-        padding = (outside_y[:, :, None] | outside_x[:, None, :]).flatten(1)
+        padding = ~inside_image(-(-sizes // self.config.stride), height, width).flatten(1)
         grid = torch.stack((x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)), dim=-1).flatten(
             1, 2
         )  # [B, N, 2]
