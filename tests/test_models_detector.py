@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,8 +11,17 @@ import torch
 pytest.importorskip("scipy")
 pytest.importorskip("PIL")
 
-from fastattn.models.detector import Detector, DetectorConfig, Targets, denoising_mask, inverse_sigmoid
+from fastattn.models.detector import (
+    Detector,
+    DetectorConfig,
+    MaskedGroupNorm,
+    Targets,
+    denoising_mask,
+    inside_image,
+    inverse_sigmoid,
+)
 from fastattn.models.set_loss import corners, focal_loss, generalized_iou, match, set_loss
+from fastattn.train import coco as coco_data
 from fastattn.train.coco import CocoFolder, collate, evaluate
 from fastattn.train.detect import DetectionTask, detect, load_detector
 from fastattn.train.errors import DataError, TrainingError
@@ -91,19 +101,37 @@ def test_denoising_queries_cannot_leak_the_answer():
     torch.testing.assert_close(with_answer.boxes[-1], without.boxes[-1], rtol=1e-4, atol=1e-5)
 
 
-def test_padding_changes_nothing():
+@pytest.mark.parametrize("attention", ["fastattn", "torch", "naive"])
+def test_padding_changes_nothing(attention):
+    """An image of odd size alone, and in a batch with a larger one."""
     torch.manual_seed(0)
-    model = Detector(DetectorConfig(**SMALL, attention="naive")).eval()
-    image = torch.randn(1, 1, 40, 48)
-    sizes = torch.tensor([[40, 48]])
-    padded = torch.zeros(1, 1, 64, 80)
-    padded[:, :, :40, :48] = image
-    features = model.backbone(image)
-    torch.testing.assert_close(features.shape, torch.Size((1, 32, 5, 6)))
-    memory, position, padding, grid = model.encode(padded, sizes)
-    assert grid == (8, 10) and int((~padding).sum()) == 5 * 6
-    inside = ~padding[0].view(8, 10)
-    assert inside[:5, :6].all() and not inside[5:].any() and not inside[:, 6:].any()
+    model = Detector(DetectorConfig(**SMALL, attention=attention)).eval()
+    torch.nn.init.normal_(model.box_head[-1].weight)  # it begins at 0: every box would be its anchor
+    for norm in model.backbone.norms:
+        torch.nn.init.normal_(norm.bias)  # or padding would be near 0 by itself
+    image = torch.randn(1, 1, 41, 47)
+    padded = torch.randn(2, 1, 64, 80)
+    padded[0] = 0.0
+    padded[0, :, :41, :47] = image[0]
+    alone = model(image, torch.tensor([[41, 47]]), need_weights=True)
+    batched = model(padded, torch.tensor([[41, 47], [64, 80]]), need_weights=True)
+    for ours, theirs in ((batched.logits, alone.logits), (batched.boxes, alone.boxes)):
+        torch.testing.assert_close(ours[-1][:1], theirs[-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batched.attention[:1, :, :6, :6], alone.attention, rtol=1e-4, atol=1e-5)
+    assert not batched.attention[0, :, 6:].any() and not batched.attention[0, :, :, 6:].any()
+
+
+def test_masked_norm_is_group_norm_of_the_image():
+    torch.manual_seed(0)
+    norm = MaskedGroupNorm(4, 8)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x, sizes = torch.randn(2, 8, 5, 7), torch.tensor([[5, 7], [3, 4]])
+    out = norm(x, inside_image(sizes, 5, 7).float())
+    plain = torch.nn.functional.group_norm
+    torch.testing.assert_close(out[:1], plain(x[:1], 4, norm.weight, norm.bias))
+    torch.testing.assert_close(out[1:, :, :3, :4], plain(x[1:, :, :3, :4], 4, norm.weight, norm.bias))
+    assert not out[1, :, 3:].any() and not out[1, :, :, 4:].any()
 
 
 @pytest.mark.parametrize("reference", ["torch", "naive"])
@@ -183,6 +211,10 @@ def test_collate_gives_relative_centres(scenes):
         (lambda c: c["annotations"][0].update(category_id=99), "annotation 1: category_id 99"),
         (lambda c: c["annotations"][0].update(image_id=-1), "annotation 1: image_id -1"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 0, 5]), "bbox must be"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, "3", 5]), "bbox must be"),
+        (lambda c: c["annotations"][0].update(bbox=[1, float("nan"), 3, 5]), "bbox must be"),
+        (lambda c: c["images"][2].pop("file_name"), "not a COCO annotation file"),
+        (lambda c: c.update(annotations=[1]), "not a COCO annotation file"),
         (lambda c: c.update(images=[]), "describes no image"),
         (lambda c: c.pop("categories"), "not a COCO annotation file"),
     ],
@@ -196,13 +228,62 @@ def test_bad_annotations_are_named(scenes, tmp_path, change, message):
     assert str(tmp_path / "annotations.json") in str(error.value)
 
 
+def copied(scenes, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(scenes, folder)
+    return folder
+
+
 def test_missing_and_unreadable_files_are_named(scenes, tmp_path):
     with pytest.raises(DataError, match="annotations.json: no such file"):
         CocoFolder(tmp_path / "nowhere")
-    (tmp_path / "annotations.json").write_text((scenes / "annotations.json").read_text())
-    (tmp_path / "000000.png").write_bytes(b"\x89PNG but not really")
-    with pytest.raises(DataError, match=r"000000\.png: cannot be read as an image"):
-        CocoFolder(tmp_path)[0]
+    folder = copied(scenes, tmp_path)
+    image = folder / "000003.png"
+    whole = image.read_bytes()
+    image.write_bytes(b"\x89PNG but not really")
+    with pytest.raises(DataError, match=r"000003\.png: cannot be read as an image"):
+        CocoFolder(folder)
+    image.write_bytes(whole[:-200])  # its header is in order
+    with pytest.raises(DataError, match=r"000003\.png: cannot be read as an image: .*truncated"):
+        CocoFolder(folder)[3]
+    image.unlink()
+    with pytest.raises(DataError, match=r"000003\.png: cannot be read as an image: .*No such file"):
+        CocoFolder(folder)
+    (folder / "annotations.json").write_text('{"images": [],\n "annotations": [}')
+    with pytest.raises(DataError, match=r"annotations\.json:2: not JSON"):
+        CocoFolder(folder)
+
+
+def test_an_image_of_another_size_than_described(scenes, tmp_path):
+    folder = copied(scenes, tmp_path)
+    shutil.copy(folder / "000001.png", folder / "000000.png")
+    with pytest.raises(DataError, match=r"000000\.png: has \(height, width\) .*annotations\.json says"):
+        CocoFolder(folder)
+
+
+def test_annotations_without_what_only_masks_need(scenes, tmp_path):
+    """Many exporters leave out area, iscrowd, and the images' sizes."""
+    pytest.importorskip("pycocotools")
+    folder = copied(scenes, tmp_path)
+    coco = json.loads((folder / "annotations.json").read_text())
+    for annotation in coco["annotations"]:
+        del annotation["area"], annotation["iscrowd"], annotation["id"]
+    for image in coco["images"]:
+        del image["height"], image["width"]
+    (folder / "annotations.json").write_text(json.dumps(coco))
+    data, whole = CocoFolder(folder), CocoFolder(scenes)
+    assert data.sizes == whole.sizes == [tuple(example.pixels.shape[1:]) for example in whole]
+    torch.manual_seed(0)
+    model = Detector(DetectorConfig(**SMALL))
+    assert evaluate(model, data) == evaluate(model, whole)
+
+
+def test_images_are_kept_in_memory_up_to_a_limit(scenes, monkeypatch):
+    data = CocoFolder(scenes)
+    monkeypatch.setattr(coco_data, "CACHE_BYTES", 2 * 56 * 56)
+    examples = [data[i] for i in range(len(data))]
+    assert sum(pixels.numel() for pixels in data._pixels.values()) <= 2 * 56 * 56 < 24 * 56 * 56
+    assert all(torch.equal(data[i].pixels, example.pixels) for i, example in enumerate(examples))
 
 
 def test_more_objects_than_queries_is_an_error(scenes):
@@ -215,7 +296,7 @@ def test_a_short_run_learns_saves_and_predicts(scenes, tmp_path):
     pytest.importorskip("pycocotools")
     data = CocoFolder(scenes)
     task = DetectionTask(data, data, **SMALL)
-    options = TrainOptions(steps=60, batch_size=12, learning_rate=2e-3, warmup_steps=5, evaluate_every=60)
+    options = TrainOptions(steps=80, batch_size=12, learning_rate=2e-3, warmup_steps=5, evaluate_every=80)
     run = Run(task, options, tmp_path / "run")
     run.train()
     losses = [row["loss"] for row in run.history.rows if "loss" in row]

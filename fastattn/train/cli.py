@@ -27,7 +27,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...")]
 TRANSLATE = {"epochs": 6, "batch_size": 128, "learning_rate": 2e-3}
 CLASSIFY = {"epochs": 10, "batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 100, "patience": 4}
 
-DETECT = {"steps": 1500, "batch_size": 32, "warmup_steps": 100, "weight_decay": 1e-4, "evaluate_every": 250}
+DETECT = {"steps": 2000, "batch_size": 32, "warmup_steps": 100, "weight_decay": 1e-4, "evaluate_every": 250}
 
 
 @train_app.command("translate")

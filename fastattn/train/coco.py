@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from fastattn.train.errors import DataError
 
 #: Grey levels (0 to 1) are shifted and scaled to about zero mean and unit variance.
 MEAN, STD = 0.2, 0.25
+#: Images are decoded once and kept in memory, up to this many bytes of pixels.
+CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,14 @@ class Example:
 class CocoFolder(Dataset):
     """A folder of images with an ``annotations.json`` beside them.
 
-    Category ids may be any integers; ``categories`` maps the label used here (0, 1, ...) to (id, name).
-    Crowd annotations are left out.  Images are read as grey where ``channels`` is 1, as RGB where it is 3.
+    Category ids may be any integers; ``categories`` maps the label used here (0, 1, ...) to (id, name), and
+    ``sizes`` holds the images' (height, width).  Crowd annotations are left out of the training data.  Images are
+    read as grey where ``channels`` is 1, as RGB where it is 3, and kept up to CACHE_BYTES of them.
 
     Raises:
         DataError: ``annotations.json`` is missing or no COCO JSON, describes no image, or an annotation names
-            an unknown image or category or a box without area; on reading, an image that cannot be read.
+            an unknown image or category or a box without area; an image is missing, is none, or has another
+            size than its description.  An image whose data are cut off is found when it is read.
     """
 
     def __init__(self, folder: str | Path, channels: int = 1) -> None:
@@ -47,11 +52,15 @@ class CocoFolder(Dataset):
         if not self.path.is_file():
             raise DataError(self.path, None, "no such file; a COCO folder holds images and annotations.json")
         try:
-            coco = json.loads(self.path.read_text())
-            self.images = list(coco["images"])
+            coco = json.loads(self.path.read_text(encoding="utf-8"))
+            self.images = [
+                {**image, "id": image["id"], "file_name": str(image["file_name"])} for image in coco["images"]
+            ]
             self.categories = [(int(c["id"]), str(c["name"])) for c in coco["categories"]]
-            annotations = list(coco["annotations"])
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            self.annotations = [dict(annotation) for annotation in coco["annotations"]]
+        except json.JSONDecodeError as error:
+            raise DataError(self.path, error.lineno, f"not JSON: {error.msg}") from error
+        except (KeyError, TypeError, ValueError) as error:
             problem = f"not a COCO annotation file (images, annotations, categories): {error!r}"
             raise DataError(self.path, None, problem) from error
         if not self.images:
@@ -59,10 +68,8 @@ class CocoFolder(Dataset):
         label_of = {category: label for label, (category, _) in enumerate(self.categories)}
         index_of = {image["id"]: i for i, image in enumerate(self.images)}
         self.objects: list[list[tuple[int, list[float]]]] = [[] for _ in self.images]
-        for annotation in annotations:
-            if annotation.get("iscrowd"):
-                continue
-            where = f"annotation {annotation.get('id')}"
+        for number, annotation in enumerate(self.annotations, 1):
+            where = f"annotation {annotation.setdefault('id', number)}"
             if annotation.get("image_id") not in index_of:
                 raise DataError(
                     self.path, None, f"{where}: image_id {annotation.get('image_id')} is not among the images"
@@ -72,37 +79,66 @@ class CocoFolder(Dataset):
                     self.path, None, f"{where}: category_id {annotation.get('category_id')} is not a category"
                 )
             box = annotation.get("bbox")
-            if not (isinstance(box, list) and len(box) == 4 and box[2] > 0 and box[3] > 0):
+            if not _is_box(box):
                 problem = f"{where}: bbox must be [x, y, width, height] with a positive area, got {box}"
                 raise DataError(self.path, None, problem)
-            label = label_of[annotation["category_id"]]
-            self.objects[index_of[annotation["image_id"]]].append((label, [float(v) for v in box]))
+            annotation.setdefault("area", box[2] * box[3])  # pycocotools asks for both
+            if not annotation.setdefault("iscrowd", 0):
+                label = label_of[annotation["category_id"]]
+                self.objects[index_of[annotation["image_id"]]].append((label, [float(v) for v in box]))
+        self.sizes = [self._size(image) for image in self.images]
         self._pixels: dict[int, Tensor] = {}
+        self._cached_bytes = 0
+
+    def _size(self, image: dict) -> tuple[int, int]:
+        """(height, width) from the header of the image's file."""
+        path = self.folder / image["file_name"]
+        with opened(path) as file:
+            width, height = file.size
+        described = image.get("height", height), image.get("width", width)
+        if described != (height, width):
+            raise DataError(path, None, f"has (height, width) {(height, width)}, but {self.path} says {described}")
+        return height, width
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Example:
-        if index not in self._pixels:
-            path = self.folder / self.images[index]["file_name"]
-            self._pixels[index] = self.read(path, self.channels).pixels
+        pixels = self._pixels.get(index)
+        if pixels is None:
+            pixels = self.read(self.folder / self.images[index]["file_name"], self.channels).pixels
+            if self._cached_bytes + pixels.numel() <= CACHE_BYTES:
+                self._pixels[index] = pixels
+                self._cached_bytes += pixels.numel()
         objects = self.objects[index]
         labels = torch.tensor([label for label, _ in objects], dtype=torch.long)
         boxes = torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4)
-        return Example(self._pixels[index], labels, boxes, self.images[index]["id"])
+        return Example(pixels, labels, boxes, self.images[index]["id"])
 
     @staticmethod
     def read(path: Path, channels: int) -> Example:
         """An image file without annotations."""
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(path, None, f"cannot be read as an image: {error}") from error
+        with opened(path) as image:
+            pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
         pixels = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
         return Example(pixels, torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), image_id=0)
+
+
+def _is_box(box) -> bool:
+    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
+    return numbers and all(map(math.isfinite, box)) and box[2] > 0 and box[3] > 0
+
+
+@contextlib.contextmanager
+def opened(path: Path):
+    """The image file, opened; a :class:`DataError` that names it where it cannot be read, here or in the body."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PIL's for a broken PNG
+        raise DataError(path, None, f"cannot be read as an image: {error}") from error
 
 
 def collate(examples: list[Example]) -> tuple[Tensor, Tensor, Targets]:
@@ -154,7 +190,14 @@ def evaluate(model: torch.nn.Module, data: CocoFolder, batch_size: int = 50) -> 
             ]
     model.train(was_training)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = COCO(str(data.path))
+        truth = COCO()
+        truth.dataset = {
+            "info": {},
+            "images": data.images,
+            "annotations": data.annotations,
+            "categories": [{"id": category, "name": name} for category, name in data.categories],
+        }
+        truth.createIndex()
         scores = COCOeval(truth, truth.loadRes(found), "bbox")
         scores.evaluate()
         scores.accumulate()
@@ -169,8 +212,12 @@ def draw(
     path: Path,
     attention: Tensor | None = None,  # [Q, H', W'], one map per query
     threshold: float = 0.4,
+    stride: int = 8,
 ) -> None:
-    """Save a picture of the boxes found, and beside it where each of their queries looked."""
+    """Save a picture of the boxes found, and beside it where each of their queries looked.
+
+    ``stride``: pixels per cell of the attention maps.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -187,15 +234,17 @@ def draw(
         x, y, w, h = prediction["boxes"][i].tolist()
         axes[0].add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=colour, linewidth=2))
         text = f"{names[prediction['labels'][i]]} {prediction['scores'][i]:.2f}"
-        axes[0].text(x, y - 1, text, color=colour, fontsize=8, verticalalignment="bottom")
+        box = {"facecolor": colour, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
+        axes[0].text(x, y - 1.5, text, color="white", fontsize=7, verticalalignment="bottom", bbox=box)
     for axis, colour, i in zip(axes[1:], colours, shown, strict=False):
         weights = attention[prediction["queries"][i]].float().numpy()
         axis.imshow(
             weights,
             cmap="inferno",
             alpha=0.65,
-            extent=(0, image.shape[1], image.shape[0], 0),
+            extent=(-0.5, weights.shape[1] * stride - 0.5, weights.shape[0] * stride - 0.5, -0.5),
             interpolation="bilinear",
         )
+        axis.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))  # the last cells reach beyond
         axis.set_title(names[prediction["labels"][i]], color=colour, fontsize=9)
     figure.savefig(path, dpi=120)

@@ -50,7 +50,7 @@ class DetectionTask(Task):
         self.model = Detector(self.config)
 
     def lengths(self) -> list[int]:
-        return [max(image["height"], image["width"]) for image in self.train_data.images]
+        return [max(size) for size in self.train_data.sizes]
 
     def collate(self, indices: list[int]) -> tuple[torch.Tensor, ...]:
         images, sizes, targets = collate([self.train_data[i] for i in indices])
@@ -116,5 +116,6 @@ def detect(
         if pictures is not None:
             pictures.mkdir(parents=True, exist_ok=True)
             attention = model(images, sizes, need_weights=True).attention[0].cpu()
-            draw(example.pixels, prediction, names, pictures / f"{path.stem}.png", attention, threshold)
+            picture = pictures / f"{path.stem}.png"
+            draw(example.pixels, prediction, names, picture, attention, threshold, model.config.stride)
     return found

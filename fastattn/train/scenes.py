@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastattn.train.checkpoint import write_atomically
+
 #: The last digits of scikit-learn's 1,797 appear in held-out scenes only.
 TRAIN_DIGITS = 1400
 
@@ -93,7 +95,8 @@ def write_scenes(folder: Path, count: int, seed: int, held_out: bool = False) ->
                     "iscrowd": 0,
                 }
             )
-    (folder / "annotations.json").write_text(json.dumps(coco))
+    # Last, and in one step: a folder that has it is whole.
+    write_atomically(folder / "annotations.json", lambda temporary: temporary.write_text(json.dumps(coco)))
     return folder
 
 
