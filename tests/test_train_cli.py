@@ -107,6 +107,45 @@ def test_a_bad_label_in_the_test_file(tmp_path, reviews_file):
     assert result.exit_code == 1 and "test.csv:2: the label 'positve' is not one of" in result.output
 
 
+def test_a_label_that_stands_once(tmp_path):
+    """Where only a held-out example has it, no training example can teach it: likely a slip of the pen."""
+    data = tmp_path / "slip.csv"
+    rows = [f"some text {i},{'pos' if i % 2 else 'neg'}\n" for i in range(20)]
+    places = []
+    for place in range(20):
+        data.write_text("text,label\n" + "".join([*rows[:place], "odd,postive\n", *rows[place:]]))
+        result = train("classify", "--data", data, "--out", tmp_path / "run", "--held-out", 0.3, "--encoder", "gru")
+        places.append(f"slip.csv:{place + 2}: the label 'postive' is not one of 'neg', 'pos'" in result.output)
+    assert any(places)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("translate", "--target", "x"),
+        ("classify", "--test-data", "x"),
+        ("classify", "--data", "digits", "--test-data", "x"),
+    ],
+)
+def test_a_file_that_would_be_ignored_is_an_error(tmp_path, arguments):
+    result = train(*arguments, "--out", tmp_path / "run")
+    assert result.exit_code == 1 and arguments[-2] in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_cannot_be_written_is_one_line(classifier, tmp_path):
+    result = predict("classify", "--model", classifier, "--png", tmp_path / "absent" / "a.png", "text")
+    assert result.exit_code == 1 and "absent" in result.output and "Traceback" not in result.output
+
+
+def test_texts_without_a_word_that_a_bag_would_count(tmp_path):
+    data = tmp_path / "letters.csv"
+    data.write_text("text,label\n" + "".join(f"{chr(97 + i)},{'ab'[i % 2]}\n" for i in range(26)))
+    result = train("classify", "--data", data, "--out", tmp_path / "run", "--epochs", 1, *SMALL_CLASSIFIER)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["bag_of_words_accuracy"] is None
+
+
 @pytest.mark.parametrize("option", [("--encoder", "gru"), ("--attention", "flash"), ("--device", "abacus")])
 def test_bad_options(tmp_path, reviews_file, option):
     result = train("classify", "--data", reviews_file, "--out", tmp_path / "run", *option)

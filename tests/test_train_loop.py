@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from safetensors.torch import load_file
 
-from fastattn.train.checkpoint import load_weights, read_run
+from fastattn.train.checkpoint import FORMAT, load_weights, read_run
 from fastattn.train.dates import date_corpus
 from fastattn.train.errors import CheckpointError, TrainingError
 from fastattn.train.loop import Run
@@ -160,9 +160,13 @@ def copy_run(finished, tmp_path):
         (lambda d: (d / "checkpoint.pt").write_bytes((d / "checkpoint.pt").read_bytes()[:5000]), "truncated, or not"),
         (lambda d: (d / "checkpoint.pt").write_bytes(b"PK nonsense"), "truncated, or not a checkpoint"),
         (lambda d: torch.save({"model": {}}, d / "checkpoint.pt"), "not a checkpoint of fastattn train"),
+        (
+            lambda d: torch.save({"format": FORMAT, "task": "translate", "model": {}}, d / "checkpoint.pt"),
+            "not a whole checkpoint: configuration, data, optimizer, .* missing",
+        ),
         (lambda d: (d / "checkpoint.pt").unlink(), "missing; the run cannot be resumed"),
     ],
-    ids=["truncated", "nonsense", "foreign", "missing"],
+    ids=["truncated", "nonsense", "foreign", "in part", "missing"],
 )
 def test_a_spoilt_checkpoint_is_an_error_and_left_alone(finished, tmp_path, spoil, message):
     directory = copy_run(finished, tmp_path)
@@ -176,7 +180,7 @@ def test_a_spoilt_checkpoint_is_an_error_and_left_alone(finished, tmp_path, spoi
 def test_a_checkpoint_of_another_model_or_other_data(finished, tmp_path):
     directory = copy_run(finished, tmp_path)
     before = snapshot(directory)
-    with pytest.raises(CheckpointError, match="configuration differs"):
+    with pytest.raises(CheckpointError, match=r"configuration differs .*: embed_dim 16 \(here 32\)$"):
         Run(make_task(embed_dim=32), OPTIONS, directory, resume=True)
     with pytest.raises(CheckpointError, match="trained on other data"):
         other = [(s, t + "?") for s, t in CORPUS[0]]
@@ -203,6 +207,13 @@ def test_a_directory_without_a_run(finished, tmp_path):
     (tmp_path / "run.json").write_text("[1]")
     with pytest.raises(CheckpointError, match="not written by fastattn train"):
         read_run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"format": FORMAT, "task": "translate", "model": {"depth": 3}}))
+    with pytest.raises(CheckpointError, match="not written by fastattn train"):
+        read_run(tmp_path)
+    run = {"format": FORMAT, "task": "translate", "model": {"depth": 3}, "options": {}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(CheckpointError, match=r"run\.json: not of this version of fastattn .*'depth'"):
+        load_translator(tmp_path, torch.device("cpu"))
     with pytest.raises(CheckpointError, match="a run of the task 'translate', not 'classify'"):
         read_run(finished.directory, "classify")
 
@@ -251,6 +262,17 @@ def test_schedules():
     assert factors == pytest.approx([0.1, 1.0, 0.5, 0.0])
 
 
+def test_a_run_that_fails_in_its_first_epoch_can_be_resumed(tmp_path, finished):
+    task = make_task()
+    task.collate = lambda indices: (_ for _ in ()).throw(TrainingError("a file cannot be read"))
+    with pytest.raises(TrainingError, match="cannot be read"):
+        Run(task, OPTIONS, tmp_path / "run").train()
+    assert Run(make_task(), OPTIONS, tmp_path / "run", resume=True).train()["steps"] == 30
+    ours = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    whole = torch.load(finished.directory / "checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(ours[name], tensor) for name, tensor in whole.items())
+
+
 def test_options_that_a_resumed_run_may_change():
     options = TrainOptions(epochs=3)
     assert options.resumed_with(epochs=5, learning_rate=options.learning_rate).epochs == 5
@@ -258,11 +280,13 @@ def test_options_that_a_resumed_run_may_change():
         options.resumed_with(learning_rate=0.1)
     with pytest.raises(TrainingError, match="'linear'"):
         TrainOptions(schedule="linear")
-    with pytest.raises(TrainingError, match="batch_size must be positive, got 0"):
-        TrainOptions(batch_size=0)
+    for name in ("batch_size", "patience", "threads", "minutes", "clip_norm"):
+        with pytest.raises(TrainingError, match=f"{name} must be positive, got 0"):
+            TrainOptions(**{name: 0})
 
 
-def test_an_unknown_device(tmp_path):
-    with pytest.raises(TrainingError, match="--device abacus"):
-        Run(make_task(), TrainOptions(device="abacus"), tmp_path / "run")
+@pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99"])
+def test_a_device_that_is_not_there(tmp_path, device):
+    with pytest.raises(TrainingError, match=f"--device {device}"):
+        Run(make_task(), TrainOptions(device=device), tmp_path / "run")
     assert not (tmp_path / "run").exists()

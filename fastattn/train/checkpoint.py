@@ -22,7 +22,7 @@ from torch import nn
 from fastattn.train.errors import CheckpointError
 
 FORMAT = "fastattn.checkpoint.1"
-RUN, WEIGHTS, CHECKPOINT = "run.json", "model.safetensors", "checkpoint.pt"
+RUN, WEIGHTS, CHECKPOINT, LABELS = "run.json", "model.safetensors", "checkpoint.pt", "labels.json"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -60,11 +60,28 @@ def read_run(directory: Path, task: str | None = None) -> dict[str, Any]:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: not a run's description ({error})") from error
-    if not isinstance(run, dict) or run.get("format") != FORMAT or "model" not in run:
+    if not isinstance(run, dict) or run.get("format") != FORMAT or not {"task", "model", "options"} <= run.keys():
         raise CheckpointError(f"{path}: not written by fastattn train")
     if task is not None and run["task"] != task:
         raise CheckpointError(f"{path}: a run of the task {run['task']!r}, not {task!r}")
     return run
+
+
+def from_run(kind: type, values: Any, directory: Path) -> Any:
+    """The dataclass ``kind`` of what a run's description holds of it."""
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{directory / RUN}: not of this version of fastattn ({error})") from error
+
+
+def read_labels(directory: Path) -> list[str]:
+    """The names of the classes, by their number."""
+    path = directory / LABELS
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: missing, or not JSON ({error})") from error
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -94,7 +111,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **state}, temporary))
 
 
-def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
+def load_checkpoint(path: Path, task: str, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     """The state that :func:`save_checkpoint` wrote.  Nothing in the file is executed (weights_only)."""
     if not path.exists():
         raise CheckpointError(f"{path}: missing; the run cannot be resumed")
@@ -105,6 +122,9 @@ def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: truncated, or not a checkpoint ({first})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of fastattn train")
-    if state["task"] != task:
-        raise CheckpointError(f"{path}: a checkpoint of the task {state['task']!r}, not {task!r}")
+    if state.get("task") != task:
+        raise CheckpointError(f"{path}: a checkpoint of the task {state.get('task')!r}, not {task!r}")
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise CheckpointError(f"{path}: not a whole checkpoint: {', '.join(missing)} missing")
     return state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer
 from fastattn.models.classifier import Classifier, ClassifierConfig
 from fastattn.train import checkpoint as files
 from fastattn.train.batches import pad_tokens
-from fastattn.train.errors import CheckpointError, TrainingError
+from fastattn.train.errors import TrainingError
 from fastattn.train.reviews import review_corpus
 from fastattn.train.show import Explained
 from fastattn.train.splits import split
@@ -112,7 +111,7 @@ class ClassificationTask(Task):
         return asdict(self.config)
 
     def save_files(self, directory: Path) -> None:
-        files.write_json(directory / "labels.json", self.labels)
+        files.write_json(directory / files.LABELS, self.labels)
         if self.tokenizer is not None:
             text = self.tokenizer.to_str()
             files.write_atomically(directory / "tokenizer.json", lambda path: path.write_text(text, encoding="utf-8"))
@@ -165,14 +164,20 @@ def classify(model: Classifier, inputs: list, device: torch.device, batch_size: 
     return logits, weights
 
 
-def bag_of_words_accuracy(train: Labelled, test: Labelled) -> float:
-    """The accuracy of a logistic regression on word counts: what order and context must beat."""
+def bag_of_words_accuracy(train: Labelled, test: Labelled) -> float | None:
+    """The accuracy of a logistic regression on word counts: what order and context must beat.
+
+    None where the texts have no word that it would count.
+    """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
     model = make_pipeline(CountVectorizer(), LogisticRegression(max_iter=1000))
-    model.fit([x for x, _ in train], [y for _, y in train])
+    try:
+        model.fit([x for x, _ in train], [y for _, y in train])
+    except ValueError:  # words of one letter are none to it
+        return None
     return float(model.score([x for x, _ in test], [y for _, y in test]))
 
 
@@ -191,19 +196,24 @@ def classification_data(
 ) -> ClassificationData:
     """The data that the command line names: "demo", "digits", a CSV or TSV file, IMDB's folder or tar."""
     path = Path(data)
+    is_imdb = path.is_dir() or ".tar" in path.suffixes or path.suffix == ".tgz"
+    if test_data is not None and (data in ("demo", "digits") or is_imdb):
+        raise TrainingError(f"--test-data goes with a CSV or TSV file; {data} has a test of its own")
     if data == "demo":
         return ClassificationData(*review_corpus(seed=seed))
     if data == "digits":
         return digits_as_sequences()
-    if path.is_dir() or ".tar" in path.suffixes or path.suffix == ".tgz":
+    if is_imdb:
         train, test = read_imdb(path)
         rest, validation, more = split(train, held_out / 2, seed)
         return ClassificationData(rest, validation + more, test)
     examples = read_labelled(path, text_column, label_column)
     train, validation, test = split(examples, held_out, seed)
+    known = sorted({label for _, label in train})
+    if any(label not in known for _, label in validation + test):
+        read_labelled(path, text_column, label_column, known)  # raises, naming the line of the odd label
     if test_data is not None:
-        labels = sorted({label for _, label in examples})
-        train, test = train + test, read_labelled(test_data, text_column, label_column, labels)
+        train, test = train + test, read_labelled(test_data, text_column, label_column, known)
     return ClassificationData(train, validation, test)
 
 
@@ -228,12 +238,8 @@ def load_classifier(directory: Path, device: torch.device, attention: str | None
     """(model, tokenizer or None, labels) of a trained run."""
     run = files.read_run(directory, ClassificationTask.name)
     options = run["model"] | ({"attention": attention} if attention else {})
-    model = Classifier(ClassifierConfig(**options))
+    model = Classifier(files.from_run(ClassifierConfig, options, directory))
     files.load_weights(directory / files.WEIGHTS, model)
-    path = directory / "labels.json"
-    try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: missing, or not JSON ({error})") from error
+    labels = files.read_labels(directory)
     tokenizer = load_tokenizer(directory / "tokenizer.json") if model.config.vocab_size else None
     return model.to(device).eval(), tokenizer, labels

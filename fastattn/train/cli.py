@@ -59,12 +59,15 @@ def train_translate(
 ) -> None:
     """An encoder-decoder Transformer that translates; reports exact match and BLEU."""
     from fastattn.train.dates import date_corpus
+    from fastattn.train.errors import TrainingError
     from fastattn.train.splits import split
     from fastattn.train.text_files import read_aligned, read_pairs
     from fastattn.train.translate import TranslationData, TranslationTask
 
     options = options_of(given, TRANSLATE, out, resume)
     if data == "demo":
+        if target is not None:
+            raise TrainingError("--target goes with --data, a text file of the sources")
         parts = date_corpus(seed=options.seed)
     else:
         pairs = read_pairs(data) if target is None else read_aligned(data, target)
@@ -157,7 +160,7 @@ def train_detect(
     out: Out,
     resume: Resume = False,
     attention: Attention = "fastattn",
-    channels: Annotated[int, typer.Option(help="1: read the images as grey, 3: as RGB.", min=1, max=3)] = 1,
+    rgb: Annotated[bool, typer.Option("--rgb", help="Read the images as RGB, not as grey.")] = False,
     num_queries: Annotated[int, typer.Option(help="Most objects found in an image.")] = 16,
     embed_dim: int = 96,
     num_heads: int = 4,
@@ -177,6 +180,7 @@ def train_detect(
     if not resume:
         require_new(out)
     folder = write_demonstration(out / "scenes") if data == "demo" else Path(data)
+    channels = 3 if rgb else 1
     parts = [CocoFolder(folder / name, channels) for name in ("train", "validation")]
     if (folder / "test").is_dir():
         parts.append(CocoFolder(folder / "test", channels))

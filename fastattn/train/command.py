@@ -29,7 +29,7 @@ def reports_errors(command: Callable) -> Callable:
     def run(*args, **kwargs):
         try:
             return command(*args, **kwargs)
-        except (TrainingError, ValueError) as error:
+        except (TrainingError, ValueError, OSError) as error:
             from rich.console import Console
 
             Console(stderr=True).print(f"[bold red]error:[/] {_escape(error)}", highlight=False, soft_wrap=True)
@@ -82,9 +82,9 @@ def options_of(given: dict[str, Any], defaults: dict[str, Any], out: Path, resum
         if "epochs" in given:  # what the user types as the length of the run replaces the task's own
             defaults = {name: value for name, value in defaults.items() if name != "steps"}
         return TrainOptions(**{**defaults, **given})
-    from fastattn.train.checkpoint import read_run
+    from fastattn.train.checkpoint import from_run, read_run
 
-    return TrainOptions(**read_run(out)["options"]).resumed_with(**given)
+    return from_run(TrainOptions, read_run(out)["options"], out).resumed_with(**given)
 
 
 def train_and_report(task: Task, options: TrainOptions, out: Path, resume: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,7 @@ class DetectionTask(Task):
 
     def save_files(self, directory: Path) -> None:
         names = [name for _, name in self.train_data.categories]
-        files.write_json(directory / "labels.json", names)
+        files.write_json(directory / files.LABELS, names)
 
     def digest(self) -> str:
         return digest_of(self.train_data.images, self.train_data.objects)
@@ -84,11 +83,9 @@ def load_detector(directory: Path, device: torch.device, attention: str | None =
     """(model, label names) of a trained run."""
     run = files.read_run(directory, DetectionTask.name)
     options = run["model"] | ({"attention": attention} if attention else {})
-    options["backbone_channels"] = tuple(options["backbone_channels"])
-    model = Detector(DetectorConfig(**options))
+    model = Detector(files.from_run(DetectorConfig, options, directory))
     files.load_weights(directory / files.WEIGHTS, model)
-    names = json.loads((directory / "labels.json").read_text(encoding="utf-8"))
-    return model.to(device).eval(), names
+    return model.to(device).eval(), files.read_labels(directory)
 
 
 @torch.no_grad()

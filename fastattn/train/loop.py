@@ -22,6 +22,8 @@ from fastattn.train.task import Task
 
 #: Steps whose mean loss makes one point of the curve.
 LOG_EVERY = 10
+#: Attributes of a run that a checkpoint keeps as they are.
+KEPT = ("step", "epoch", "position", "seconds", "best", "evaluations_without_gain", "losses")
 
 
 class Run:
@@ -50,7 +52,8 @@ class Run:
         self.losses: list[float] = []  # since the last point of the curve
         self.history = History()
         if resume:
-            self._restore(files.load_checkpoint(self.directory / files.CHECKPOINT, task.name))
+            needed = ("configuration", "data", "model", "optimizer", "rng", "history", *KEPT)
+            self._restore(files.load_checkpoint(self.directory / files.CHECKPOINT, task.name, needed))
         else:
             files.require_new(self.directory)
             torch.manual_seed(options.seed)
@@ -74,6 +77,8 @@ class Run:
         started = time.monotonic() - self.seconds
 
         with interruptible() as interrupted, progress.running(self.step, total):
+            if not (self.directory / files.CHECKPOINT).exists():
+                self.save()  # an error in the first epoch leaves a run that can be resumed, too
             while self.step < total and not self._exhausted():
                 if self.position == per_epoch:
                     self.epoch, self.position = self.epoch + 1, 0
@@ -112,14 +117,8 @@ class Run:
                 "model": self.task.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "rng": rng,
-                "step": self.step,
-                "epoch": self.epoch,
-                "position": self.position,
-                "seconds": self.seconds,
-                "best": self.best,
-                "evaluations_without_gain": self.evaluations_without_gain,
-                "losses": self.losses,
                 "history": self.history.rows,
+                **{name: getattr(self, name) for name in KEPT},
             },
         )
         self.history.write(self.directory / "history.jsonl")
@@ -192,8 +191,16 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         path = self.directory / files.CHECKPOINT
-        if state["configuration"] != self.task.configuration():
-            raise CheckpointError(f"{path}: the model's configuration differs from this command's")
+        theirs, ours = state["configuration"], self.task.configuration()
+        if theirs != ours:
+            differing = (
+                f"{name} {theirs.get(name)} (here {ours.get(name)})"
+                for name in {**theirs, **ours}
+                if theirs.get(name) != ours.get(name)
+            )
+            raise CheckpointError(
+                f"{path}: the model's configuration differs from this command's: {', '.join(differing)}"
+            )
         if state["data"] != self.data_digest:
             raise CheckpointError(f"{path}: the run was trained on other data than these")
         try:
@@ -201,7 +208,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: the weights are not this model's ({error})") from error
-        for name in ("step", "epoch", "position", "seconds", "best", "evaluations_without_gain", "losses"):
+        for name in KEPT:
             setattr(self, name, state[name])
         self.history = History(state["history"])
         torch.set_rng_state(state["rng"]["cpu"])
@@ -213,8 +220,8 @@ def resolve_device(name: str) -> torch.device:
     """The device, or a :class:`TrainingError` that says why not."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise TrainingError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
 

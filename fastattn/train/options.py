@@ -42,7 +42,8 @@ class TrainOptions:
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
             raise TrainingError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
-        for name in ("epochs", "steps", "batch_size", "learning_rate", "evaluate_every", "checkpoint_every"):
+        positive = ("epochs", "steps", "minutes", "batch_size", "learning_rate", "clip_norm")
+        for name in (*positive, "patience", "evaluate_every", "checkpoint_every", "threads"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise TrainingError(f"{name} must be positive, got {value}")

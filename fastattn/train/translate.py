@@ -187,6 +187,6 @@ def load_translator(directory: Path, device: torch.device, attention: str | None
     """(model, tokenizer) of a trained run."""
     run = files.read_run(directory, TranslationTask.name)
     options = run["model"] | ({"attention": attention} if attention else {})
-    model = Transformer(TransformerConfig(**options))
+    model = Transformer(files.from_run(TransformerConfig, options, directory))
     files.load_weights(directory / files.WEIGHTS, model)
     return model.to(device).eval(), load_tokenizer(directory / "tokenizer.json")
