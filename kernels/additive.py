@@ -11,7 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
+from .arguments import on_device
+
 BLOCK_M, BLOCK_N, BLOCK_F = 16, 16, 16
+
+
+@triton.jit
+def batch_and_block(blocks):
+    """(batch entry, block) of this program: the grid has one dimension, whose limit is 2^31."""
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
 
 
 @triton.jit
@@ -51,8 +59,8 @@ def tile_probability(scores, lse, seen):
 @triton.jit
 def additive_forward(query, key, value, weight, allowed, out, lse, Lq, Lk, D, DV, BLOCK_M: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, block = batch_and_block(tl.cdiv(Lq, BLOCK_M))
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     query, key, value, allowed = query + b * Lq * D, key + b * Lk * D, value + b * Lk * DV, allowed + b * Lk
     dims = tl.arange(0, BLOCK_V)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -99,8 +107,8 @@ def additive_backward_queries(query, key, value, weight, allowed, grad_out, lse,
                               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
                               BLOCK_V: tl.constexpr):  # fmt: skip
     """grad_query, zero-filled before, is summed in memory: a program's rows are its own."""
-    b = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, block = batch_and_block(tl.cdiv(Lq, BLOCK_M))
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     query, key, value, allowed = query + b * Lq * D, key + b * Lk * D, value + b * Lk * DV, allowed + b * Lk
     grad_out, grad_query, lse, delta = grad_out + b * Lq * DV, grad_query + b * Lq * D, lse + b * Lq, delta + b * Lq
     for start in range(0, Lk, BLOCK_N):
@@ -115,6 +123,7 @@ def additive_backward_queries(query, key, value, weight, allowed, grad_out, lse,
             inside = (rows < Lq)[:, None] & (features < D)[None, :]
             target = grad_query + rows[:, None].to(tl.int64) * D + features[None, :]
             tl.store(target, tl.load(target, inside, 0.0) + tl.sum(ds[:, :, None] * (1.0 - t * t), 1), inside)
+        tl.debug_barrier()  # the next block's loads must see these stores, whichever thread made them
 
 
 @triton.jit
@@ -122,8 +131,8 @@ def additive_backward_keys(query, key, value, weight, allowed, grad_out, lse, de
                            grad_weight, Lq, Lk, D, DV, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                            BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
     """grad_key [B, Lk, D] and grad_weight [B, blocks of keys, D], zero-filled before; grad_value."""
-    b = tl.program_id(1).to(tl.int64)
-    block, blocks = tl.program_id(0), tl.num_programs(0)
+    blocks = tl.cdiv(Lk, BLOCK_N)
+    b, block = batch_and_block(blocks)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     query, key, value, allowed = query + b * Lq * D, key + b * Lk * D, value + b * Lk * DV, allowed + b * Lk
     grad_out, grad_key, lse, delta = grad_out + b * Lq * DV, grad_key + b * Lk * D, lse + b * Lq, delta + b * Lq
@@ -146,6 +155,7 @@ def additive_backward_keys(query, key, value, weight, allowed, grad_out, lse, de
             of_weight = tl.sum(tl.sum(ds[:, :, None] * t, 0), 0)
             old = tl.load(grad_weight + features, features < D, 0.0)
             tl.store(grad_weight + features, old + of_weight, features < D)
+        tl.debug_barrier()  # the next block's loads must see these stores, whichever thread made them
     offsets = (b * Lk + columns)[:, None] * DV + dims[None, :]
     tl.store(grad_value + offsets, of_value, (columns < Lk)[:, None] & (dims < DV)[None, :])
 
@@ -160,9 +170,10 @@ def launch_forward(query, key, value, weight, allowed) -> tuple[torch.Tensor, to
     batch, rows, features = query.shape
     keys, value_dim = value.shape[1:]
     out, lse = query.new_empty(batch, rows, value_dim), query.new_empty(batch, rows)
-    additive_forward[(triton.cdiv(rows, BLOCK_M), batch)](
-        query, key, value, weight, allowed, out, lse, rows, keys, features, value_dim, **blocks_for(value_dim)
-    )
+    with on_device(query):
+        additive_forward[(triton.cdiv(rows, BLOCK_M) * batch,)](
+            query, key, value, weight, allowed, out, lse, rows, keys, features, value_dim, **blocks_for(value_dim)
+        )
     return out, lse
 
 
@@ -174,8 +185,10 @@ def launch_backward(query, key, value, weight, allowed, grad_out, lse, delta) ->
     grad_weight = query.new_zeros(batch, triton.cdiv(keys, BLOCK_N), features)
     inputs = (query, key, value, weight, allowed, grad_out, lse, delta)
     sizes = (rows, keys, features, value_dim)
-    additive_backward_queries[(triton.cdiv(rows, BLOCK_M), batch)](*inputs, grad_query, *sizes, **blocks_for(value_dim))
-    additive_backward_keys[(triton.cdiv(keys, BLOCK_N), batch)](
-        *inputs, grad_key, grad_value, grad_weight, *sizes, **blocks_for(value_dim)
-    )
+    blocks = blocks_for(value_dim)
+    with on_device(query):
+        additive_backward_queries[(triton.cdiv(rows, BLOCK_M) * batch,)](*inputs, grad_query, *sizes, **blocks)
+        additive_backward_keys[(triton.cdiv(keys, BLOCK_N) * batch,)](
+            *inputs, grad_key, grad_value, grad_weight, *sizes, **blocks
+        )
     return grad_query, grad_key, grad_value, grad_weight.sum((0, 1))

@@ -1,6 +1,7 @@
 """From a problem to what every kernel takes: its tensors as operands, the band, and compile-time options."""
 
 import functools
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -63,6 +64,7 @@ def options_of(problem, config: Config) -> Options:
         lower_right=problem.causal == "lower_right",
         positive_scale=problem.scale > 0,
         precision="ieee" if problem.query.dtype == torch.float32 else "tf32",
+        chunk=config.chunk or padded(max(D, DV)),
     )
 
 
@@ -118,6 +120,11 @@ def boxes(config: Config, rows: int, **tensors: torch.Tensor) -> dict:
     able = architecture_of(first) >= 90 or not first.is_cuda
     by_tma = config.tma and able and tma_ready(*tensors.values())
     return {f"{name}_boxes": descriptor(tensor, rows) if by_tma else None for name, tensor in tensors.items()}
+
+
+def on_device(tensor: torch.Tensor):
+    """The tensor's device as the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 #: Set while kernels are compiled for a device that is not there (offline.py).

@@ -9,7 +9,7 @@ import triton.language as tl
 from .backward_tiles import grad_scores, probabilities
 from .masks import LOG2_E, band_of, bounds, dropout_keep, masked_scores, query_tiles
 from .statistics import load_statistics
-from .tiles import deal, load_tile, store_tile
+from .tiles import deal, load_tile, rows_product, store_tile
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def add_queries(
         rows = (row0 + tl.arange(0, BLOCK_M))[None, :]
         q = load_tile(query, query_boxes, b, h, row0, Lq, OPTIONS.D, BLOCK_M, OPTIONS.block_d, BAND)
         lse, d = load_statistics(log2_lse, delta, head, row0, Lq, BLOCK_M, BAND)
-        s = tl.dot(k, q.T, input_precision=OPTIONS.precision) * scale
+        s = rows_product(k, q, OPTIONS.block_d, OPTIONS) * scale
         s = masked_scores(s, b, h, rows, columns, band, mask, bias, Lq, BAND, OPTIONS)
         p = probabilities(s, lse[None, :], MASKED)
         do = load_tile(grad_out, grad_out_boxes, b, h, row0, Lq, OPTIONS.DV, BLOCK_M, OPTIONS.block_dv, BAND)
@@ -60,7 +60,7 @@ def add_queries(
             keep = dropout_keep(dropout, head, row0, key0, BLOCK_M, BLOCK_N).T
             kept = tl.where(keep, p * dropout.keep_scale, 0.0)
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=OPTIONS.precision)
-        dp = tl.dot(v, do.T, input_precision=OPTIONS.precision)
+        dp = rows_product(v, do, OPTIONS.block_dv, OPTIONS)
         ds = grad_scores(p, dp, d[None, :], keep, dropout, MASKED)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=OPTIONS.precision)
     return dk, dv

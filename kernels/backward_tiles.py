@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .masks import dropout_keep, masked_scores, without_unseen
-from .tiles import load_tile
+from .tiles import load_tile, rows_product
 
 
 @triton.jit
@@ -66,11 +66,11 @@ def grad_score_tile(
     columns = (column0 + tl.arange(0, BLOCK_N))[None, :]
     key_head = h // sizes.group
     k = load_tile(key, key_boxes, b, key_head, column0, tiles.end, OPTIONS.D, BLOCK_N, OPTIONS.block_d, BAND)
-    s = tl.dot(q, k.T, input_precision=OPTIONS.precision) * scale
+    s = rows_product(q, k, OPTIONS.block_d, OPTIONS) * scale
     s = masked_scores(s, b, h, rows, columns, band, mask, bias, sizes.Lq, BAND, OPTIONS)
     p = probabilities(s, lse[:, None], MASKED)
     v = load_tile(value, value_boxes, b, key_head, column0, band.n, OPTIONS.DV, BLOCK_N, OPTIONS.block_dv, BAND)
-    dp = tl.dot(do, v.T, input_precision=OPTIONS.precision)
+    dp = rows_product(do, v, OPTIONS.block_dv, OPTIONS)
     keep = True
     if dropout is not None:
         keep = dropout_keep(dropout, b * sizes.heads + h, row0, column0, BLOCK_M, BLOCK_N)

@@ -1,7 +1,8 @@
 """Every plain kernel and configuration compiled for GPUs that are not there, and what the compiler made of it.
 
 ``python -m fastattn.kernels.compile_report`` writes benchmarks/results/gpu_compile_report.{json,md}; with
-``--check`` it compiles the most used configurations only, writes nothing, and fails where a rule is broken.
+``--check`` it compiles the most used configurations and one of each kernel, and writes nothing. It fails where a rule
+is broken.
 """
 
 import argparse
@@ -67,7 +68,9 @@ def jobs(candidates: bool = False) -> Iterator[Job]:
 
 def most_used(job: Job) -> bool:
     return job.element_size == 2 and (
-        (job.kernel in MAIN_KERNELS and job.head_dim in (64, 128)) or (job.kernel == "decode" and job.head_dim == 128)
+        (job.kernel in MAIN_KERNELS and job.head_dim in (64, 128))
+        or (job.kernel in ("decode", "weights") and job.head_dim == 128)
+        or (job.kernel == "grad_bias" and job.head_dim == 64)
     )
 
 
@@ -91,7 +94,7 @@ def compiled(job: Job):
         elif job.kernel == "decode":
             launch.decode(problem, out, lse, 2, job.config)
         elif job.kernel == "weights":
-            launch.weights(problem, lse, torch.zeros(1, 1024, 1024), True)
+            launch.weights(problem, lse, torch.zeros(1, 1024, 1024), True, job.config)
         else:
             gradients = {"grad_query": None, "grad_key": None, "grad_value": None, "grad_bias": None}
             if job.kernel == "grad_query":
@@ -100,9 +103,8 @@ def compiled(job: Job):
                 gradients |= {"grad_key": problem.key, "grad_value": problem.value}
             else:
                 gradients["grad_bias"] = torch.zeros(1, 1, 1024, 1024)
-            launch.backward(
-                problem, out, lse, out, None, **gradients, key_value_config=job.config, query_config=job.config
-            )
+            names = ("key_value_config", "query_config", "bias_config")
+            launch.backward(problem, out, lse, out, None, **gradients, **dict.fromkeys(names, job.config))
     (kernel,) = (kernel for name, kernel in kernels if name not in HELPERS)
     return kernel
 
@@ -180,7 +182,9 @@ def markdown(rows: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="the most used configurations only; write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="the most used configurations only, and one of each kernel; write nothing"
+    )
     parser.add_argument("--candidates", action="store_true", help="also what benchmarks/gpu.py tune ranks")
     parser.add_argument("--kernel", help="only this kernel")
     parser.add_argument("--workers", type=int, default=2)

@@ -6,54 +6,62 @@ the candidates on a device; what it finds is written here.
 
 from dataclasses import dataclass
 
+import triton
+
 
 @dataclass(frozen=True)
 class Config:
-    """One way to launch a kernel: its tile, warps and pipeline stages, and whether tiles come by TMA."""
+    """One way to launch a kernel: its tile, warps and pipeline stages, and whether tiles come by TMA.
+
+    ``chunk``: how many head dimensions a product of rows takes at a time; None for all.  Without tensor cores
+    (float32) a thread needs both operands in registers.
+    """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
     tma: bool = False
+    chunk: int | None = None
     origin: str = "compiled only"
 
 
-#: (kernel, bytes per element, largest padded head dimension): {least architecture: configuration}.
+#: (kernel, bytes per element, largest padded head dimension): {least architecture: configuration}. Those for 80 fit
+#: the 99 KiB of shared memory of capability 8.6 and 8.9.
 #: Looked up by the smallest head dimension that holds the problem's, and the newest architecture not above its.
 TABLE: dict[tuple[str, int, int], dict[int, Config]] = {
     ("forward", 2, 64): {80: Config(128, 64, 4, 3), 90: Config(128, 128, 8, 3, tma=True)},
     ("forward", 2, 128): {80: Config(128, 64, 8, 2), 90: Config(128, 128, 8, 2, tma=True)},
-    ("forward", 2, 256): {80: Config(64, 32, 4, 2), 90: Config(128, 64, 8, 2, tma=True)},
-    ("forward", 2, 512): {80: Config(32, 16, 8, 2), 90: Config(64, 32, 8, 2)},
-    ("forward", 4, 64): {80: Config(64, 32, 4, 2)},
-    ("forward", 4, 128): {80: Config(64, 32, 8, 2)},
+    ("forward", 2, 256): {80: Config(64, 32, 8, 2), 90: Config(128, 64, 8, 2, tma=True)},
+    ("forward", 2, 512): {80: Config(32, 16, 8, 2), 90: Config(64, 16, 8, 2)},
+    ("forward", 4, 64): {80: Config(64, 32, 8, 2)},
+    ("forward", 4, 128): {80: Config(32, 32, 8, 1)},
     ("forward", 4, 256): {80: Config(32, 16, 8, 2)},
     ("forward", 4, 512): {80: Config(16, 16, 8, 1)},
     ("grad_key_value", 2, 64): {80: Config(64, 128, 8, 2), 90: Config(64, 128, 8, 2)},
     ("grad_key_value", 2, 128): {80: Config(32, 64, 4, 2), 90: Config(64, 128, 8, 2)},
-    ("grad_key_value", 2, 256): {80: Config(16, 64, 8, 1), 90: Config(32, 64, 8, 2)},
+    ("grad_key_value", 2, 256): {80: Config(16, 64, 8, 1), 90: Config(32, 32, 8, 2)},
     ("grad_key_value", 2, 512): {80: Config(16, 16, 8, 1)},
-    ("grad_key_value", 4, 64): {80: Config(32, 32, 4, 1)},
+    ("grad_key_value", 4, 64): {80: Config(32, 32, 8, 1)},
     ("grad_key_value", 4, 128): {80: Config(16, 32, 8, 1)},
     ("grad_key_value", 4, 256): {80: Config(16, 16, 8, 1)},
-    ("grad_key_value", 4, 512): {80: Config(16, 16, 8, 1)},
+    ("grad_key_value", 4, 512): {80: Config(16, 8, 8, 1)},
     ("grad_query", 2, 64): {80: Config(128, 64, 8, 2), 90: Config(128, 64, 8, 3)},
     ("grad_query", 2, 128): {80: Config(64, 32, 4, 2), 90: Config(128, 64, 8, 2)},
     ("grad_query", 2, 256): {80: Config(32, 32, 4, 1), 90: Config(64, 32, 8, 2)},
     ("grad_query", 2, 512): {80: Config(16, 16, 8, 1)},
-    ("grad_query", 4, 64): {80: Config(32, 32, 4, 1)},
-    ("grad_query", 4, 128): {80: Config(32, 16, 8, 1)},
-    ("grad_query", 4, 256): {80: Config(16, 16, 8, 1)},
-    ("grad_query", 4, 512): {80: Config(16, 16, 8, 1)},
+    ("grad_query", 4, 64): {80: Config(32, 32, 4, 1, chunk=32)},
+    ("grad_query", 4, 128): {80: Config(32, 32, 8, 1, chunk=32)},
+    ("grad_query", 4, 256): {80: Config(16, 32, 8, 1, chunk=32)},
+    ("grad_query", 4, 512): {80: Config(8, 16, 8, 1, chunk=32)},
     ("grad_bias", 2, 64): {80: Config(64, 64, 4, 1)},
     ("grad_bias", 2, 128): {80: Config(64, 64, 8, 1)},
     ("grad_bias", 2, 256): {80: Config(32, 32, 8, 1)},
     ("grad_bias", 2, 512): {80: Config(16, 16, 8, 1)},
-    ("grad_bias", 4, 64): {80: Config(32, 32, 4, 1)},
-    ("grad_bias", 4, 128): {80: Config(32, 32, 8, 1)},
-    ("grad_bias", 4, 256): {80: Config(16, 16, 8, 1)},
-    ("grad_bias", 4, 512): {80: Config(16, 16, 8, 1)},
+    ("grad_bias", 4, 64): {80: Config(32, 32, 4, 1, chunk=32)},
+    ("grad_bias", 4, 128): {80: Config(32, 32, 8, 1, chunk=32)},
+    ("grad_bias", 4, 256): {80: Config(16, 16, 8, 1, chunk=32)},
+    ("grad_bias", 4, 512): {80: Config(16, 16, 8, 1, chunk=32)},
     ("weights", 2, 128): {80: Config(64, 64, 4, 2)},
     ("weights", 2, 512): {80: Config(32, 32, 4, 1)},
     ("weights", 4, 128): {80: Config(32, 32, 4, 1)},
@@ -62,6 +70,12 @@ TABLE: dict[tuple[str, int, int], dict[int, Config]] = {
     ("decode", 2, 512): {80: Config(16, 32, 4, 2)},
     ("decode", 4, 128): {80: Config(16, 32, 4, 2)},
     ("decode", 4, 512): {80: Config(16, 16, 4, 1)},
+}
+
+#: The same where Triton is newer than 3.6: its compiler keeps other values in registers and would spill.
+NEWER: dict[tuple[str, int, int], dict[int, Config]] = {
+    ("grad_key_value", 2, 128): {90: Config(32, 128, 8, 3), 100: Config(64, 128, 8, 2)},
+    ("decode", 2, 128): {90: Config(16, 64, 8, 3)},
 }
 
 #: What ``benchmarks/gpu.py tune`` ranks beside the chosen configuration, for 2-byte elements on Hopper.
@@ -131,8 +145,17 @@ CANDIDATES: dict[tuple[str, int], tuple[Config, ...]] = {
 }
 
 
+def newer_triton() -> bool:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)
+
+
 def choose(kernel: str, element_size: int, head_dim: int, architecture: int) -> Config:
-    """The configuration for a padded head dimension (the larger of D and Dv) on an architecture (80, 90...)."""
+    """The configuration for a padded head dimension (the larger of D and Dv) on an architecture (80, 90...).
+
+    Capability 12.x has the matrix instructions and the shared memory of 8.6, so it takes what 8.0 takes.
+    """
     fitting = [d for name, size, d in TABLE if name == kernel and size == element_size and d >= head_dim]
-    by_architecture = TABLE[kernel, element_size, min(fitting)]
-    return by_architecture[max(a for a in by_architecture if a <= max(architecture, 80))]
+    key = kernel, element_size, min(fitting)
+    by_architecture = TABLE[key] | (NEWER.get(key, {}) if newer_triton() else {})
+    highest = 80 if architecture >= 120 else architecture
+    return by_architecture[max(a for a in by_architecture if a <= max(highest, 80))]

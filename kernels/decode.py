@@ -9,7 +9,7 @@ import triton.language as tl
 from .forward import softmax_step
 from .masks import LN_2, band_of, key_tiles, masked_scores, without_unseen
 from .operands import head_of
-from .tiles import load_tile
+from .tiles import load_tile, rows_product
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def decode_part(
         column0 = tl.multiple_of(column0, BLOCK_N)
         columns = column0 + tl.arange(0, BLOCK_N)
         k = load_tile(key, None, b, key_head, column0, band.n, OPTIONS.D, BLOCK_N, BLOCK_D, True)
-        s = tl.dot(q, k.T, input_precision=OPTIONS.precision) * scale
+        s = rows_product(q, k, BLOCK_D, OPTIONS) * scale
         s = masked_scores(s, b, h[:, None], rows[:, None], columns[None, :], band, mask, bias, Lq, True, OPTIONS)
         p, alpha, m = softmax_step(s, m, scale, True, False)
         total = total * alpha + tl.sum(p, 1)

@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 
 from .masks import LN_2, band_of, bounds, dropout_keep, key_tiles, masked_scores, without_unseen
-from .operands import head_of
-from .tiles import deal, load_rows, load_tile, store_tile
+from .tiles import deal, load_tile, rows_product, store_tile
 
 
 @triton.jit
@@ -66,7 +65,7 @@ def attend_tiles(
         column0 = tl.multiple_of(column0, BLOCK_N)
         columns = column0 + tl.arange(0, BLOCK_N)
         k = load_tile(key, key_boxes, b, key_head, column0, band.n, OPTIONS.D, BLOCK_N, OPTIONS.block_d, BAND)
-        s = tl.dot(q, k.T, input_precision=OPTIONS.precision)
+        s = rows_product(q, k, OPTIONS.block_d, OPTIONS)
         if SCALED:
             s = s * scale
         s = masked_scores(s, b, h, rows[:, None], columns[None, :], band, mask, bias, sizes.Lq, BAND, OPTIONS)
@@ -122,7 +121,7 @@ def attention_forward(
     band = band_of(key_lengths, b, left, right, sizes, OPTIONS)
     row0 = block * BLOCK_M
     tiles = key_tiles(row0, tl.minimum(row0 + BLOCK_M, Lq) - 1, band, OPTIONS)
-    q = load_rows(head_of(query, b, h), row0, query.stride_l, Lq, OPTIONS.D, BLOCK_M, OPTIONS.block_d, True)
+    q = load_tile(query, None, b, h, row0, Lq, OPTIONS.D, BLOCK_M, OPTIONS.block_d, True)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)

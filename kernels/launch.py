@@ -1,7 +1,6 @@
 """From a problem and its buffers to launches on the current stream. No synchronisation, nothing data-dependent."""
 
 import math
-from contextlib import nullcontext
 
 import torch
 import triton
@@ -13,6 +12,7 @@ from .arguments import (
     heads_together,
     launch_arguments,
     multiprocessors,
+    on_device,
     padded,
     rows_of,
 )
@@ -33,11 +33,6 @@ STATISTICS_ROWS = 64
 MOST_SPLITS = 128
 #: The share of the best occupation that is good enough for fewer splits.
 NEARLY = 0.9
-
-
-def on_device(tensor: torch.Tensor):
-    """The tensor's device as the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def chosen(kernel: str, problem, config: Config | None) -> Config:
@@ -162,6 +157,7 @@ def backward(
     grad_bias,
     key_value_config: Config | None = None,
     query_config: Config | None = None,
+    bias_config: Config | None = None,
 ) -> None:
     """Write the gradients that are asked for; explicit configurations are for measuring."""
     batch, heads, Lq = lse.shape
@@ -200,11 +196,11 @@ def backward(
                 **launch_arguments(problem, config),
             )
         if grad_bias is not None:
-            _launch_grad_bias(problem, grad_bias, shared)
+            _launch_grad_bias(problem, grad_bias, shared, bias_config)
 
 
-def _launch_grad_bias(problem, grad_bias: torch.Tensor, shared: dict) -> None:
-    config = chosen("grad_bias", problem, None)
+def _launch_grad_bias(problem, grad_bias: torch.Tensor, shared: dict, config: Config | None) -> None:
+    config = chosen("grad_bias", problem, config)
     full = (*problem.query.shape[:3], problem.key.shape[2])
     summed = [size == 1 and whole != 1 for size, whole in zip(grad_bias.shape, full, strict=True)]
     sizes = grad_bias.shape
@@ -219,11 +215,11 @@ def _launch_grad_bias(problem, grad_bias: torch.Tensor, shared: dict) -> None:
     )
 
 
-def weights(problem, lse: torch.Tensor, out: torch.Tensor, average: bool) -> None:
+def weights(problem, lse: torch.Tensor, out: torch.Tensor, average: bool, config: Config | None = None) -> None:
     """Write the attention weights [B, Lq, Lk] (mean over the heads) or [B, Hq, Lq, Lk]."""
     if not out.numel():
         return
-    config = chosen("weights", problem, None)
+    config = chosen("weights", problem, config)
     tiles = triton.cdiv(out.shape[-2], config.block_m) * triton.cdiv(out.shape[-1], config.block_n)
     with on_device(out):
         attention_weights[(tiles * math.prod(out.shape[:-2]),)](

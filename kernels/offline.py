@@ -19,8 +19,8 @@ from triton.runtime.jit import JITFunction
 from . import arguments
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-#: Shared memory that one program may have, in bytes, by architecture.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+#: Shared memory that one program may have, in bytes, by architecture; for 80 the least of 8.x, that of 8.6 and 8.9.
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 #: The matrix instructions of the architectures, as the disassembler names them.
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
 INSTRUCTIONS = (*MATRIX, "UTMALDG", "LDGSTS", "MUFU.EX2", "STL", "LDL")

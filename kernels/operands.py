@@ -85,6 +85,7 @@ class Options:
     lower_right: bool
     positive_scale: bool
     precision: str
+    chunk: int
 
 
 @triton.jit

@@ -43,6 +43,19 @@ def store_tile(x, tile, b, h, row0, rows, D, BLOCK: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
+def rows_product(x, y, BLOCK_D: tl.constexpr, OPTIONS: tl.constexpr):
+    """x y^T [M, N] of tiles [M, BLOCK_D] and [N, BLOCK_D], as the sum of its parts over CHUNK columns each."""
+    CHUNK: tl.constexpr = OPTIONS.chunk
+    if BLOCK_D <= CHUNK:
+        return tl.dot(x, y.T, input_precision=OPTIONS.precision)
+    else:  # the compiler would look at what follows a return
+        PARTS: tl.constexpr = BLOCK_D // CHUNK
+        parts_x = x.reshape(x.shape[0], PARTS, CHUNK).permute(1, 0, 2)
+        parts_y = y.reshape(y.shape[0], PARTS, CHUNK).permute(1, 2, 0)
+        return tl.sum(tl.dot(parts_x, parts_y, input_precision=OPTIONS.precision), 0)
+
+
+@triton.jit
 def deal(blocks, together):
     """(head, block) of this program, of num_programs / blocks heads with ``blocks`` blocks each.
 

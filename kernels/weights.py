@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .backward_tiles import probabilities
 from .masks import LOG2_E, band_of, dropout_keep, masked_scores
-from .tiles import load_tile
+from .tiles import load_tile, rows_product
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def attention_weights(
         k = load_tile(key, None, b, h // sizes.group, column0, band.n, OPTIONS.D, BLOCK_N, OPTIONS.block_d, True)
         natural = tl.load(lse + head * Lq + rows, mask=rows < Lq, other=float("-inf"))
         log2_lse = tl.where(natural == float("-inf"), float("inf"), natural * LOG2_E)
-        s = tl.dot(q, k.T, input_precision=OPTIONS.precision) * scale
+        s = rows_product(q, k, OPTIONS.block_d, OPTIONS) * scale
         s = masked_scores(s, b, h, rows[:, None], columns[None, :], band, mask, bias, Lq, True, OPTIONS)
         p = probabilities(s, log2_lse[:, None], True)
         if dropout is not None:

@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from fastattn.kernels import compile_report, configs
+from fastattn.kernels import compile_report, configs, launch, offline
 from fastattn.kernels.offline import innermost_loops
+from fastattn.problem import bias_gradient_shape
+from fastattn.testing import Case
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +31,15 @@ def test_most_used_configurations():
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_newer_triton_takes_its_own_configurations(monkeypatch):
+    assert set(configs.NEWER) <= set(configs.TABLE)
+    monkeypatch.setattr(configs, "newer_triton", lambda: False)
+    pinned = configs.choose("decode", 2, 128, 90)
+    monkeypatch.setattr(configs, "newer_triton", lambda: True)
+    assert configs.choose("decode", 2, 128, 90) != pinned
+    assert configs.choose("decode", 2, 128, 80) == pinned
 
 
 def test_a_tile_too_large_breaks_the_rules():
@@ -52,6 +65,49 @@ def test_innermost_loops_leave_outer_ones_out():
     assert innermost_loops(code) == [["HMMA.16816.F32 R4, R8, R10, R4", "BRA `(.L_x_2)"]]
 
 
+class ReadsNothing(TorchDispatchMode):
+    """Refuses what would make the host wait for the device's data."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_to_copy")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function._schema.name.removeprefix("aten::") not in self.WAITING, function
+        return function(*args, **(kwargs or {}))
+
+
+SIZES = {"batch": 2, "heads": 2, "queries": 37, "keys": 70, "head_dim": 16}
+#: Beside what the compile report compiles: each ingredient, and each way in which a bias is broadcast.
+INGREDIENTS = [
+    Case("lengths_window", **SIZES, key_lengths=(70, 33), window=(9, 3)),
+    Case("mask_dropout", **SIZES, mask="full", dropout_p=0.3, causal="lower_right"),
+    Case("grouped_bias_dropout", **SIZES | {"heads": 4}, kv_heads=2, bias="per_head", dropout_p=0.2),
+    Case("value_dim", **SIZES | {"head_dim": 40}, value_dim=24),
+    Case("negative_scale", **SIZES, scale=-0.3, causal="upper_left"),
+    *(Case(f"bias_{kind}", **SIZES, bias=kind) for kind in ("shared", "keys", "queries", "scalar", "per_batch")),
+]
+
+
+@pytest.mark.parametrize("case", INGREDIENTS, ids=lambda case: case.name)
+def test_every_ingredient_compiles(case):
+    """What the interpreter, which has no types, takes: the compiler takes it too, and no launch reads a tensor."""
+    problem = case.make(dtype=torch.bfloat16)
+    out, lse = torch.zeros(*problem.query.shape[:3], problem.value.shape[3]), torch.zeros(problem.query.shape[:3])
+    out = out.bfloat16()
+    of_bias_alone = case.name.startswith("bias_")
+    tensors = (None,) * 3 if of_bias_alone else (problem.query, problem.key, problem.value)
+    grad_bias = None if problem.bias is None else torch.zeros(bias_gradient_shape(problem.bias))
+    small = configs.Config(16, 32)
+    with offline.compiling_for(80) as compiled, ReadsNothing():
+        launch.backward(problem, out, lse, out, lse, *tensors, grad_bias, small, small, small)
+        if not of_bias_alone:
+            launch.forward(problem, out, lse, small)
+            launch.weights(problem, lse, torch.zeros(2, 37, 70), True, small)
+            if not problem.dropout_p and problem.scale > 0:
+                launch.decode(problem, out, lse, 3, small)
+    assert all("cubin" in kernel.asm for _, kernel in compiled)
+    assert len(compiled) >= 2
+
+
 @pytest.mark.parametrize("architecture", (80, 86, 90, 100, 120))
 @pytest.mark.parametrize("element_size", (2, 4))
 @pytest.mark.parametrize("head_dim", (16, 32, 64, 128, 256, 512))
@@ -59,6 +115,7 @@ def test_every_problem_has_a_configuration(head_dim, element_size, architecture)
     for kernel in {kernel for kernel, _, _ in configs.TABLE}:
         config = configs.choose(kernel, element_size, head_dim, architecture)
         assert not (config.tma and architecture < 90)
+        assert configs.choose(kernel, element_size, head_dim, 120) == configs.choose(kernel, element_size, head_dim, 80)
 
 
 def test_the_newest_architecture_not_above_the_device_is_chosen(monkeypatch):

@@ -54,6 +54,7 @@ CASES = [
     (Case("packed", **SMALL | {"heads": 3}, layout="packed"), "float16"),
     (Case("broadcast", **SMALL | {"batch": 2}, layout="broadcast"), "bfloat16"),
     (Case("negative_scale", **SMALL, scale=-0.3), "float32"),
+    (Case("long_rows", **SMALL | {"head_dim": 70}, value_dim=40, bias="keys", key_lengths=(50,)), "float32"),
     (Case("no_keys", batch=1, queries=5, keys=0), "float32"),
     (Case("no_queries", batch=1, queries=0, keys=5), "float32"),
 ]
@@ -76,7 +77,7 @@ def check_case(case: Case, dtype: str, tma: bool = False) -> None:
     from fastattn.kernels import launch
     from fastattn.kernels.configs import Config
 
-    config = Config(16, 32, tma=tma)
+    config = Config(16, 32, tma=tma, chunk=32)
     backend = SimpleNamespace(
         forward=partial(launch.forward, config=config),
         backward=partial(launch.backward, key_value_config=config, query_config=config),
@@ -165,6 +166,52 @@ def check_same_drops() -> None:
         assert torch.equal(weights != 0, reference.dropout_keep(problem))
 
 
+def check_dropout_of_the_cpu_engine() -> None:
+    """Seed and offset drop the same weights on the CPU engine: outputs and gradients agree to rounding."""
+    from fastattn.backends import cpu
+    from fastattn.backends import triton as backend
+
+    case = Case("drops", batch=2, heads=4, kv_heads=2, queries=37, keys=50, head_dim=16, dropout_p=0.4)
+    problem, grad_out = case.make(), case.make_grad_out()
+    theirs = run_backend(cpu, problem, grad_out)
+    for name, tensor in run_backend(backend, problem, grad_out).items():
+        assert (tensor - theirs[name]).abs().max() < 1e-5, name
+
+
+def check_module() -> None:
+    """The layer on this backend, with padding: output, averaged weights and gradients as torch's in float64."""
+    import fastattn
+
+    theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True, dtype=torch.float64)
+    ours = fastattn.MultiHeadAttention(32, 4, batch_first=True, backend="triton")
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 19, 32, dtype=torch.float64)
+    padding = torch.arange(19) >= torch.tensor([[19], [11]])
+    results = {}
+    for layer, dtype in ((theirs, torch.float64), (ours, torch.float32)):
+        inputs = x.detach().clone().to(dtype).requires_grad_()
+        out, weights = layer(inputs, inputs, inputs, key_padding_mask=padding, need_weights=True)
+        (out.square().sum() + weights.square().sum()).backward()
+        results[dtype] = [out, weights, inputs.grad, *(parameter.grad for parameter in layer.parameters())]
+    for exact, found in zip(*results.values(), strict=True):
+        assert (found.double() - exact).abs().max() < 1e-5 * max(1.0, exact.abs().max())
+
+
+def check_autocast() -> None:
+    """float32 inputs under autocast: computed in bfloat16, gradients in float32."""
+    import fastattn
+
+    inputs = [torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fastattn.scaled_dot_product_attention(*inputs, is_causal=True, backend="triton")
+    assert out.dtype == torch.bfloat16
+    exact = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+    assert (out - exact).abs().max() < 0.03
+    found, expected = (torch.autograd.grad(result.float().sum(), inputs) for result in (out, exact))
+    for grad, exact_grad in zip(found, expected, strict=True):
+        assert grad.dtype == torch.float32 and (grad - exact_grad).abs().max() < 0.03 * exact_grad.abs().max()
+
+
 def check_lowest_bias() -> None:
     """A bias of finfo.min everywhere forbids nothing: the row is the mean of V."""
     from fastattn.backends import triton as backend
@@ -199,6 +246,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "weights": partial(check_weights, False),
     "weights_average": partial(check_weights, True),
     "same_drops": check_same_drops,
+    "dropout_of_the_cpu_engine": check_dropout_of_the_cpu_engine,
+    "module": check_module,
+    "autocast": check_autocast,
     "lowest_bias": check_lowest_bias,
     "refusals": check_refusals,
 }

@@ -24,7 +24,10 @@ def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     if missing:
         return [missing]
     why = []
-    if not q.is_cuda and not (q.device.type == "cpu" and triton.interpreted()):
+    if q.is_cuda:
+        reason = triton.device_reason(q.get_device())
+        why += [reason] if reason else []
+    elif not (q.device.type == "cpu" and triton.interpreted()):
         why.append(f"the tensors are on {q.device}, not on a CUDA device")
     if q.dtype != torch.float32:
         why.append(f"computed in {q.dtype}, not in float32")

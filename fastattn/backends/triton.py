@@ -41,7 +41,8 @@ def unavailable() -> str | None:
 
 
 @cache
-def _device_reason(index: int) -> str | None:
+def device_reason(index: int) -> str | None:
+    """Why a CUDA device is too old or not NVIDIA's, else None."""
     if torch.version.hip:
         return "AMD devices are not supported"
     capability = torch.cuda.get_device_capability(index)
@@ -56,7 +57,7 @@ def reasons(problem: Problem) -> list[str]:
     query = problem.query
     why = []
     if query.is_cuda:
-        reason = _device_reason(query.get_device())
+        reason = device_reason(query.get_device())
         why += [reason] if reason else []
     elif not (query.device.type == "cpu" and interpreted()):
         why.append(f"the tensors are on {query.device}, not on a CUDA device")
@@ -70,13 +71,34 @@ def reasons(problem: Problem) -> list[str]:
     return why
 
 
+def hopper_reasons(problem: Problem, direction: str) -> list[str]:
+    """Why the plain kernels compute the problem's "forward" or "backward" and not the Hopper ones; empty if these do."""
+    from fastattn.kernels import hopper, launch
+
+    why = hopper.reasons(problem, direction)
+    if direction == "forward" and launch.splits_keys(problem):
+        why = [*why, "so few queries split their keys over programs"]
+    return why
+
+
+def notes(problem: Problem) -> list[str]:
+    """Which of the device's kernels run each pass of the problem, and why not the Hopper ones."""
+    if not problem.query.is_cuda:
+        return []
+    found = []
+    for direction in ("forward", "backward"):
+        why = hopper_reasons(problem, direction)
+        found.append(f"{direction}: " + (f"plain kernels, because {'; '.join(why)}" if why else "Hopper kernels"))
+    return found
+
+
 def forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
     from fastattn.kernels import hopper, launch
 
-    if not launch.splits_keys(problem) and not hopper.reasons(problem, "forward"):
-        hopper.forward(problem, out, lse)
-    else:
+    if hopper_reasons(problem, "forward"):
         launch.forward(problem, out, lse)
+    else:
+        hopper.forward(problem, out, lse)
 
 
 def backward(
@@ -92,7 +114,7 @@ def backward(
 ) -> None:
     from fastattn.kernels import hopper, launch
 
-    if grad_bias is None and not hopper.reasons(problem, "backward"):
+    if grad_bias is None and not hopper_reasons(problem, "backward"):
         hopper.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value)
     else:
         launch.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
