@@ -2,7 +2,8 @@
 
 A backend is a module in :mod:`fastattn.backends`.  It states why it cannot be used at all
 (``unavailable()``) and why it cannot take a problem (``reasons(problem)``); nothing is a boolean,
-so that errors, warnings and :func:`explain` can tell the same story.
+so that errors, warnings and :func:`explain` can tell the same story.  One with several engines inside may say
+which of them runs (``notes(problem)``).
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend runs a call, and for each other one why it does not."""
+    """Which backend runs a call, what it says about it, and for each other one why it does not run."""
 
     backend: str | None
     reasons: dict[str, list[str]]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"backend: {self.backend}"]
+        lines = [f"backend: {self.backend}", *(f"  {note}" for note in self.notes)]
         for name, why in self.reasons.items():
             lines += [f"  {name}: {reason}" for reason in why]
         return "\n".join(lines)
@@ -105,7 +107,8 @@ def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
             reasons[name] = [f"not chosen automatically for {problem.query.device.type} tensors"]
         else:
             reasons[name] = [f"{chosen} comes first"]
-    return Explanation(chosen, reasons)
+    notes = getattr(load(chosen), "notes", None) if chosen else None
+    return Explanation(chosen, reasons, tuple(notes(problem)) if notes else ())
 
 
 def _warn_once(message: str) -> None:

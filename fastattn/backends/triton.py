@@ -72,7 +72,7 @@ def reasons(problem: Problem) -> list[str]:
 
 
 def hopper_reasons(problem: Problem, direction: str) -> list[str]:
-    """Why the plain kernels compute the problem's "forward" or "backward" and not the Hopper ones; empty if these do."""
+    """Why the plain kernels run the problem's "forward" or "backward", not the Hopper ones; empty if these do."""
     from fastattn.kernels import hopper, launch
 
     why = hopper.reasons(problem, direction)

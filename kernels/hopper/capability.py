@@ -5,10 +5,32 @@ import os
 
 import torch
 
-#: Head dimensions by direction; a problem that may be differentiated must be among both.
-HEAD_DIMS = {"forward": (64, 128, 256), "backward": (64, 128)}
-#: TMA takes base addresses and strides in units of this many bytes.
+#: (smallest, largest) head dimension by direction.  Below, tiles of 64 columns would be half empty, and the plain
+#: kernels have smaller ones.
+HEAD_DIMS = {"forward": (40, 256), "backward": (40, 128)}
+#: TMA takes base addresses and strides in units of this many bytes; rows of 16-bit elements make head dimensions
+#: multiples of HEAD_DIM_STEP.
 TMA_ALIGNMENT = 16
+HEAD_DIM_STEP = 8
+#: A position, plus a bound of a band, must stay below 2^31.
+LONGEST = 2**29
+#: Rows of the statistics, padded by head to a multiple of ROWS_OF_A_HEAD, are numbered in 32 bits.
+MOST_ROWS = 2**31
+ROWS_OF_A_HEAD = 128
+#: The releases of Triton whose machine code was read, and the ptxas each brings for Hopper: which products ptxas runs
+#: one by one differs from release to release.  benchmarks/results/hopper_compile_report_triton_*.md say what was found.
+CHECKED_TRITON = {(3, 6): "12.8", (3, 7): "12.8", (3, 8): "12.9", (3, 9): "13.4"}
+
+
+def triton_reason(version: str) -> str | None:
+    """Why the kernels are not to be compiled with a version of Triton, or None."""
+    if tuple(int(part) for part in version.split(".")[:2]) in CHECKED_TRITON:
+        return None
+    checked = ", ".join(f"{major}.{minor}" for major, minor in CHECKED_TRITON)
+    return (
+        f"Triton {version} may run the Hopper kernels' products one by one: their machine code was read for {checked} "
+        "(FASTATTN_HOPPER=1 uses them all the same)"
+    )
 
 
 @functools.cache
@@ -43,17 +65,31 @@ def tma_reason(name: str, tensor: torch.Tensor) -> str | None:
     return None
 
 
+def size_reasons(problem, direction: str) -> list[str]:
+    """Head dimensions without a tile, and sizes past what the kernels count in."""
+    found = []
+    B, Hq, Lq, D = problem.query.shape
+    Lk, Dv = problem.key.shape[2], problem.value.shape[3]
+    smallest, largest = HEAD_DIMS[direction]
+    if Dv != D or not smallest <= D <= largest or D % HEAD_DIM_STEP:
+        found.append(
+            f"the Hopper kernels take equal head dimensions of {smallest} to {largest} in steps of {HEAD_DIM_STEP} in "
+            f"the {direction}, not {D} and {Dv}"
+        )
+    if max(Lq, Lk) >= LONGEST:
+        found.append(f"the Hopper kernels take sequences shorter than {LONGEST}, not {Lq} and {Lk}")
+    rows = B * Hq * -(-Lq // ROWS_OF_A_HEAD) * ROWS_OF_A_HEAD
+    if rows >= MOST_ROWS:
+        found.append(f"the Hopper kernels take fewer than {MOST_ROWS} padded rows of queries, not {rows}")
+    return found
+
+
 def problem_reasons(problem, direction: str = "backward") -> list[str]:
     """The reasons that lie in the problem alone, whatever the device."""
-    found = []
-    head_dims = HEAD_DIMS[direction]
+    found = size_reasons(problem, direction)
     query, key, value = problem.query, problem.key, problem.value
     if query.dtype not in (torch.bfloat16, torch.float16):
         found.append(f"the Hopper kernels take bfloat16 and float16, not {query.dtype}")
-    if query.shape[-1] != value.shape[-1] or query.shape[-1] not in head_dims:
-        found.append(
-            f"the Hopper kernels take equal head dimensions of {head_dims}, not {query.shape[-1]} and {value.shape[-1]}"
-        )
     if problem.attn_mask is not None or problem.bias is not None:
         found.append("the Hopper kernels take no attn_mask")
     if problem.dropout_p:
@@ -71,12 +107,17 @@ def problem_reasons(problem, direction: str = "backward") -> list[str]:
 def reasons(problem, direction: str = "backward") -> list[str]:
     """Why the Hopper kernels cannot take a problem; [] means that they can.
 
-    ``direction`` "backward" asks for both directions, "forward" for that one alone, which takes larger head
-    dimensions.  FASTATTN_HOPPER=0 turns the kernels off.
+    ``direction``, "forward" or "backward", is the pass asked about; the forward takes larger head dimensions.
+    FASTATTN_HOPPER=0 turns the kernels off, FASTATTN_HOPPER=1 asks for them whatever the version of Triton.
     """
-    if os.environ.get("FASTATTN_HOPPER", "1") == "0":
+    wish = os.environ.get("FASTATTN_HOPPER")
+    if wish == "0":
         return ["FASTATTN_HOPPER=0"]
     if not problem.query.is_cuda:
         return ["the Hopper kernels need a CUDA device"]
     reason = _environment_reason() or _device_reason(problem.query.get_device())
+    if reason is None and wish != "1":
+        import triton
+
+        reason = triton_reason(triton.__version__)
     return [reason] if reason else problem_reasons(problem, direction)

@@ -1,0 +1,182 @@
+"""What the Hopper kernels say that they cannot take, and that dispatch and explain follow it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from fastattn import dispatch  # noqa: E402
+from fastattn.backends import triton as backend  # noqa: E402
+from fastattn.kernels import hopper, launch  # noqa: E402
+from fastattn.kernels.hopper import capability  # noqa: E402
+from fastattn.problem import Problem  # noqa: E402
+from hopper_cases import make_case  # noqa: E402
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says that it lies on a CUDA device."""
+
+    is_cuda = True
+
+    def get_device(self):
+        return 0
+
+
+def on_device(problem):
+    tensors = {name: getattr(problem, name).as_subclass(OnDevice) for name in ("query", "key", "value")}
+    return dataclasses.replace(problem, **tensors)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Make torch report a device of a capability, and Triton a version: device((9, 0), "3.6.0")."""
+
+    def install(device_capability, version=triton.__version__):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: device_capability)
+        monkeypatch.setattr(triton, "__version__", version)
+        capability._device_reason.cache_clear()
+
+    monkeypatch.delenv("FASTATTN_HOPPER", raising=False)
+    monkeypatch.setattr(backend, "unavailable", lambda: None)
+    backend.device_reason.cache_clear()
+    yield install
+    capability._device_reason.cache_clear()
+    backend.device_reason.cache_clear()
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The names of the engines that ran, in order; none computes anything."""
+    found = []
+    for name, module in (("hopper", hopper), ("plain", launch)):
+        for direction in ("forward", "backward"):
+            monkeypatch.setattr(module, direction, lambda *_, name=name, direction=direction: found.append(name))
+    return found
+
+
+def run(problem):
+    backend.forward(problem, None, None)
+    backend.backward(problem, *[None] * 8)
+
+
+def test_chosen_on_capability_9_alone(device, ran):
+    problem = on_device(make_case())
+    for device_capability in ((9, 0), (8, 0), (10, 0)):
+        device(device_capability)
+        run(problem)
+    assert ran == ["hopper"] * 2 + ["plain"] * 4
+
+
+def test_the_environment_turns_them_off(device, ran, monkeypatch):
+    device((9, 0))
+    problem = on_device(make_case())
+    monkeypatch.setenv("FASTATTN_HOPPER", "0")
+    run(problem)
+    assert ran == ["plain"] * 2
+    assert hopper.reasons(problem) == ["FASTATTN_HOPPER=0"]
+    monkeypatch.setenv("FASTATTN_HOPPER", "1")
+    assert hopper.reasons(problem) == []
+
+
+def test_explain_says_which_kernels_run(device, monkeypatch):
+    device((9, 0))
+    text = str(dispatch.explain_problem(on_device(make_case(D=192)), "triton"))
+    assert text.splitlines()[:2] == ["backend: triton", "  forward: Hopper kernels"]
+    assert "  backward: plain kernels, because the Hopper kernels take equal head dimensions of 40 to 128" in text
+    assert dispatch.explain_problem(on_device(make_case()), "triton").notes == (
+        "forward: Hopper kernels",
+        "backward: Hopper kernels",
+    )
+    monkeypatch.setenv("FASTATTN_HOPPER", "0")
+    text = str(dispatch.explain_problem(on_device(make_case()), "triton"))
+    assert "  forward: plain kernels, because FASTATTN_HOPPER=0\n" in text
+    assert "  backward: plain kernels, because FASTATTN_HOPPER=0\n" in text
+
+
+def test_a_decoding_step_goes_to_the_kernels_that_split_keys(device, ran):
+    device((9, 0))
+    problem = on_device(make_case(Lq=1, Lk=1024))
+    run(problem)
+    assert ran == ["plain", "hopper"]
+    assert "split" in dispatch.explain_problem(problem, "triton").notes[0]
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.6.1", "3.7.1", "3.8.0", "3.9.0"])
+def test_versions_of_triton_whose_code_was_read(device, version):
+    device((9, 0), version)
+    assert hopper.reasons(on_device(make_case())) == []
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0+git1234"])
+def test_other_versions_of_triton_fall_back(device, version, monkeypatch):
+    device((9, 0), version)
+    (reason,) = hopper.reasons(on_device(make_case()))
+    assert version in reason and "FASTATTN_HOPPER=1" in reason
+    monkeypatch.setenv("FASTATTN_HOPPER", "1")
+    assert hopper.reasons(on_device(make_case())) == []
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 80, 96, 128])
+def test_head_dimensions_of_both_directions(head_dim):
+    for direction in ("forward", "backward"):
+        assert capability.problem_reasons(make_case(D=head_dim), direction) == []
+
+
+@pytest.mark.parametrize("head_dim", [136, 192, 256])
+def test_head_dimensions_of_the_forward(head_dim):
+    assert capability.problem_reasons(make_case(D=head_dim), "forward") == []
+    assert "not 136" in capability.problem_reasons(make_case(D=136), "backward")[0]
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 65, 100, 264])
+def test_other_head_dimensions_are_refused(head_dim):
+    (reason, *_) = capability.problem_reasons(make_case(D=head_dim), "forward")
+    assert f"not {head_dim} and {head_dim}" in reason
+
+
+def narrow(problem, **changes):
+    return capability.problem_reasons(dataclasses.replace(problem, **changes))
+
+
+def test_every_ingredient_that_is_not_taken_is_refused():
+    problem = make_case(B=1, H=2, Lq=8, Lk=8)
+    scores = torch.zeros(1, 2, 8, 8)
+    refused = {
+        "attn_mask": {"attn_mask": scores.bool()},
+        "bias": {"bias": scores},
+        "dropout_p": {"dropout_p": 0.5, "rng_state": torch.zeros(2, dtype=torch.int64)},
+        "scale": {"scale": -1.0},
+        "query": {"query": problem.query.float(), "key": problem.key.float(), "value": problem.value.float()},
+        "value": {"value": torch.zeros(1, 2, 8, 72, dtype=torch.bfloat16)},
+    }
+    for name, changes in refused.items():
+        assert len(narrow(problem, **changes)) == 1, name
+    taken = {"query", "key", "value", "scale", "causal", "window_left", "window_right", "key_lengths"}
+    # a new ingredient of a problem has to be taken here, or refused
+    assert {field.name for field in dataclasses.fields(Problem)} == taken | refused.keys() | {"rng_state"}
+
+
+def test_what_tma_cannot_address_is_refused():
+    problem = make_case(B=2, H=2, Lq=8, Lk=8)
+    key = torch.zeros(4096, dtype=torch.bfloat16)
+    for view, reason in {
+        key[4:2052].view(2, 2, 8, 64): "not aligned to 16 bytes",
+        torch.zeros(2, 2, 8, 68, dtype=torch.bfloat16)[..., :64]: "strides",
+        key[:1024].view(2, 1, 8, 64).expand(2, 2, 8, 64): "strides",
+        torch.zeros(2, 2, 64, 8, dtype=torch.bfloat16).mT: "last stride",
+    }.items():
+        (found,) = narrow(problem, key=view)
+        assert "key" in found and reason in found
+    assert narrow(problem, key=torch.zeros(2, 8, 2, 64, dtype=torch.bfloat16).transpose(1, 2)) == []
+
+
+def test_sizes_past_32_bits_are_refused():
+    one = torch.zeros(1, dtype=torch.bfloat16)
+    problem = make_case()
+    long = one.expand(1, 1, 2**29, 64)
+    assert "shorter than" in capability.size_reasons(dataclasses.replace(problem, key=long, value=long), "forward")[0]
+    many = one.expand(2**24, 1, 1, 64)
+    (reason,) = capability.size_reasons(dataclasses.replace(problem, query=many, key=many, value=many), "forward")
+    assert "padded rows" in reason
