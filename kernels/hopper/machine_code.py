@@ -4,8 +4,7 @@ import re
 
 
 def main_loops(code: str) -> list[list[str]]:
-    """The instructions of each consumer's main loop: of the loops of a disassembly with exponentials and wgmma, those
-    that hold no other."""
+    """The instructions of each consumer's main loop: a disassembly's innermost loops with exponentials and wgmma."""
     instructions, labels = [], {}
     for line in code.splitlines():
         label = re.match(r"\s*(\.L_x_\d+):", line)
@@ -22,8 +21,11 @@ def main_loops(code: str) -> list[list[str]]:
             body = instructions[begin : at + 1]
             if all(any(text.startswith(name) for text in body) for name in ("HGMMA", "MUFU.EX2")):
                 spans.append(range(begin, at + 1))
-    inner = [a for a in spans if not any(b != a and b.start >= a.start and b.stop <= a.stop for b in spans)]
-    return [[instructions[at] for at in span] for span in inner]
+    loops: list[range] = []
+    for span in sorted(spans, key=len):  # an outer loop, or a wait's retry that jumps back into one, overlaps a shorter
+        if all(span.stop <= loop.start or loop.stop <= span.start for loop in loops):
+            loops.append(span)
+    return [[instructions[at] for at in loop] for loop in loops]
 
 
 def _groups_left(text: str) -> int | None:
