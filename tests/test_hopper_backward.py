@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastattn.kernels.hopper.configs import BackwardConfig
+from fastattn.kernels.hopper.configs import BackwardConfig, tile_columns
 from fastattn.kernels.hopper.plan import LOG2_E, STATISTICS_ROWS, band_of, fused_plan, keys_plan, queries_plan
 from gluon_emulator import Descriptor, EmulationError, Pointer
 from gluon_emulator_language import load_kernels
@@ -37,7 +37,7 @@ def run_keys(problem, config, seed, programs, edits=()):
     kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_keys"], edits)
     (_, *expected), grad_out, lse_2, delta = saved(problem)
     plan = keys_plan(problem, band_of(problem), config, programs)
-    D = problem.query.shape[-1]
+    D = tile_columns(problem.query.shape[-1])
     grads = [torch.full_like(t, float("nan")) for t in (problem.key, problem.value)]
     queries, keys, rows = [1, 1, config.block_m, D], [1, 1, 64, D], [1, config.block_m]
     tensors = {
@@ -61,7 +61,7 @@ def run_queries(problem, config, seed, programs, edits=()):
     kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_queries"], edits)
     (expected, *_), grad_out, lse_2, delta = saved(problem)
     plan = queries_plan(problem, band_of(problem), config, programs)
-    D = problem.query.shape[-1]
+    D = tile_columns(problem.query.shape[-1])
     grad = torch.full_like(problem.query, float("nan"))
     queries, keys = [1, 1, 64, D], [1, 1, config.block_n, D]
     tensors = {
@@ -84,9 +84,10 @@ def run_fused(problem, config, seed, programs, edits=()):
     kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_fused"], edits)
     expected, grad_out, lse_2, delta = saved(problem)
     plan = fused_plan(problem, band_of(problem), config)
-    B, H, L, D = problem.query.shape
+    B, H, L, _ = problem.query.shape
+    D = tile_columns(problem.query.shape[-1])
     grads = [torch.full_like(t, float("nan")) for t in (problem.key, problem.value)]
-    total = torch.zeros(B, H, L, D)
+    total = torch.zeros(problem.query.shape)
     queries, keys, rows = [1, 1, config.block_m, D], [1, 1, 128, D], [1, config.block_m]
     tensors = {
         "q_desc": Descriptor(problem.query, queries),
@@ -146,6 +147,7 @@ PROBLEMS = {
     "grouped heads, causal": {"H": 4, "group": 2, "Lq": 200, "Lk": 300, "causal": "upper_left"},
     "fp16": {"Lq": 192, "Lk": 192, "dtype": torch.float16, "causal": "upper_left"},
     "D=128": {"Lq": 128, "Lk": 192, "D": 128},
+    "D=72": {"Lq": 131, "Lk": 192, "D": 72, "causal": "upper_left"},
 }
 
 

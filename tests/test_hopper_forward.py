@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastattn.kernels.hopper.configs import ForwardConfig
+from fastattn.kernels.hopper.configs import ForwardConfig, tile_columns
 from fastattn.kernels.hopper.plan import band_of, forward_plan
 from gluon_emulator import Descriptor, EmulationError, Pointer
 from gluon_emulator_language import load_kernels
@@ -21,7 +21,7 @@ def run_forward(problem, config, seed=0, programs=2, edits=()):
     out = torch.full_like(query, float("nan"))
     lse = torch.full(query.shape[:3], float("nan"))
     plan = forward_plan(problem, band_of(problem), config, programs)
-    D = query.shape[-1]
+    D = tile_columns(query.shape[-1])
     lengths = problem.key_lengths if problem.key_lengths is not None else lse
     tensors = {
         "q_desc": Descriptor(query, [1, 1, 64, D]),
@@ -73,6 +73,10 @@ PROBLEMS = {
     "grouped heads": {"B": 2, "H": 6, "group": 3, "Lq": 128, "Lk": 128},
     "fp16": {"Lq": 192, "Lk": 192, "dtype": torch.float16, "causal": "upper_left"},
     "D=128": {"Lq": 128, "Lk": 192, "D": 128},
+    "D=256": {"Lq": 70, "Lk": 130, "D": 256},
+    "D=40": {"Lq": 128, "Lk": 192, "D": 40, "causal": "upper_left"},
+    "D=96": {"Lq": 131, "Lk": 192, "D": 96},
+    "D=192": {"Lq": 70, "Lk": 130, "D": 192, "causal": "lower_right"},
 }
 
 
