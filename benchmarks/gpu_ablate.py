@@ -1,7 +1,7 @@
-"""Part ``ablate``: the Hopper kernels' design choices, each switched alone.
+"""Part ``ablate``: the Hopper kernels' design choices, each switched alone, and their other tiles.
 
-Starts from the configuration that the engine chooses and changes one switch at a time. The predictions
-were written before the kernels ran on a GPU; kernels/hopper/README.md gives their reasons.
+Starts from the configuration that the engine chooses and changes one switch, or the tile, at a time. The
+predictions were written before the kernels ran on a GPU; kernels/hopper/README.md gives their reasons.
 """
 
 from __future__ import annotations
@@ -11,24 +11,32 @@ from gpu_pool import Task
 
 SHAPES = ((128, None, 8192), (128, "upper_left", 8192), (128, None, 1024), (64, None, 8192), (64, "upper_left", 8192))
 
-#: (variant, length, causal): the predicted speed relative to the chosen forward configuration, D = 128.
+#: (direction, head_dim, variant, length, causal): the predicted speed relative to the chosen configuration's.
 PREDICTIONS = {
-    ("overlap=False", 8192, None): 0.92,
-    ("ping_pong=False", 8192, None): 0.96,
-    ("overlap=False ping_pong=False", 8192, None): 0.80,
-    ("persistent=False", 8192, None): 0.98,
-    ("persistent=False", 1024, None): 0.92,
-    ("heads_inner=False", 8192, "upper_left"): 0.90,
-    ("own_out=False", 8192, None): 0.99,
-    ("own_out=False", 1024, None): 0.94,
+    ("forward", 128, "overlap=False", 8192, None): 0.92,
+    ("forward", 128, "ping_pong=False", 8192, None): 0.96,
+    ("forward", 128, "overlap=False ping_pong=False", 8192, None): 0.80,
+    ("forward", 128, "persistent=False", 8192, None): 0.98,
+    ("forward", 128, "persistent=False", 1024, None): 0.92,
+    ("forward", 128, "heads_inner=False", 8192, "upper_left"): 0.90,
+    ("forward", 128, "own_out=False", 8192, None): 0.99,
+    ("forward", 128, "own_out=False", 1024, None): 0.94,
+    ("forward", 128, "128x64", 8192, None): 0.92,
+    ("forward", 128, "192x64", 8192, None): 0.88,
+    ("forward", 64, "overlap=False", 8192, None): 0.95,
+    ("forward", 64, "ping_pong=False", 8192, None): 0.98,
+    ("forward", 64, "128x128", 8192, None): 0.95,
+    ("forward", 64, "192x64", 8192, None): 0.90,
+    ("backward", 128, "64, 64", 8192, None): 0.95,
+    ("backward", 128, "persistent=False", 8192, None): 0.97,
+    ("backward", 128, "heads_inner=False", 8192, "upper_left"): 0.92,
+    ("backward", 128, "fused=True", 8192, None): 1.15,
 }
 
 
 def prediction(row: dict) -> float | None:
     """What was predicted for a row of this part."""
-    if row["direction"] != "forward" or row["head_dim"] != 128:
-        return None
-    return PREDICTIONS.get((row["variant"], row["queries"], row["causal"]))
+    return PREDICTIONS.get((row["direction"], row["head_dim"], row["variant"], row["queries"], row["causal"]))
 
 
 def tasks(device: str, backend: str, quick: bool) -> list[Task]:

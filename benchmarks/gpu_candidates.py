@@ -36,7 +36,7 @@ def problem_of(setup: Setup):
 
 
 def hopper(direction: str, switched: bool) -> Callable[[Setup], list[Candidate]]:
-    """kernels/hopper/configs.py: its candidates, or with ``switched`` its choice with one switch changed."""
+    """kernels/hopper/configs.py: its candidates, or with ``switched`` its choice with a switch or the tile changed."""
 
     def list_candidates(setup: Setup) -> list[Candidate]:
         from fastattn.kernels.hopper import capability, configs
@@ -55,6 +55,7 @@ def hopper(direction: str, switched: bool) -> Callable[[Setup], list[Candidate]]
             for changes in switches(chosen):
                 name = " ".join(f"{field}={value}" for field, value in changes.items())
                 named[name] = dataclasses.replace(chosen, **changes)
+            named |= other_tiles(chosen, table[setup.head_dim])
         else:
             named |= {name: config for name, config in table[setup.head_dim].items() if config != chosen}
         if direction == "forward":
@@ -103,6 +104,15 @@ def switches(config) -> list[dict[str, bool]]:
     if {"overlap": False} in found and {"ping_pong": False} in found:
         found.append({"overlap": False, "ping_pong": False})
     return found
+
+
+def other_tiles(chosen, table: dict) -> dict:
+    """Of a table of configurations those that differ from the chosen one in numbers, not in switches."""
+
+    def switched(config) -> dict:
+        return {name: value for name, value in dataclasses.asdict(config).items() if type(value) is not int}
+
+    return {name: config for name, config in table.items() if config != chosen and switched(config) == switched(chosen)}
 
 
 def _forward_buffers(problem) -> tuple[Tensor, Tensor]:

@@ -458,7 +458,6 @@ def test_device_cpu_measures_each_target_once():
 def test_each_switch_is_flipped_alone():
     pytest.importorskip("triton")
     from fastattn.kernels.hopper.configs import BackwardConfig, ForwardConfig
-    from gpu_ablate import PREDICTIONS
     from gpu_candidates import switches
 
     forward = switches(ForwardConfig())
@@ -467,8 +466,26 @@ def test_each_switch_is_flipped_alone():
     assert [change for change in forward if "heads_inner" in change] == [{"heads_inner": True}, {"heads_inner": False}]
     assert not any({"block_n", "stages", "consumers"} & set(change) for change in forward)
     assert {"persistent": False} in switches(BackwardConfig())
-    names = {" ".join(f"{field}={value}" for field, value in change.items()) for change in forward}
-    assert {variant for variant, _, _ in PREDICTIONS} <= names, "every prediction is tested"
+
+
+def test_every_prediction_of_the_ablation_is_tested():
+    pytest.importorskip("triton")
+    import gpu_ablate
+    from fastattn.kernels.hopper import configs
+    from gpu_candidates import other_tiles, switches
+
+    tables = {
+        "forward": (configs.FORWARD, configs.FORWARD_CANDIDATES),
+        "backward": (configs.BACKWARD, configs.BACKWARD_CANDIDATES),
+    }
+    for direction, head_dim, variant, length, causal in gpu_ablate.PREDICTIONS:
+        assert (head_dim, causal, length) in gpu_ablate.SHAPES
+        chosen, candidates = tables[direction]
+        config = chosen[head_dim, causal is not None]
+        names = {" ".join(f"{field}={value}" for field, value in change.items()) for change in switches(config)}
+        assert variant in names | other_tiles(config, candidates[head_dim]).keys()
+    tiles = other_tiles(configs.FORWARD[128, False], configs.FORWARD_CANDIDATES[128])
+    assert tiles.keys() == {"128x64", "192x64"}
 
 
 def test_summary_ranks_variants_beside_their_predictions():
