@@ -14,11 +14,13 @@
 #pragma once
 
 #include "gemm.h"
+#include "machine.h"
 #include "mask.h"
 #include "pack.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "softmax.h"
+#include "weigh.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
@@ -68,11 +70,19 @@ class Forward {
   using vector = typename V::vector;
   static constexpr int degree = Arithmetic<T>::degree, depth = V::depth;
   static constexpr int columns = V::tile_vectors, width = V::lanes * columns;
-  // Long blocks: a tile of O^T is loaded and stored once per block, and P^T streams well from the L2 cache.
-  // Keys and values of a block take at most a quarter of it.
-  static constexpr long most_block_keys = 256, least_block_keys = 64, block_bytes = 256 * 1024;
-  static constexpr long item_queries = 256;
+  // P^T of a block takes 32 KiB, from which the second product reads it again and again.
+  static constexpr long wide_cache = 48 * 1024, weight_bytes = 32 * 1024;
+  static constexpr long most_block_keys =
+      min(256L, weight_bytes / (width * static_cast<long>(sizeof(E)) / depth));
+  // Beside a smaller level 1 cache it streams from level 2, and longer blocks save loads and stores of O^T.
+  // Then keys and values of a block take at most a quarter of level 2.
+  static constexpr long long_block_keys = 256, least_block_keys = 64, block_bytes = 256 * 1024;
+  static constexpr long item_queries = 256 * depth;
+  static constexpr long least_full_keys = 16;
   static constexpr bool in_place = sizeof(T) == sizeof(E);  // K and V need no conversion
+  // Q carries the scale where that does not cost precision worth having: bf16 pairs would be rounded once
+  // more.
+  static constexpr bool scales_query = depth == 1 && sizeof(S) == 4;
   // A sum of weights above this says that the reference is too low: nothing has overflowed yet.
   static constexpr S overflow_sum = static_cast<S>(4294967296.0);
 
@@ -83,12 +93,14 @@ class Forward {
         query_(problem.query.as<const T>()),
         key_(problem.key.as<const T>()),
         value_(problem.value.as<const T>()),
+        wide_cache_(level1_cache_bytes() >= wide_cache),
         key_depth_(ceil_div(problem.head_dim, depth)),
         value_stride_((ceil_div(problem.value_dim * sizeof(E), 64) | 1) * (64 / sizeof(E))),
         block_keys_(choose_block()),
         panels_per_item_(choose_panels()),
         blocks_(ceil_div(problem.queries, panels_per_item_ * width)),
-        copy_values_(panels_per_item_ * width >= 128 && problem.value.stride[2] * sizeof(T) % 256 == 0) {}
+        copy_values_(!wide_cache_ && panels_per_item_ * width >= 128 &&
+                     problem.value.stride[2] * sizeof(T) % 256 == 0) {}
 
   void run(int threads) const {
     parallel_for(problem_.batch * problem_.query_heads * blocks_, threads,
@@ -99,12 +111,13 @@ class Forward {
  private:
   struct Panel {
     Range queries;
-    int columns;         // vectors with a query in them
-    Range any, all;      // keys that some, that every query sees
-    bool ready;          // every query has a reference
-    E* query;            // [key_depth][width]
-    S* out;              // [Dv][width]
-    S *reference, *sum;  // [width]
+    int columns;        // vectors with a query in them
+    Range any, all;     // keys that some, that every query sees
+    bool begun, ready;  // some query, every query has a reference
+    E* query;           // [key_depth][width]
+    S* out;             // [Dv][width]
+    S* reference;       // [width]
+    S* sum;  // [depth][width]: of the weights, and of pairs also as the product reads them, rounded
   };
 
   struct Workspace {
@@ -115,7 +128,7 @@ class Forward {
         panel[i].query = layout.take<E>(f.key_depth_ * width);
         panel[i].out = layout.take<S>(p.value_dim * width);
         panel[i].reference = layout.take<S>(width);
-        panel[i].sum = layout.take<S>(width);
+        panel[i].sum = layout.take<S>(depth * width);
       }
       products = layout.take<S>((block_keys + depth) * width);
       if (p.bias.data) bias = layout.take<S>(block_keys * width);
@@ -139,7 +152,8 @@ class Forward {
 
   long choose_block() const {
     const long row = max(1L, problem_.head_dim + problem_.value_dim) * static_cast<long>(sizeof(S));
-    return max(least_block_keys, min(most_block_keys, block_bytes / row / 2 * 2));
+    const long most = wide_cache_ ? most_block_keys : long_block_keys;
+    return max(least_block_keys, min(most, block_bytes / row / 2 * 2));
   }
 
   // From the shape alone, so that results do not depend on the threads: as many panels as share a block of
@@ -180,16 +194,18 @@ class Forward {
     for (int i = 0; i < panels; i++) finish_panel(work.panel[i], b, h);
   }
 
+  S query_factor() const { return scales_query ? static_cast<S>(problem_.scale * log2_e) : S(1); }
+
   void start_panel(Panel& panel, const Band& band, long b, long h, long first) const {
     panel.queries = {first, min(first + width, problem_.queries)};
     panel.columns = static_cast<int>(ceil_div(panel.queries.size(), V::lanes));
     panel.any = band.seen_by_any(panel.queries);
     panel.all = band.seen_by_all(panel.queries);
-    panel.ready = false;
+    panel.begun = panel.ready = false;
     const T* query = query_.at(b, h, first);
     if constexpr (depth == 1)
-      pack_transposed<V>(query, query_.stride[2], panel.queries.size(), problem_.head_dim, S(1), panel.query,
-                         width);
+      pack_transposed<V>(query, query_.stride[2], panel.queries.size(), problem_.head_dim, query_factor(),
+                         panel.query, width);
 #ifdef FASTATTN_BF16_DOT
     else
       pack_pairs_transposed(query, query_.stride[2], panel.queries.size(), problem_.head_dim, panel.query,
@@ -200,8 +216,8 @@ class Forward {
       // Lanes past the last query have a reference from the start: nothing waits for them.
       const auto real = V::first_lanes(panel.queries.size() - j * V::lanes);
       V::store(panel.reference + j * V::lanes, V::select(real, V::set1(-Limits<S>::infinity), V::zero()));
-      V::store(panel.sum + j * V::lanes, V::zero());
     }
+    memset(panel.sum, 0, depth * width * sizeof(S));
   }
 
   KeyBlock<V> prepare_keys(long b, long kv_head, Range keys, Workspace& work) const {
@@ -236,12 +252,27 @@ class Forward {
              const KeyBlock<V>& block) const {
     const Range seen = intersect(panel.any, keys);
     if (seen.empty()) return;
-    const long skipped = (seen.begin - keys.begin) / depth * depth;
-    const Range from_pair{keys.begin + skipped, seen.end};
-    const bool whole = panel.all.begin <= from_pair.begin && from_pair.end <= panel.all.end;
-    attend(work, panel, {b, h, panel.queries, from_pair}, band, whole,
-           {block.key + skipped * block.key_stride, block.key_stride,
-            block.value + skipped / depth * block.value_stride, block.value_stride});
+    const auto attend_to = [&](Range part) {
+      if (part.empty()) return;
+      const long skipped = part.begin - keys.begin;
+      const bool whole = panel.all.begin <= part.begin && part.end <= panel.all.end;
+      attend(work, panel, {b, h, panel.queries, part}, band, whole,
+             {block.key + skipped * block.key_stride, block.key_stride,
+              block.value + skipped / depth * block.value_stride, block.value_stride});
+    };
+    const auto pairs_before = [&](long key) { return keys.begin + (key - keys.begin) / depth * depth; };
+    const long begin = pairs_before(seen.begin);
+    Range full = intersect(seen, panel.all);
+    full.begin = pairs_before(full.begin + depth - 1);
+    if (full.end < seen.end) full.end = pairs_before(full.end);
+    if (problem_.mask.data || problem_.bias.data || full.size() < least_full_keys) {
+      attend_to({begin, seen.end});
+    } else {
+      // Keys that all queries see need no mask, and their weights are computed beside the products.
+      attend_to({begin, full.begin});
+      attend_to(full);
+      attend_to({full.end, seen.end});
+    }
   }
 
   // Adds the keys of a tile to the panel.
@@ -278,7 +309,7 @@ class Forward {
                             : band_reach(band, tile, j);
       depth_end[j] = max(ceil_div(reach[j].end, depth), j ? depth_end[j - 1] : 0L);
     }
-    const ScoreRules<V> rules{static_cast<S>(problem_.scale * log2_e),
+    const ScoreRules<V> rules{scales_query ? S(1) : static_cast<S>(problem_.scale * log2_e),
                               work.bias,
                               by_bytes ? work.seen : nullptr,
                               &band,
@@ -292,17 +323,20 @@ class Forward {
         prepare_scores(rules, j, reach[j], min(rows, depth_end[j] * depth), work.products);
     };
     const Weighing weighing{work.products, rules.remaining_factor(), rows, depth_end, work.kept};
-    score_all();
-    alignas(64) S sum[width];
-    if (!panel.ready || !weigh(panel, weighing, sum)) {
-      if (panel.ready) score_all();
-      renew_reference(panel, weighing);
-      weigh(panel, weighing, sum);
+    alignas(64) S sum[depth * width];
+    if (!plain || problem_.dropout_p > 0 || !sweep(panel, keys, rows, rules.factor, work.products, sum)) {
+      score_all();
+      if (!panel.ready || !weigh(panel, weighing, sum)) {
+        if (panel.ready) score_all();
+        renew_reference(panel, weighing);
+        weigh(panel, weighing, sum);
+      }
     }
-    for (int j = 0; j < panel.columns; j++) {
-      S* total = panel.sum + j * V::lanes;
-      V::store(total, V::add(V::load(total), V::load(sum + j * V::lanes)));
-    }
+    for (int i = 0; i < depth; i++)
+      for (int j = 0; j < panel.columns; j++) {
+        S* total = panel.sum + i * width + j * V::lanes;
+        V::store(total, V::add(V::load(total), V::load(sum + i * width + j * V::lanes)));
+      }
     gemm_columns<V, AccumulateStairs>(
         panel.columns, problem_.value_dim, RowsContiguous<E>{keys.value, keys.value_stride},
         reinterpret_cast<const E*>(work.products), width, depth_end, panel.out, width);
@@ -334,6 +368,33 @@ class Forward {
     }
   }
 
+  // P^T of keys that all queries of the panel see, and its sums; false, with P^T of no use, if that needs
+  // more care: too few keys, or scores far from the reference or not finite.
+  bool sweep(Panel& panel, const KeyBlock<V>& keys, long rows, S factor, S* products, S* sum) const {
+    if constexpr (V::keys_beside_products > 0) {
+      if (panel.columns < columns || (panel.begun && !panel.ready)) return false;
+      if (panel.ready) {
+        alignas(64) S whole[width];
+        for (int j = 0; j < width; j += V::lanes)
+          V::store(whole + j, nearest_integer<V>(V::load(panel.reference + j)));
+        move_reference(panel, whole);
+      }
+      WeightSweep<V, degree> sweep(reinterpret_cast<E*>(products), factor, sum);
+      if (!sweep.run(rows, DepthContiguous<E>{keys.key, keys.key_stride}, panel.query, key_depth_,
+                     panel.reference, panel.ready))
+        return false;
+      panel.begun = panel.ready = true;
+      return !sums_overflow(sum, columns);
+    }
+    return false;
+  }
+  bool sums_overflow(const S* sum, int count) const {
+    bool high = false;
+    for (int j = 0; j < count; j++)
+      high = high || V::any(V::not_less_equal(V::load(sum + j * V::lanes), V::set1(overflow_sum)));
+    return high;
+  }
+
   // A block of prepared products, to be turned into weights.
   struct Weighing {
     S* products;
@@ -347,43 +408,48 @@ class Forward {
 
   // P^T and its sums; false, with P^T of no use, if some sum says that the reference is too low.
   bool weigh(const Panel& panel, const Weighing& block, S* sum) const {
-    auto high = V::zero();
     for (int j = 0; j < panel.columns; j++) {
       const auto reference = V::load(panel.reference + j * V::lanes);
       // A query that has seen nothing yet keeps -inf; its weights are 0 against any finite reference.
       const auto unset = V::greater(V::set1(Limits<S>::lowest), reference);
-      const auto total = exponentiate<V, degree>(block.column(j), block.rows(j), block.factor,
-                                                 V::select(unset, V::zero(), reference),
-                                                 block.kept ? block.kept + j : nullptr);
-      V::store(sum + j * V::lanes, total);
-      high = V::select(V::not_less_equal(total, V::set1(overflow_sum)), V::set1(1), high);
+      vector total[depth] = {};
+      exponentiate<V, degree>(block.column(j), block.rows(j), block.factor,
+                              V::select(unset, V::zero(), reference), block.kept ? block.kept + j : nullptr,
+                              total);
+      for (int i = 0; i < depth; i++) V::store(sum + i * width + j * V::lanes, total[i]);
     }
-    return !V::any(V::greater(high, V::zero()));
+    return !sums_overflow(sum, panel.columns);
   }
 
-  // Raises the reference to the block's maximum, and scales what was summed against the old one.
+  // Raises the references to the block's maxima.
   void renew_reference(Panel& panel, const Weighing& block) const {
-    bool moved = false, ready = true;
-    alignas(64) S scale[width];
+    bool ready = true;
+    alignas(64) S renewed[width];
+    for (int j = 0; j < panel.columns; j++) {
+      const auto now = V::max(V::load(panel.reference + j * V::lanes),
+                              largest_score<V>(block.column(j), block.factor, block.rows(j)));
+      V::store(renewed + j * V::lanes, now);
+      ready = ready && !V::any(V::greater(V::set1(Limits<S>::lowest), now));
+    }
+    move_reference(panel, renewed);
+    panel.begun = true;
+    panel.ready = ready;
+  }
+
+  // Takes what was summed so far to other references.
+  void move_reference(Panel& panel, const S* to) const {
     for (int j = 0; j < panel.columns; j++) {
       S* reference = panel.reference + j * V::lanes;
-      const auto old = V::load(reference);
-      const auto now = V::max(old, largest_score<V>(block.column(j), block.factor, block.rows(j)));
+      const auto old = V::load(reference), now = V::load(to + j * V::lanes);
+      V::store(reference, now);
+      if (!V::any(V::greater(now, old)) && !V::any(V::greater(old, now))) continue;
       const auto unset = V::greater(V::set1(Limits<S>::lowest), now);
       const auto had = V::greater(V::set1(Limits<S>::lowest), old);
-      V::store(reference, now);
-      ready = ready && !V::any(unset);
-      const auto factor = V::template exp2<5>(V::sub(old, V::select(unset, V::zero(), now)));
-      V::store(scale + j * V::lanes, V::select(had, V::zero(), factor));
-      moved = moved || V::any(V::greater(now, old));
-    }
-    panel.ready = ready;
-    if (!moved) return;
-    for (int j = 0; j < panel.columns; j++) {
-      const auto factor = V::load(scale + j * V::lanes);
+      const auto factor =
+          V::select(had, V::zero(), V::template exp2<5>(V::sub(old, V::select(unset, V::zero(), now))));
       S* sum = panel.sum + j * V::lanes;
       if (!V::any(V::greater(V::load(sum), V::zero()))) continue;
-      V::store(sum, V::mul(V::load(sum), factor));
+      for (int i = 0; i < depth; i++) V::store(sum + i * width, V::mul(V::load(sum + i * width), factor));
       for (long d = 0; d < problem_.value_dim; d++) {
         S* out = panel.out + d * width + j * V::lanes;
         V::store(out, V::mul(V::load(out), factor));
@@ -439,8 +505,11 @@ class Forward {
       const auto sum = V::load(panel.sum + j * V::lanes), reference = V::load(panel.reference + j * V::lanes);
       // A query without keys: no weight was ever added.
       const auto none = V::greater(V::set1(Limits<S>::lowest), reference);
+      // Weights that sum to one as they were multiplied: rounding them all alike changes nothing.
+      const auto multiplied = V::load(panel.sum + (depth - 1) * width + j * V::lanes);
       const auto log = V::mul(V::add(reference, log2_of<V>(sum)), V::set1(static_cast<S>(ln_2)));
-      V::store(inverse + j * V::lanes, V::select(none, V::zero(), V::div(V::set1(1), V::mul(sum, kept))));
+      V::store(inverse + j * V::lanes,
+               V::select(none, V::zero(), V::div(V::set1(1), V::mul(multiplied, kept))));
       V::store(lse + j * V::lanes, V::select(none, V::set1(-Limits<S>::infinity), log));
     }
     memcpy(static_cast<S*>(output_.lse) + (b * problem_.query_heads + h) * problem_.queries +
@@ -453,6 +522,7 @@ class Forward {
   const Problem& problem_;
   const ForwardOutput& output_;
   const Tensor4<const T> query_, key_, value_;
+  const bool wide_cache_;
   const long key_depth_;
   // Rows of V in scratch memory: an odd number of cache lines apart. The second product walks down a column
   // of V; rows 2^n lines apart would put a column into few sets of the L1 cache.

@@ -10,6 +10,8 @@ namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
 
 struct F32 {
+  static constexpr int keys_beside_products = 1;
+  static constexpr float rounding_shift = 12582912;  // 1.5 * 2^23
   using scalar = float;
   using element = float;
   using vector = __m256;
@@ -97,8 +99,14 @@ struct F32 {
     exp2_fractions<F32, Centred<degree>>(fraction, p);
     UNROLL for (int i = 0; i < n; i++) {
       const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted[i]), 23);
-      x[i] = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p[i]), exponent));
+      const vector nan = _mm256_cmp_ps(x[i], x[i], _CMP_UNORD_Q);  // its payload reaches the exponent
+      x[i] = _mm256_or_ps(nan, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p[i]), exponent)));
     }
+  }
+  // p 2^n for the integer n in the low bits of t.
+  INLINE static vector add_to_exponent(vector p, vector t) {
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
   }
   template <int degree = 5>
   INLINE static vector exp2(vector x) {
@@ -163,6 +171,8 @@ struct F32 {
 };
 
 struct F64 {
+  static constexpr int keys_beside_products = 0;
+  static constexpr double rounding_shift = 6755399441055744.0;  // 1.5 * 2^52
   using scalar = double;
   using element = double;
   using vector = __m256d;

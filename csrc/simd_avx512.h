@@ -84,6 +84,13 @@ struct F32 {
     exp2_fractions<F32, FromZero<degree>>(fraction, p);
     UNROLL for (int i = 0; i < n; i++) x[i] = _mm512_scalef_ps(p[i], x[i]);
   }
+  static constexpr float rounding_shift = 12582912;  // 1.5 * 2^23
+  static constexpr int keys_beside_products = 2;
+  // p 2^n for the integer n in the low bits of t.
+  INLINE static vector add_to_exponent(vector p, vector t) {
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
+  }
   template <int degree = 5>
   INLINE static vector exp2(vector x) {
     vector one[1] = {x};
@@ -168,6 +175,8 @@ struct F32 {
 };
 
 struct F64 {
+  static constexpr int keys_beside_products = 0;
+  static constexpr double rounding_shift = 6755399441055744.0;
   using scalar = double;
   using element = double;
   using vector = __m512d;
@@ -280,24 +289,25 @@ struct BF16Pair : F32 {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(0xffff0000)));
   }
   // Lane i of the result holds (low[i], high[i]) rounded to bf16.
-  INLINE static __m512i pair(vector low, vector high) {
+  INLINE static vector pair(vector low, vector high) {
 #ifdef __AVX512BF16__
     const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                                 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(interleave, halves);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleave, halves));
 #else
     bf16 l[lanes], h[lanes];
     F32::store(l, low);
     F32::store(h, high);
     const __m512i lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(l)));
     const __m512i hi = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(h)));
-    return _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16));
+    return _mm512_castsi512_ps(_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
 #endif
   }
-  INLINE static void store_pair(uint32_t* p, vector low, vector high) {
-    _mm512_storeu_si512(p, pair(low, high));
-  }
+  INLINE static vector sum_of_pairs(vector pairs) { return F32::add(low_half(pairs), high_half(pairs)); }
+  using F32::store;
+  INLINE static void store(uint32_t* p, vector pairs) { _mm512_storeu_ps(p, pairs); }
+  INLINE static void store_pair(uint32_t* p, vector low, vector high) { store(p, pair(low, high)); }
 };
 #endif
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "problem.h"
@@ -77,8 +78,9 @@ INLINE typename V::vector exp2_fraction_f64(typename V::vector f) {
   return p;
 }
 
-// log2 of positive normal numbers, by the lane: x = 2^e m with m in [sqrt(1/2), sqrt(2)), and
-// log2(m) = 2/ln(2) artanh(z) with z = (m - 1) / (m + 1), as a series that stops below the rounding error.
+// log2 of positive normal numbers (inf and NaN stay), by the lane: x = 2^e m with m in [sqrt(1/2), sqrt(2)),
+// and log2(m) = 2/ln(2) artanh(z) with z = (m - 1) / (m + 1), as a series that stops below the rounding
+// error.
 template <class V>
 INLINE typename V::vector log2_of(typename V::vector x) {
   using S = typename V::scalar;
@@ -95,7 +97,8 @@ INLINE typename V::vector log2_of(typename V::vector x) {
   const auto square = V::mul(z, z);
   auto series = V::set1(S(1) / last_term);
   UNROLL for (int n = last_term - 2; n > 0; n -= 2) series = V::fma(series, square, V::set1(S(1) / n));
-  return V::fma(V::mul(z, V::set1(static_cast<S>(2.8853900817779268))), series, exponent);
+  const auto result = V::fma(V::mul(z, V::set1(static_cast<S>(2.8853900817779268))), series, exponent);
+  return V::select(V::not_less_equal(x, V::set1(std::numeric_limits<S>::max())), x, result);
 }
 
 INLINE float widen(bf16 x) {

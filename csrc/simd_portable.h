@@ -101,6 +101,8 @@ struct Extension {
 };
 
 struct F32 : Extension<float, int32_t> {
+  static constexpr int keys_beside_products = 0;
+  static constexpr float rounding_shift = 12582912;  // 1.5 * 2^23
   using Extension::load;
   using Extension::store;
   INLINE static vector load(const bf16* p) {
@@ -140,7 +142,8 @@ struct F32 : Extension<float, int32_t> {
     vector fraction[1], p[1];
     const mask exponent = split<23>(clamped, fraction[0]);
     exp2_fractions<F32, Centred<degree>>(fraction, p);
-    return (vector)(((mask)p[0] + exponent) & ~(x < set1(-126.0f)));
+    // The payload of NaN reaches the exponent.
+    return (vector)((((mask)p[0] + exponent) & ~(x < set1(-126.0f))) | (x != x));
   }
   template <int degree, int n>
   INLINE static void exp2_each(vector (&x)[n]) {
@@ -179,6 +182,8 @@ struct F32 : Extension<float, int32_t> {
 };
 
 struct F64 : Extension<double, int64_t> {
+  static constexpr int keys_beside_products = 0;
+  static constexpr double rounding_shift = 6755399441055744.0;  // 1.5 * 2^52
   using Extension::load;
   INLINE static vector load(const float* p) {
     vector v;
@@ -197,7 +202,7 @@ struct F64 : Extension<double, int64_t> {
     vector fraction;
     const mask nearest = split<52>(clamped, fraction);
     const vector p = exp2_fraction_f64<F64>(fraction);
-    return (vector)(((mask)p + nearest) & ~(x < set1(-1022.0)));
+    return (vector)((((mask)p + nearest) & ~(x < set1(-1022.0))) | (x != x));
   }
   template <int degree, int n>
   INLINE static void exp2_each(vector (&x)[n]) {

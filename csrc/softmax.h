@@ -111,10 +111,12 @@ inline typename V::vector largest_score(const typename V::scalar* column, typena
 
 // Replaces a column of vectors of prepared products by the weights 2^(factor * product - reference), as the
 // micro-kernel reads them (one row per key, or per pair of keys: pair p takes the place of row p, which is
-// used up by then), and returns their sum. `kept` [keys][tile_vectors], unless null, then drops weights.
+// used up by then). Adds them to sums[0] and, where they are stored as pairs, as stored and thus rounded to
+// sums[1]. `kept` [keys][tile_vectors], unless null, then drops weights.
 template <class V, int degree>
-inline typename V::vector exponentiate(typename V::scalar* column, long rows, typename V::scalar scale,
-                                       typename V::vector reference, const typename V::mask* kept) {
+inline void exponentiate(typename V::scalar* column, long rows, typename V::scalar scale,
+                         typename V::vector reference, const typename V::mask* kept,
+                         typename V::vector (&sums)[V::depth]) {
   using vector = typename V::vector;
   constexpr int width = V::lanes * V::tile_vectors, step = V::exp2_at_once;
   const auto factor = V::set1(scale);
@@ -133,7 +135,9 @@ inline typename V::vector exponentiate(typename V::scalar* column, long rows, ty
     } else {
       auto* pairs = reinterpret_cast<typename V::element*>(column) + row / 2 * width;
       UNROLL for (int i = 0; i < n; i += 2) {
-        V::store_pair(pairs + i / 2 * width, x[i], i + 1 < n ? x[i + 1] : V::zero());
+        const vector pair = V::pair(x[i], i + 1 < n ? x[i + 1] : V::zero());
+        V::store(pairs + i / 2 * width, pair);
+        sums[1] = V::add(sums[1], V::sum_of_pairs(pair));
       }
     }
     row += n;
@@ -147,7 +151,10 @@ inline typename V::vector exponentiate(typename V::scalar* column, long rows, ty
     all(std::true_type());
   else
     all(std::false_type());
-  return V::add(sum[0], sum[1]);
+  sums[0] = V::add(sums[0], V::add(sum[0], sum[1]));
+  // A dropped weight still counts.
+  if constexpr (V::depth == 2)
+    if (kept) sums[1] = sums[0];
 }
 
 // Fills kept [keys][tile_vectors] with the queries that dropout spares.

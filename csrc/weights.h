@@ -110,8 +110,9 @@ class Weights {
       // Against +inf every weight of a query without keys is 0.
       const auto reference = V::select(none, V::set1(Limits<S>::infinity), V::mul(saved, V::set1(S(log2_e))));
       prepare_scores(rules, j, reach, rows, work.products);
+      typename V::vector sums[V::depth] = {};  // one, if the lse is right
       exponentiate<V, 5>(work.products + j * V::lanes, rows, rules.remaining_factor(), reference,
-                         problem_.dropout_p > 0 ? work.kept + j : nullptr);
+                         problem_.dropout_p > 0 ? work.kept + j : nullptr, sums);
       for (long r = 0; r < rows; r++) {
         S* total = work.total + r * width + j * V::lanes;
         V::store(total, V::add(V::load(total), V::load(work.products + r * width + j * V::lanes)));

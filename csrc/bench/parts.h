@@ -53,9 +53,11 @@ template <class V, int degree>
 double softmax_part() {
   auto& o = Operands<V>::get();
   for (long k = 0; k < bench_length; k += bench_keys)
-    for (int j = 0; j < V::tile_vectors; j++)
-      V::store(o.sum_data() + j * V::lanes,
-               exponentiate<V, degree>(o.score_data() + j * V::lanes, bench_keys, 1, V::zero(), nullptr));
+    for (int j = 0; j < V::tile_vectors; j++) {
+      typename V::vector sums[V::depth] = {};
+      exponentiate<V, degree>(o.score_data() + j * V::lanes, bench_keys, 1, V::zero(), nullptr, sums);
+      V::store(o.sum_data() + j * V::lanes, sums[0]);
+    }
   return 2.0 * bench_length * o.width;
 }
 

@@ -1,0 +1,103 @@
+"""Blocks whose weights are computed beside the products: references that turn out wrong, and odd values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastattn.backends import cpu
+from fastattn.problem import make_problem
+from fastattn.testing import assert_within_budget, run_backend, run_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Two blocks of keys and a rest, two full panels of queries and a rest.
+KEYS, QUERIES = 517, 130
+
+
+@pytest.fixture(params=cpu.available_isas(), autouse=True)
+def isa(request):
+    before = cpu.isa()
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa(before)
+
+
+def inputs(dtype, head_dim=64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 2, QUERIES, head_dim), (1, 2, KEYS, head_dim), (1, 2, KEYS, head_dim))
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def check(query, key, value, **options):
+    problem = make_problem(query, key, value, **options)
+    actual = run_backend(cpu, problem)
+    naive = run_reference(problem, dtype=torch.float32 if query.dtype == torch.float16 else None)
+    naive = {name: result.to(actual[name].dtype) for name, result in naive.items()}
+    assert_within_budget(actual, problem, run_reference(problem), naive)
+
+
+@pytest.mark.parametrize("causal", [None, "lower_right"])
+@pytest.mark.parametrize("head_dim", [12, 24, 64, 72])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_spacing_of_exponentials_and_products(dtype, head_dim, causal):
+    check(*inputs(dtype, head_dim), causal=causal)
+
+
+@pytest.mark.parametrize("place", [3, 100, 300, KEYS - 1])
+@pytest.mark.parametrize("factor", [20.0, -20.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_far_from_the_first_ones(dtype, factor, place):
+    """One key scores hundreds more, or less, than those from which the reference is taken."""
+    query, key, value = inputs(dtype)
+    query[..., 0] = 6.0
+    key[:, :, place, 0] = 6.0 * factor
+    check(query, key, value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_scores_far_below_those_of_the_first_tile(dtype):
+    query, key, value = inputs(dtype)
+    query[..., 0] = 8.0
+    key[:, :, 12:, 0] = -100.0
+    check(query, key, value)
+
+
+@pytest.mark.parametrize("scale", [3e4, 1e-4, -2.0])
+def test_extreme_scales(scale):
+    check(*inputs(torch.float32), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_key_that_outweighs_all_gives_its_value(dtype):
+    """Exactly where the output's rounding hides float32's: the sum is of weights rounded as for the product."""
+    query, key, value = inputs(dtype)
+    query[..., 0] = 16.0
+    key[..., 0] = 0.0
+    key[:, :, 200, 0] = 100.0
+    problem = make_problem(query, key, value)
+    out = run_backend(cpu, problem)["out"]
+    rtol = 4 * torch.finfo(dtype).eps if dtype == torch.float32 else 0.0
+    torch.testing.assert_close(out, value[:, :, 200:201].expand_as(out), rtol=rtol, atol=0.0)
+
+
+@pytest.mark.parametrize("place", [0, 5, 130, 516])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7F800001, -1], ids=str)
+def test_nan_of_any_payload_reaches_every_query(bits, place):
+    query, key, value = inputs(torch.float32)
+    key.view(torch.int32)[0, 1, place, 7] = bits
+    results = run_backend(cpu, make_problem(query, key, value))
+    for result in (results["out"], results["lse"]):
+        assert result[0, 0].isfinite().all()
+        assert result[0, 1].isnan().all()
+
+
+@pytest.mark.parametrize("place", [0, 130])
+def test_infinite_scores(place):
+    query, key, value = inputs(torch.float32)
+    query[..., 3] = query[..., 3].abs() + 0.1
+    key[0, 0, place, 3] = -torch.inf  # weight 0
+    key[0, 1, place, 3] = torch.inf  # inf - inf
+    results = run_backend(cpu, make_problem(query, key, value))
+    expected = run_reference(make_problem(query, key, value))
+    torch.testing.assert_close(results["out"].double(), expected["out"], equal_nan=True, rtol=0, atol=1e-5)
+    assert results["out"][0, 1].isnan().all()
