@@ -6,6 +6,7 @@
 #   make bench                the benchmark report: tables, benchmarks/results/*.json, docs/*.png
 #   make bench-micro          the C++ micro-benchmark of the CPU engine's kernels
 #   make gpu-compile-report   registers, spills and instruction mix of every GPU configuration
+#   make test-newest-triton   the GPU kernels interpreted and compiled by the newest Triton, not the pinned one
 #   make readme               the README's tables, from benchmarks/results/
 #   make format               let the formatters rewrite the sources
 #   make clean
@@ -15,13 +16,14 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check
+NEWEST := .venv-newest
 # The version of torch that is there; nothing may change it.
 PINS   := $(VENV)/torch-pin.txt
 
 CPP_SOURCES   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc')
 BUILD_SOURCES := $(CPP_SOURCES) setup.py pyproject.toml $(shell find csrc -name CMakeLists.txt)
 
-.PHONY: test lint format bench bench-micro gpu-compile-report readme clean
+.PHONY: test test-newest-triton lint format bench bench-micro gpu-compile-report readme clean
 
 test: $(VENV)/installed.stamp
 	$(RUN) -m pytest tests
@@ -40,6 +42,19 @@ bench-micro: $(VENV)/packages.stamp
 
 gpu-compile-report: $(VENV)/installed.stamp
 	$(RUN) -m fastattn.kernels.compile_report
+
+# An environment over the first one: what it lacks it finds there.
+$(NEWEST)/base.stamp: $(VENV)/installed.stamp
+	$(RUN) -m venv --system-site-packages $(NEWEST)
+	$(NEWEST)/bin/python -c 'import pathlib, sys, sysconfig; \
+		pathlib.Path(sysconfig.get_path("purelib"), "base.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
+		"$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	touch $@
+
+test-newest-triton: $(NEWEST)/base.stamp
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --upgrade --no-deps triton
+	TRITON_INTERPRET=1 PYTHONPATH=. $(NEWEST)/bin/python tests/triton_checks.py
+	$(NEWEST)/bin/python -m fastattn.kernels.compile_report --check
 
 lint: $(VENV)/packages.stamp
 	$(RUN) -m ruff check .
@@ -80,5 +95,5 @@ $(VENV)/installed.stamp: $(VENV)/packages.stamp $(BUILD_SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist fastattn.egg-info fastattn/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(NEWEST) build dist fastattn.egg-info fastattn/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -254,12 +254,14 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str]) -> int:
+    """How many of the named checks, or of all, fail."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
     import triton_interpreter
 
     triton_interpreter.install()
     torch.set_num_threads(1)
+    failures = 0
     for name in names or CHECKS:
         torch.manual_seed(0)
         try:
@@ -267,8 +269,10 @@ def main(names: list[str]) -> None:
             failure = None
         except Exception:
             failure = traceback.format_exc()
+            failures += 1
         print(json.dumps({"name": name, "failure": failure}), flush=True)
+    return failures
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(bool(main(sys.argv[1:])))
