@@ -153,6 +153,14 @@ def test_bad_options(tmp_path, reviews_file, option):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("option", [("--layers", "0"), ("--num-heads", "0"), ("--max-length", "0")])
+@pytest.mark.parametrize("task", ["translate", "classify"])
+def test_sizes_of_nothing_are_refused(tmp_path, task, option):
+    result = train(task, "--out", tmp_path / "run", *option)
+    assert result.exit_code == 2 and option[0] in result.output
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_that_is_not_one(classifier, tmp_path):
     missing = predict("translate", "--model", tmp_path, "text")
     assert missing.exit_code == 1 and "holds no run" in missing.output

@@ -92,6 +92,12 @@ def save_weights(path: Path, model: nn.Module) -> None:
     write_atomically(path, lambda temporary: save_model(model, str(temporary)))
 
 
+def not_these_weights(path: Path, error: Exception) -> CheckpointError:
+    """What to raise for weights of another model; torch names every parameter, which is too much."""
+    text = " ".join(str(error).split())
+    return CheckpointError(f"{path}: the weights are not this model's ({text[:200]}{'...' if len(text) > 200 else ''})")
+
+
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load :func:`save_weights`' file into a model of the same configuration."""
     from safetensors import SafetensorError
@@ -104,7 +110,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file, or truncated ({error})") from error
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: the weights are not this model's ({error})") from error
+        raise not_these_weights(path, error) from error
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

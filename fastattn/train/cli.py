@@ -22,6 +22,7 @@ train_app = typer.Typer(help="Train a model on your data or on the demonstration
 predict_app = typer.Typer(help="Use a trained model.", no_args_is_help=True)
 
 Model = Annotated[Path, typer.Option(help="Directory of a trained run.", show_default=False)]
+Size = Annotated[int, typer.Option(min=1)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...")]
 
 TRANSLATE = {"epochs": 6, "batch_size": 128, "learning_rate": 2e-3}
@@ -44,16 +45,16 @@ def train_translate(
     resume: Resume = False,
     attention: Attention = "fastattn",
     vocab_size: Annotated[int, typer.Option(help="Subword tokens, shared by both languages.", min=261)] = 500,
-    embed_dim: int = 128,
-    num_heads: int = 4,
-    layers: Annotated[int, typer.Option(help="Of the encoder and of the decoder each.")] = 2,
-    feedforward_dim: int = 512,
+    embed_dim: Size = 128,
+    num_heads: Size = 4,
+    layers: Annotated[int, typer.Option(help="Of the encoder and of the decoder each.", min=1)] = 2,
+    feedforward_dim: Size = 512,
     dropout: float = 0.0,
     post_norm: Annotated[bool, typer.Option("--post-norm", help="Normalise after each sublayer.")] = False,
     positions: Annotated[str, typer.Option(help="sinusoidal, learned or rotary.")] = "sinusoidal",
-    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 256,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.", min=2)] = 256,
     label_smoothing: float = 0.1,
-    beam_size: Annotated[int, typer.Option(help="For the test at the end.")] = 4,
+    beam_size: Annotated[int, typer.Option(help="For the test at the end.", min=1)] = 4,
     held_out: Annotated[float, typer.Option(help="Share of a file for validation, and again for the test.")] = 0.05,
     given: dict,
 ) -> None:
@@ -111,15 +112,15 @@ def train_classify(
     label_column: str = "label",
     encoder: Annotated[str, typer.Option(help="transformer, bilstm or cnn.")] = "transformer",
     pooling: Annotated[str, typer.Option(help="additive or dot.")] = "additive",
-    vocab_size: Annotated[int, typer.Option(help="Most words that are told apart.")] = 20_000,
-    min_frequency: Annotated[int, typer.Option(help="Rarer words are unknown.")] = 2,
-    embed_dim: int = 64,
-    num_heads: int = 4,
-    layers: int = 2,
-    feedforward_dim: int = 128,
+    vocab_size: Annotated[int, typer.Option(help="Most words that are told apart.", min=5)] = 20_000,
+    min_frequency: Annotated[int, typer.Option(help="Rarer words are unknown.", min=1)] = 2,
+    embed_dim: Size = 64,
+    num_heads: Size = 4,
+    layers: Size = 2,
+    feedforward_dim: Size = 128,
     dropout: float = 0.1,
     positions: Annotated[str, typer.Option(help="sinusoidal, learned or rotary.")] = "rotary",
-    max_length: Annotated[int, typer.Option(help="Words read of each text.")] = 512,
+    max_length: Annotated[int, typer.Option(help="Words read of each text.", min=1)] = 512,
     held_out: Annotated[float, typer.Option(help="Share of a file for validation, and again for the test.")] = 0.1,
     given: dict,
 ) -> None:
@@ -161,12 +162,12 @@ def train_detect(
     resume: Resume = False,
     attention: Attention = "fastattn",
     rgb: Annotated[bool, typer.Option("--rgb", help="Read the images as RGB, not as grey.")] = False,
-    num_queries: Annotated[int, typer.Option(help="Most objects found in an image.")] = 16,
-    embed_dim: int = 96,
-    num_heads: int = 4,
-    encoder_layers: int = 2,
-    decoder_layers: int = 3,
-    feedforward_dim: int = 192,
+    num_queries: Annotated[int, typer.Option(help="Most objects found in an image.", min=1)] = 16,
+    embed_dim: Size = 96,
+    num_heads: Size = 4,
+    encoder_layers: Size = 2,
+    decoder_layers: Size = 3,
+    feedforward_dim: Size = 192,
     dropout: float = 0.0,
     given: dict,
 ) -> None:

@@ -207,7 +207,7 @@ class Run:
             self.task.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: the weights are not this model's ({error})") from error
+            raise files.not_these_weights(path, error) from error
         for name in KEPT:
             setattr(self, name, state[name])
         self.history = History(state["history"])
