@@ -42,7 +42,7 @@ def hopper(direction: str, switched: bool) -> Callable[[Setup], list[Candidate]]
         from fastattn.kernels.hopper import capability, configs
 
         problem = problem_of(setup)
-        refusals = capability.reasons(problem, direction)
+        refusals = capability.reasons(problem)
         table = {"forward": configs.FORWARD_CANDIDATES, "backward": configs.BACKWARD_CANDIDATES}[direction]
         if setup.head_dim not in table:
             refusals = [*refusals, f"there is no {direction} for D = {setup.head_dim}"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastattn.kernels.hopper.configs import BackwardConfig, tile_columns
+from fastattn.kernels.hopper.configs import BACKWARD, BackwardConfig, keys_of_program, tile_columns
 from fastattn.kernels.hopper.plan import LOG2_E, STATISTICS_ROWS, band_of, fused_plan, keys_plan, queries_plan
 from gluon_emulator import Descriptor, EmulationError, Pointer
 from gluon_emulator_language import load_kernels
@@ -33,8 +33,8 @@ def saved(problem):
 
 
 def run_keys(problem, config, seed, programs, edits=()):
-    """(grad_key, grad_value) of the emulated kernel, and the truth."""
-    kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_keys"], edits)
+    """(grad_key, grad_value) of the emulated kernel for the head dimension, and the truth."""
+    kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_keys", "backward_keys_wide"], edits)
     (_, *expected), grad_out, lse_2, delta = saved(problem)
     plan = keys_plan(problem, band_of(problem), config, programs)
     D = tile_columns(problem.query.shape[-1])
@@ -52,7 +52,8 @@ def run_keys(problem, config, seed, programs, edits=()):
         "lengths": Pointer(problem.key_lengths if problem.key_lengths is not None else lse_2),
     }
     arguments = {**tensors, **plan.scalars, "OPTIONS": plan.options}
-    kernels.launch("gradients_of_keys", plan.programs, arguments, seed)
+    wide = keys_of_program(problem.query.shape[-1]) == 64
+    kernels.launch("gradients_of_wide_keys" if wide else "gradients_of_keys", plan.programs, arguments, seed)
     return grads, expected
 
 
@@ -81,7 +82,7 @@ def run_queries(problem, config, seed, programs, edits=()):
 
 def run_fused(problem, config, seed, programs, edits=()):
     """All gradients of the emulated kernel that adds dQ across programs, and the truth."""
-    kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_fused"], edits)
+    kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_keys", "backward_fused"], edits)
     expected, grad_out, lse_2, delta = saved(problem)
     plan = fused_plan(problem, band_of(problem), config)
     B, H, L, _ = problem.query.shape
@@ -189,6 +190,23 @@ def test_padded_nan_does_not_leak(run):
     check_backward(run, problem, SMALL)
 
 
+WIDE = {
+    "plain": {"Lq": 130, "Lk": 130, "D": 256},
+    "D=136": {"Lq": 70, "Lk": 65, "D": 136},
+    "D=192, causal": {"Lq": 190, "Lk": 130, "D": 192, "causal": "upper_left"},
+    "lower right": {"B": 3, "H": 1, "Lq": 70, "Lk": 140, "D": 256, "lengths": (0, 66, 140), "causal": "lower_right"},
+    "window, groups": {"H": 4, "group": 2, "Lq": 200, "Lk": 200, "D": 256, "window": (40, 20)},
+    "left only": {"Lq": 200, "Lk": 200, "D": 256, "window": (40, None)},
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("run", ["keys", "queries"])
+def test_wide_heads(run, name):
+    for seed in range(2):
+        check_backward(run, make_case(**WIDE[name]), BACKWARD[256, False], seed)
+
+
 KEYS_FAULTS = {
     "the producer does not wait for a free stage": (
         "mbarrier.wait(empty.index(stage), ((loads // OPTIONS.stages) & 1) ^ 1)",
@@ -209,10 +227,35 @@ KEYS_FAULTS = {
         "real = gl.convert_layout(key, gl.SliceLayout(1, d_layout)) < length",
         "real = gl.convert_layout(key, gl.SliceLayout(1, d_layout)) < Lk",
     ),
-    "tiles on the diagonal not masked": (
-        "cut = start + offset + right < first + 127",
-        "cut = start + offset + right < first - 127",
+}
+
+WIDE_FAULTS = {
+    "the producer does not wait for free keys": ("        mbarrier.wait(kv_empty, (round_ & 1) ^ 1)\n", ""),
+    "one warpgroup frees the keys": ("kv_empty = new_barriers(1, 2)", "kv_empty = new_barriers(1, 1)"),
+    "V overwritten by dK before it is stored": (
+        "            tma.store_wait(0)\n            mbarrier.arrive(kv_empty, count=1)\n",
+        "            mbarrier.arrive(kv_empty, count=1)\n",
     ),
+    "dV staged over a store in flight": ("            tma.store_wait(0)\n            dv_tiles", "            dv_tiles"),
+    "dK staged over K, which the other reads": ("v_tile.store(", "k_tile.store("),
+    "dO used before it is there": ("            mbarrier.wait(do_full.index(stage), parity)\n", ""),
+    "stage released before the gradient is done": (
+        "gradient = warpgroup_mma_wait(0, deps=[token])",
+        "gradient = warpgroup_mma_wait(1, deps=[token])",
+    ),
+    "dK not scaled": ("gradient * scale", "gradient"),
+    "no fence before dK's store": (
+        "            fence_async_shared()\n            tma_store(dk_desc",
+        "            tma_store(dk_desc",
+    ),
+}
+
+BAND_FAULTS = {
+    "tiles on the diagonal not masked": (
+        "cut = start + offset + right < first + KEYS - 1",
+        "cut = start + offset + right < first - KEYS + 1",
+    ),
+    "the band one query late": ("from_query = key - (offset + right)", "from_query = key - (offset + right) + 1"),
 }
 
 QUERIES_FAULTS = {
@@ -261,16 +304,27 @@ FUSED_FAULTS = {
     "padded values reach dQ": ("            zero_tail(v_all, length - first, CONSUMER, 2)\n", ""),
 }
 
-ALL_FAULTS = {"keys": KEYS_FAULTS, "queries": QUERIES_FAULTS, "fused": FUSED_FAULTS}
-FAULTS = [(run, name) for run, faults in ALL_FAULTS.items() for name in faults]
+#: (emulated run, faulty module): what is injected.
+ALL_FAULTS = {
+    ("keys", "backward_keys"): KEYS_FAULTS,
+    ("keys", "band"): BAND_FAULTS,
+    ("wide keys", "backward_keys_wide"): WIDE_FAULTS,
+    ("queries", "backward_queries"): QUERIES_FAULTS,
+    ("fused", "backward_fused"): FUSED_FAULTS,
+}
+FAULTS = [(*key, name) for key, faults in ALL_FAULTS.items() for name in faults]
 
 
-@pytest.mark.parametrize("run, fault", FAULTS)
-def test_faults_are_caught(run, fault):
-    old, new = ALL_FAULTS[run][fault]
-    problem = make_case(B=2, H=4, group=2, Lq=300, Lk=300, lengths=(170, 300), causal="upper_left")
-    problem.key[0, :, 170:] = math.nan
-    problem.value[0, :, 170:] = math.nan
+@pytest.mark.parametrize("run, module, fault", FAULTS)
+def test_faults_are_caught(run, module, fault):
+    old, new = ALL_FAULTS[run, module][fault]
+    wide = run == "wide keys"
+    length, padded = (150, 30) if wide else (300, 170)
+    problem = make_case(
+        B=2, H=4, group=2, Lq=length, Lk=length, D=256 if wide else 64, lengths=(padded, length), causal="upper_left"
+    )
+    problem.key[0, :, padded:] = math.nan
+    problem.value[0, :, padded:] = math.nan
     with pytest.raises((EmulationError, AssertionError)):
         for seed in range(12):
-            check_backward(run, problem, SMALL, seed, edits=[(f"backward_{run}", old, new)])
+            check_backward(run.removeprefix("wide "), problem, SMALL, seed, edits=[(module, old, new)])

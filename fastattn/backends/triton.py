@@ -75,7 +75,7 @@ def hopper_reasons(problem: Problem, direction: str) -> list[str]:
     """Why the plain kernels run the problem's "forward" or "backward", not the Hopper ones; empty if these do."""
     from fastattn.kernels import hopper, launch
 
-    why = hopper.reasons(problem, direction)
+    why = hopper.reasons(problem)
     if direction == "forward" and launch.splits_keys(problem):
         why = [*why, "so few queries split their keys over programs"]
     return why

@@ -21,7 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .band import mask_scores, position_offset, sequence_length, zero_tail
+from .backward_keys import stream_queries
+from .band import mask_keys, position_offset, sequence_length, zero_tail
 from .primitives import hold_order, named_barrier, new_barriers, publish_stores, tma_load, tma_reduce_add, tma_store
 from .schedule import keys_of_queries, locate_tile, queries_of_keys
 
@@ -80,8 +81,6 @@ def consumer(
     s_zero = gl.zeros([64, M], gl.float32, s_layout)
     dq_zero = gl.zeros([M, D // 2], gl.float32, dq_layout)
     key = first + 64 * CONSUMER + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-    from_query = key - (offset + right)
-    to_query = key - (offset - left - 1)
     mbarrier.wait(kv_full, 0)
     if OPTIONS.key_lengths:  # noqa: SIM102 - a compile-time and a run-time condition
         if length < gl.minimum(first + 128, Lk):
@@ -100,17 +99,9 @@ def consumer(
         mbarrier.wait(do_full.index(stage), parity)
         dp_token = warpgroup_mma(v_tile, do_tile.permute((1, 0)), s_zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s_token])
-        if OPTIONS.has_left or OPTIONS.has_right:
-            start = (low + m) * M
-            m = gl.where(m + 1 == count, 0, m + 1)
-            cut = start + offset + right < first + 127
-            if OPTIONS.has_left:
-                if OPTIONS.has_right:
-                    cut = cut | (start + M - 1 + offset - left > first)
-                else:
-                    cut = start + M - 1 + offset - left > first
-            if cut:
-                s = mask_scores(s, from_query - start, to_query - start, OPTIONS.has_right, OPTIONS.has_left, s_layout)
+        start = (low + m) * M
+        m = gl.where(m + 1 == count, 0, m + 1)
+        s = mask_keys(s, start, first, offset, key, left, right, 128, OPTIONS, s_layout)
         p = gl.exp2(s * scale_log2 - lse_tiles.index(stage).load(s_layout))
         hold_order(do_full.index(stage), parity)
         dp = warpgroup_mma_wait(0, deps=[dp_token])
@@ -149,27 +140,13 @@ def producer(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scal
     """One warp: K and V, then the queries that see them through the ring."""
     q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc = descriptors
     k_tiles, v_tiles, kv_full = kv_bufs
-    q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty = ring
     Lq, Lk, left, right, Hkv, group, blocks, heads = sizes
     first, batch, head, length, offset, low, count = work_item(lengths, sizes, OPTIONS)
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     tma_load(k_desc, [batch, head, first, 0], kv_full, k_tiles)
     tma_load(v_desc, [batch, head, first, 0], kv_full, v_tiles)
-    loads = 0
-    for member in range(0, group):
-        query_head = head * group + member
-        row = batch * Hkv * group + query_head
-        for m in range(0, count):
-            start = (low + m) * OPTIONS.block_m
-            stage = loads % OPTIONS.stages
-            mbarrier.wait(empty.index(stage), ((loads // OPTIONS.stages) & 1) ^ 1)
-            mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-            tma_load(q_desc, [batch, query_head, start, 0], q_full.index(stage), q_tiles.index(stage))
-            tma_load(lse_desc, [row, start], q_full.index(stage), lse_tiles.index(stage))
-            mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-            tma_load(do_desc, [batch, query_head, start, 0], do_full.index(stage), do_tiles.index(stage))
-            tma_load(delta_desc, [row, start], do_full.index(stage), delta_tiles.index(stage))
-            loads += 1
+    stream = (q_desc, do_desc, lse_desc, delta_desc)
+    stream_queries(gl.to_tensor(0), batch, head, low, count, stream, ring, (Hkv, group), OPTIONS)
 
 
 @gluon.jit

@@ -19,24 +19,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .band import mask_scores, position_offset, sequence_length
+from .band import mask_keys, position_offset, sequence_length
 from .primitives import hold_order, new_barriers, tma_load, tma_store
 from .schedule import locate_tile, queries_of_keys, tile_of_round, tiles_of_program
 
 
 @gluon.jit
-def work_item(round_, lengths, sizes, OPTIONS: gl.constexpr):
-    """The block of keys of this program's round: (first key, batch, key head, key length, position offset, first query
-    tile, query tiles per head)."""
+def work_item(round_, lengths, sizes, KEYS: gl.constexpr, OPTIONS: gl.constexpr):
+    """The block of KEYS keys of this program's round: (first key, batch, key head, key length, position offset, first
+    query tile, query tiles per head)."""
     Lq, Lk, left, right, Hkv, group, blocks, heads, section = sizes
     tile = tile_of_round(round_, gl.program_id(0), gl.num_programs(0))
     block, batch_head = locate_tile(tile, blocks, heads, section, False, OPTIONS.heads_inner)
-    first = block * 128
+    first = block * KEYS
     batch = batch_head // Hkv
     length = sequence_length(lengths, batch, Lk, OPTIONS)
     offset = position_offset(Lq, length, OPTIONS)
     low, count = queries_of_keys(
-        first, (Lq, offset, left, right), length, OPTIONS.block_m, 128, OPTIONS.has_left, OPTIONS.has_right
+        first, (Lq, offset, left, right), length, OPTIONS.block_m, KEYS, OPTIONS.has_left, OPTIONS.has_right
     )
     return first, batch, batch_head % Hkv, length, offset, low, count
 
@@ -62,10 +62,8 @@ def consumer(
     s_zero = gl.zeros([64, M], gl.float32, s_layout)
     loads = 0
     for round_ in range(0, tiles_of_program(gl.program_id(0), gl.num_programs(0), blocks * heads)):
-        first, batch, head, length, offset, low, count = work_item(round_, lengths, sizes, OPTIONS)
+        first, batch, head, length, offset, low, count = work_item(round_, lengths, sizes, 128, OPTIONS)
         key = first + 64 * CONSUMER + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-        from_query = key - (offset + right)
-        to_query = key - (offset - left - 1)
         mbarrier.wait(kv_full.index(CONSUMER), round_ & 1)
         dk = gl.zeros([64, D], gl.float32, d_layout)
         dv = gl.zeros([64, D], gl.float32, d_layout)
@@ -81,19 +79,9 @@ def consumer(
             mbarrier.wait(do_full.index(stage), parity)
             dp_token = warpgroup_mma(v_tile, do_tile.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s_token])
-            if OPTIONS.has_left or OPTIONS.has_right:
-                start = (low + m) * M
-                m = gl.where(m + 1 == count, 0, m + 1)
-                cut = start + offset + right < first + 127
-                if OPTIONS.has_left:
-                    if OPTIONS.has_right:
-                        cut = cut | (start + M - 1 + offset - left > first)
-                    else:
-                        cut = start + M - 1 + offset - left > first
-                if cut:
-                    s = mask_scores(
-                        s, from_query - start, to_query - start, OPTIONS.has_right, OPTIONS.has_left, s_layout
-                    )
+            start = (low + m) * M
+            m = gl.where(m + 1 == count, 0, m + 1)
+            s = mask_keys(s, start, first, offset, key, left, right, 128, OPTIONS, s_layout)
             p = gl.exp2(s * scale_log2 - lse_tiles.index(stage).load(s_layout))
             hold_order(do_full.index(stage), parity)
             dp = warpgroup_mma_wait(0, deps=[dp_token])
@@ -128,34 +116,48 @@ def consumer_1(descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OP
 
 
 @gluon.jit
+def stream_queries(loads, batch, head, low, count, descriptors, ring, heads, OPTIONS: gl.constexpr):
+    """A producer's: the ``count`` query tiles from ``low`` of every query head of a key head, through the ring.
+
+    ``descriptors``: of queries, dO, lse and delta; ``heads`` = (Hkv, group); ``loads``, the tiles loaded before, gives
+    stage and parity.  Returns ``loads`` for the next.
+    """
+    q_desc, do_desc, lse_desc, delta_desc = descriptors
+    q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty = ring
+    Hkv, group = heads
+    for member in range(0, group):
+        query_head = head * group + member
+        row = batch * Hkv * group + query_head
+        for m in range(0, count):
+            start = (low + m) * OPTIONS.block_m
+            stage = loads % OPTIONS.stages
+            mbarrier.wait(empty.index(stage), ((loads // OPTIONS.stages) & 1) ^ 1)
+            mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+            tma_load(q_desc, [batch, query_head, start, 0], q_full.index(stage), q_tiles.index(stage))
+            tma_load(lse_desc, [row, start], q_full.index(stage), lse_tiles.index(stage))
+            mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+            tma_load(do_desc, [batch, query_head, start, 0], do_full.index(stage), do_tiles.index(stage))
+            tma_load(delta_desc, [row, start], do_full.index(stage), delta_tiles.index(stage))
+            loads += 1
+    return loads
+
+
+@gluon.jit
 def producer(descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTIONS: gl.constexpr):
     """One warp: K and V of every work tile, then the queries that see them through the ring."""
     q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dk_desc, dv_desc = descriptors
     k_tiles, v_tiles, dk_tiles, dv_tiles, kv_full, kv_empty = kv_bufs
-    q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty = ring
     Lq, Lk, left, right, Hkv, group, blocks, heads, section = sizes
     loads = 0
     for round_ in range(0, tiles_of_program(gl.program_id(0), gl.num_programs(0), blocks * heads)):
-        first, batch, head, length, offset, low, count = work_item(round_, lengths, sizes, OPTIONS)
+        first, batch, head, length, offset, low, count = work_item(round_, lengths, sizes, 128, OPTIONS)
         for c in gl.static_range(2):
             mbarrier.wait(kv_empty.index(c), (round_ & 1) ^ 1)
             mbarrier.expect(kv_full.index(c), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
             tma_load(k_desc, [batch, head, first + 64 * c, 0], kv_full.index(c), k_tiles.index(c))
             tma_load(v_desc, [batch, head, first + 64 * c, 0], kv_full.index(c), v_tiles.index(c))
-        for member in range(0, group):
-            query_head = head * group + member
-            row = batch * Hkv * group + query_head
-            for m in range(0, count):
-                start = (low + m) * OPTIONS.block_m
-                stage = loads % OPTIONS.stages
-                mbarrier.wait(empty.index(stage), ((loads // OPTIONS.stages) & 1) ^ 1)
-                mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-                tma_load(q_desc, [batch, query_head, start, 0], q_full.index(stage), q_tiles.index(stage))
-                tma_load(lse_desc, [row, start], q_full.index(stage), lse_tiles.index(stage))
-                mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-                tma_load(do_desc, [batch, query_head, start, 0], do_full.index(stage), do_tiles.index(stage))
-                tma_load(delta_desc, [row, start], do_full.index(stage), delta_tiles.index(stage))
-                loads += 1
+        stream = (q_desc, do_desc, lse_desc, delta_desc)
+        loads = stream_queries(loads, batch, head, low, count, stream, ring, (Hkv, group), OPTIONS)
 
 
 @gluon.jit(do_not_specialize=["Lq", "Lk", "left", "right", "Hkv", "group", "blocks", "heads", "section"])

@@ -60,6 +60,30 @@ def mask_scores(s, row_low, row_high, HAS_LOW: gl.constexpr, HAS_HIGH: gl.conste
 
 
 @gluon.jit
+def mask_keys(
+    s, start, first, offset, key, left, right, KEYS: gl.constexpr, OPTIONS: gl.constexpr, layout: gl.constexpr
+):
+    """s [64 keys, block_m queries from ``start``] with -inf where the query may not see the key.
+
+    ``key``: each row's; the tile is looked at where the band cuts the queries off from some of the KEYS keys from
+    ``first``.
+    """
+    M: gl.constexpr = OPTIONS.block_m
+    if OPTIONS.has_left or OPTIONS.has_right:
+        cut = start + offset + right < first + KEYS - 1
+        if OPTIONS.has_left:
+            if OPTIONS.has_right:
+                cut = cut | (start + M - 1 + offset - left > first)
+            else:
+                cut = start + M - 1 + offset - left > first
+        if cut:
+            from_query = key - (offset + right)
+            to_query = key - (offset - left - 1)
+            s = mask_scores(s, from_query - start, to_query - start, OPTIONS.has_right, OPTIONS.has_left, layout)
+    return s
+
+
+@gluon.jit
 def zero_tail(tile, rows, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     """Zero the rows of a K or V tile at or past ``rows``; every consumer calls it before it multiplies by the tile.
 

@@ -5,9 +5,9 @@ import os
 
 import torch
 
-#: (smallest, largest) head dimension by direction.  Below, tiles of 64 columns would be half empty, and the plain
-#: kernels have smaller ones.
-HEAD_DIMS = {"forward": (40, 256), "backward": (40, 128)}
+#: (smallest, largest) head dimension.  Below, tiles of 64 columns would be half empty, and the plain kernels have
+#: smaller ones.
+HEAD_DIMS = (40, 256)
 #: TMA takes base addresses and strides in units of this many bytes; rows of 16-bit elements make head dimensions
 #: multiples of HEAD_DIM_STEP.
 TMA_ALIGNMENT = 16
@@ -65,16 +65,16 @@ def tma_reason(name: str, tensor: torch.Tensor) -> str | None:
     return None
 
 
-def size_reasons(problem, direction: str) -> list[str]:
+def size_reasons(problem) -> list[str]:
     """Head dimensions without a tile, and sizes past what the kernels count in."""
     found = []
     B, Hq, Lq, D = problem.query.shape
     Lk, Dv = problem.key.shape[2], problem.value.shape[3]
-    smallest, largest = HEAD_DIMS[direction]
+    smallest, largest = HEAD_DIMS
     if Dv != D or not smallest <= D <= largest or D % HEAD_DIM_STEP:
         found.append(
-            f"the Hopper kernels take equal head dimensions of {smallest} to {largest} in steps of {HEAD_DIM_STEP} in "
-            f"the {direction}, not {D} and {Dv}"
+            f"the Hopper kernels take equal head dimensions of {smallest} to {largest} in steps of {HEAD_DIM_STEP}, "
+            f"not {D} and {Dv}"
         )
     if max(Lq, Lk) >= LONGEST:
         found.append(f"the Hopper kernels take sequences shorter than {LONGEST}, not {Lq} and {Lk}")
@@ -84,9 +84,9 @@ def size_reasons(problem, direction: str) -> list[str]:
     return found
 
 
-def problem_reasons(problem, direction: str = "backward") -> list[str]:
+def problem_reasons(problem) -> list[str]:
     """The reasons that lie in the problem alone, whatever the device."""
-    found = size_reasons(problem, direction)
+    found = size_reasons(problem)
     query, key, value = problem.query, problem.key, problem.value
     if query.dtype not in (torch.bfloat16, torch.float16):
         found.append(f"the Hopper kernels take bfloat16 and float16, not {query.dtype}")
@@ -104,10 +104,9 @@ def problem_reasons(problem, direction: str = "backward") -> list[str]:
     return found
 
 
-def reasons(problem, direction: str = "backward") -> list[str]:
+def reasons(problem) -> list[str]:
     """Why the Hopper kernels cannot take a problem; [] means that they can.
 
-    ``direction``, "forward" or "backward", is the pass asked about; the forward takes larger head dimensions.
     FASTATTN_HOPPER=0 turns the kernels off, FASTATTN_HOPPER=1 asks for them whatever the version of Triton.
     """
     wish = os.environ.get("FASTATTN_HOPPER")
@@ -120,4 +119,4 @@ def reasons(problem, direction: str = "backward") -> list[str]:
         import triton
 
         reason = triton_reason(triton.__version__)
-    return [reason] if reason else problem_reasons(problem, direction)
+    return [reason] if reason else problem_reasons(problem)

@@ -15,6 +15,11 @@ def tile_columns(head_dim: int) -> int:
     return next(columns for columns in TILE_COLUMNS if columns >= head_dim)
 
 
+def keys_of_program(head_dim: int) -> int:
+    """Keys for which a program of the backward accumulates dK and dV in registers."""
+    return 64 if tile_columns(head_dim) == 256 else 128
+
+
 @dataclass(frozen=True)
 class ForwardConfig:
     """One way to run the forward kernel.
@@ -56,8 +61,9 @@ class ForwardConfig:
 class BackwardConfig:
     """One way to run the backward kernels.
 
-    dK and dV: 128 keys per program, tiles of ``block_m`` queries in a ring of ``keys_stages``.  dQ: 128 queries per
-    program, tiles of ``block_n`` keys in a ring of ``queries_stages``.  The switches as in :class:`ForwardConfig`.
+    dK and dV: :func:`keys_of_program` keys per program, tiles of ``block_m`` queries in a ring of ``keys_stages``.  dQ:
+    128 queries per program, tiles of ``block_n`` keys in a ring of ``queries_stages``.  The switches as in
+    :class:`ForwardConfig`.
 
     ``fused`` computes dQ in the sweep for dK and dV, adding its parts across programs: in a fixed order with
     ``ordered``, else in any, which makes the last bits of dQ change from run to run (never under
@@ -130,11 +136,14 @@ def forward_config(head_dim: int, banded: bool) -> ForwardConfig:
     return FORWARD[tile_columns(head_dim), banded]
 
 
+#: (columns of a tile, causal band or window) -> configuration.
 BACKWARD = {
     (64, False): BackwardConfig(block_m=64, keys_stages=3, block_n=128, queries_stages=3),
     (64, True): BackwardConfig(block_m=64, keys_stages=3, block_n=128, queries_stages=3),
     (128, False): BackwardConfig(block_m=64, block_n=128),
     (128, True): BackwardConfig(block_m=64, block_n=128),
+    (256, False): BackwardConfig(block_m=64, block_n=32, queries_stages=3, queries_own_out=False),
+    (256, True): BackwardConfig(block_m=64, block_n=32, queries_stages=3, queries_own_out=False),
 }
 
 BACKWARD_CANDIDATES = {
@@ -158,6 +167,10 @@ BACKWARD_CANDIDATES = {
         "64, 128, one tile per program": BackwardConfig(block_n=128, persistent=False),
         "fused": BackwardConfig(fused=True),
         "fused, unordered": BackwardConfig(fused=True, ordered=False),
+    },
+    256: {
+        "64, 32": BACKWARD[256, False],
+        "32, 32": BackwardConfig(block_m=32, keys_stages=4, block_n=32, queries_stages=3, queries_own_out=False),
     },
 }
 

@@ -7,9 +7,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .backward_fused import gradients
 from .backward_keys import gradients_of_keys
+from .backward_keys_wide import gradients_of_wide_keys
 from .backward_queries import gradients_of_queries
 from .capability import tma_reason
-from .configs import backward_config, tile_columns
+from .configs import backward_config, keys_of_program, tile_columns
 from .launch import compiler_options, multiprocessors, on_device, tile_descriptor, tile_layout, writable
 from .plan import band_of, fused_plan, keys_plan, queries_plan
 from .statistics import row_statistics
@@ -47,7 +48,9 @@ def key_gradients(problem, band, config, grad_out, lse_2, delta, lengths, grad_k
     """dK and dV."""
     targets = targets_like((problem.key, problem.value), (grad_key, grad_value))
     plan = keys_plan(problem, band, config, multiprocessors(problem.query.device))
-    gradients_of_keys[(plan.programs,)](
+    wide = keys_of_program(problem.query.shape[-1]) == 64
+    kernel = gradients_of_wide_keys if wide else gradients_of_keys
+    kernel[(plan.programs,)](
         *query_descriptors(problem, grad_out, lse_2, delta, config.block_m),
         *(tile_descriptor(tensor, 64) for tensor in (problem.key, problem.value, *targets)),
         lengths,

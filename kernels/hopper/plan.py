@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from .configs import tile_columns
+from .configs import keys_of_program, tile_columns
 
 LOG2_E = 1.4426950408889634
 #: K and V of the heads in flight at one time should stay in this much of the 50 MB L2.
@@ -157,10 +157,9 @@ def forward_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
     return Plan(min(total, multiprocessors) if config.persistent else total, scalars, options)
 
 
-def _backward_plan(problem, band: Band, config, multiprocessors: int, rows: int, heads: int, options, extra) -> Plan:
-    """A launch over tiles of 128 ``rows`` of each of ``heads`` heads."""
+def _backward_plan(problem, band: Band, config, multiprocessors: int, blocks: int, heads: int, options, extra) -> Plan:
+    """A launch over ``blocks`` tiles of each of ``heads`` heads."""
     batch = problem.query.shape[0]
-    blocks = math.ceil(rows / 128)
     total = blocks * batch * heads
     scalars = {
         "scale": problem.scale,
@@ -190,15 +189,16 @@ def _band_options(problem, band: Band, config) -> dict:
 
 
 def keys_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
-    """Arguments of :func:`.backward_keys.gradients_of_keys` but tensors and descriptors."""
+    """Arguments of :func:`.backward_keys.gradients_of_keys`, or of the wide one, but tensors and descriptors."""
     options = KeysOptions(
         block_m=config.block_m,
         stages=config.keys_stages,
         own_out=config.keys_own_out,
         **_band_options(problem, band, config),
     )
-    heads = problem.key.shape[1]
-    return _backward_plan(problem, band, config, multiprocessors, problem.key.shape[2], heads, options, {"Hkv": heads})
+    heads, Lk, D = problem.key.shape[1:]
+    blocks = math.ceil(Lk / keys_of_program(D))
+    return _backward_plan(problem, band, config, multiprocessors, blocks, heads, options, {"Hkv": heads})
 
 
 def fused_plan(problem, band: Band, config) -> Plan:
@@ -241,4 +241,4 @@ def queries_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
     )
     heads, rows = problem.query.shape[1:3]
     extra = {"Hq": heads, "padded": math.ceil(rows / STATISTICS_ROWS) * STATISTICS_ROWS}
-    return _backward_plan(problem, band, config, multiprocessors, rows, heads, options, extra)
+    return _backward_plan(problem, band, config, multiprocessors, math.ceil(rows / 128), heads, options, extra)
