@@ -36,52 +36,63 @@ INLINE void for_each_row_tile(long rows, F visit) {
   }
 }
 
-template <class V, int rows, class A>
-INLINE void panel_product(typename V::vector (&sum)[rows][V::tile_vectors], A a,
-                          const typename V::element* panel, long depth) {
-  UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < V::tile_vectors; j++) sum[i][j] =
-      V::zero();
-  multiply<V, rows, V::tile_vectors>(sum, a, panel, panel_width<V>, depth);
+template <class V, int rows, int vectors, class A>
+INLINE void panel_product(typename V::vector (&sum)[rows][vectors], A a, const typename V::element* panel,
+                          long depth) {
+  UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = V::zero();
+  multiply<V, rows, vectors>(sum, a, panel, panel_width<V>, depth);
 }
 
-// weights[keys][panel] = exp2(factor A B + shift + correction).
-template <class V, class A>
+// weights[keys][vectors of the panel] = exp2(factor A B + shift + correction); the last is 0 unless
+// corrected.
+template <class V, int vectors, bool corrected, class A>
 void weights_product(long keys, A a, const typename V::element* panel, long depth,
                      const typename V::scalar* shift, const typename V::scalar* correction,
                      typename V::scalar factor, Block<typename V::scalar> weights) {
   constexpr int degree = V::depth == 2 ? 3 : 5;
   for_each_row_tile<V>(keys, [&](auto count, long row) {
     constexpr int rows = decltype(count)::value;
-    typename V::vector sum[rows][V::tile_vectors];
-    panel_product<V, rows>(sum, a.rows_from(row), panel, depth);
+    typename V::vector sum[rows][vectors];
+    panel_product<V>(sum, a.rows_from(row), panel, depth);
     UNROLL for (int i = 0; i < rows; i++) {
-      UNROLL for (int j = 0; j < V::tile_vectors; j++) sum[i][j] =
-          V::add(V::fma(sum[i][j], V::set1(factor), V::load(shift + j * V::lanes)),
-                 V::load(correction + j * V::lanes));
+      UNROLL for (int j = 0; j < vectors; j++) {
+        sum[i][j] = V::fma(sum[i][j], V::set1(factor), V::load(shift + j * V::lanes));
+        if constexpr (corrected) sum[i][j] = V::add(sum[i][j], V::load(correction + j * V::lanes));
+      }
       V::template exp2_each<degree>(sum[i]);
-      UNROLL for (int j = 0; j < V::tile_vectors; j++)
-          V::store(weights.row(row + i) + j * V::lanes, sum[i][j]);
+      UNROLL for (int j = 0; j < vectors; j++) V::store(weights.row(row + i) + j * V::lanes, sum[i][j]);
     }
   });
 }
 
-// gradients[keys][panel] = weights * (A B - delta).
-template <class V, class A>
+// gradients[keys][vectors of the panel] = weights * (A B - delta).
+template <class V, int vectors, class A>
 void gradients_product(long keys, A a, const typename V::element* panel, long depth,
                        const typename V::scalar* delta, Block<typename V::scalar> weights,
                        Block<typename V::scalar> gradients) {
   for_each_row_tile<V>(keys, [&](auto count, long row) {
     constexpr int rows = decltype(count)::value;
-    typename V::vector sum[rows][V::tile_vectors];
-    panel_product<V, rows>(sum, a.rows_from(row), panel, depth);
+    typename V::vector sum[rows][vectors];
+    panel_product<V>(sum, a.rows_from(row), panel, depth);
     UNROLL for (int i = 0; i < rows; i++) {
-      UNROLL for (int j = 0; j < V::tile_vectors; j++) {
+      UNROLL for (int j = 0; j < vectors; j++) {
         const typename V::vector weight = V::load(weights.row(row + i) + j * V::lanes);
         V::store(gradients.row(row + i) + j * V::lanes,
                  V::mul(weight, V::sub(sum[i][j], V::load(delta + j * V::lanes))));
       }
     }
   });
+}
+
+// Calls visit(std::integral_constant<int, n>(), first column) for pieces of n vectors that cover `columns` of
+// a panel: few queries do not pay for all of it.
+template <class V, class F>
+INLINE void for_each_piece(long columns, F visit) {
+  constexpr long two = 2 * V::lanes;
+  if (columns > panel_width<V> - V::lanes) return visit(std::integral_constant<int, V::tile_vectors>(), 0L);
+  long first = 0;
+  for (; columns - first > V::lanes; first += two) visit(std::integral_constant<int, 2>(), first);
+  if (first < columns) visit(std::integral_constant<int, 1>(), first);
 }
 
 }  // namespace FASTATTN_ISA_NAMESPACE

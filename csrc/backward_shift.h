@@ -19,13 +19,10 @@ struct Shift {
   S high, low;
 };
 
-// lse split exactly; a row without keys has lse -inf and only masked weights.
+// Of an lse that is not large; a row without keys has lse -inf and only masked weights.
 template <class S>
 INLINE Shift<S> shift_of(S lse) {
-  if (lse == -Limits<S>::infinity) return {0, 0};
-  const double exact = -lse * log2_e;
-  const S high = static_cast<S>(exact);
-  return {high, static_cast<S>(exact - high)};
+  return {lse == -Limits<S>::infinity ? 0 : static_cast<S>(-lse * log2_e), 0};
 }
 
 // Whether rounding this lse, and scores of its size, costs the gradients more than their own sums do: some 16

@@ -277,8 +277,8 @@ class BackwardTask {
   // dQ += dS K.
   void accumulate_queries(const Band& band, bool whole, Range queries, Range keys, Range used) {
     const long first = keys.begin - keys_.begin, dim = plan_.dim_padded;
-    const Rows<E> block =
-        guards_keys_ ? finite_key_rows(first, used) : Rows<E>{key_rows_.row(first / depth), key_rows_.stride};
+    const Rows<E> block = guards_keys_ ? finite_key_rows(first, used, queries.size())
+                                       : Rows<E>{key_rows_.row(first / depth), key_rows_.stride};
     const E* a = gradient_columns(used.begin);
     const long group = whole ? queries.size() : V::tile_rows;
     for (long q = queries.begin; q < queries.end; q += group) {
@@ -352,7 +352,17 @@ class BackwardTask {
     const bool has_bias = problem_.bias.data, has_dropout = problem_.dropout_p > 0;
 
     if (kind == TileKind::full && !has_bias) {
-      weights_product<V>(count, key_columns, query_panel, dim, shift, correction, plan_.score_factor, scores);
+      for_each_piece<V>(queries.size(), [&](auto vectors, long q) {
+        const auto product = [&](auto corrected) {
+          weights_product<V, decltype(vectors)::value, decltype(corrected)::value>(
+              count, key_columns, query_panel + q, dim, shift + q, correction + q, plan_.score_factor,
+              {scores.data + q, scores.stride});
+        };
+        if (shifts_)
+          product(std::true_type());
+        else
+          product(std::false_type());
+      });
     } else {
       const uint8_t* allowed = kind == TileKind::mixed ? work_.allowed : nullptr;
       if (has_bias) read_bias(where);
@@ -369,7 +379,11 @@ class BackwardTask {
     const bool guarded = kind != TileKind::full || has_bias;
     if (!pairs && !guarded && !has_dropout) {
       if (plan_.wants_scores)
-        gradients_product<V>(count, value_columns, grad_out_panel, value_dim, delta, scores, products);
+        for_each_piece<V>(queries.size(), [&](auto vectors, long q) {
+          gradients_product<V, decltype(vectors)::value>(count, value_columns, grad_out_panel + q, value_dim,
+                                                         delta + q, {scores.data + q, scores.stride},
+                                                         {products.data + q, products.stride});
+        });
     } else {
       if (plan_.wants_scores) seen_product(band, where, value_columns, grad_out_panel, value_dim, products);
       if (has_dropout)
@@ -471,11 +485,11 @@ class BackwardTask {
   }
 
   // The block's keys, zero in place of those that no query of the block attends to.
-  Rows<E> finite_key_rows(long key, Range used) {
+  Rows<E> finite_key_rows(long key, Range used, long queries) {
     const long dim = plan_.dim_padded, rows = used.size();
     for (long k = 0; k < rows; k++) {
       bool dead = true;
-      for (long q = 0; q < block_queries / depth; q++) dead &= is_zero(weights(used.begin + k)[q]);
+      for (long q = 0; q < ceil_div(queries, depth); q++) dead &= is_zero(weights(used.begin + k)[q]);
       E* out = work_.block_key_rows + k / depth * dim;
       const E* source = key_rows_.row((key + k) / depth);
       for (long c = 0; c < dim; c++) {

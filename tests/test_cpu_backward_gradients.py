@@ -166,6 +166,21 @@ def test_unattended_keys_and_values_change_nothing(ingredient, poison, dtype, is
     assert not poisoned["grad_value"][..., unattended, :].any()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_key_that_is_not_finite_spares_the_queries_that_do_not_attend_to_it(dtype, isa):
+    """Also those in a last block of a few queries, after a block of others that do attend."""
+    case = Case("few", heads=1, queries=70, keys=90, head_dim=24)
+    problem, grad_out, grad_lse = _problem_and_gradients(case, dtype)
+    mask = torch.ones(2, 1, 70, 90, dtype=torch.bool)
+    mask[:, :, 64:, 5] = False
+    problem = replace(problem, attn_mask=mask)
+    clean = run_backend(cpu, problem, grad_out, grad_lse)["grad_query"][:, :, 64:]
+    key = problem.key.clone()
+    key[:, :, 5] = torch.nan
+    poisoned = run_backend(cpu, replace(problem, key=key), grad_out, grad_lse)["grad_query"][:, :, 64:]
+    assert torch.equal(clean, poisoned)
+
+
 def test_rows_that_only_a_finite_bias_discourages(isa):
     """A bias of finfo.min, or another huge constant, on a whole row leaves nothing but equal weights."""
     case = Case("constant", queries=20, keys=40, head_dim=16, bias="full")
