@@ -77,7 +77,8 @@ def select(problem: Problem, backend: str = "auto") -> ModuleType:
             raise ValueError(f"backend={backend!r} cannot compute this call: {'; '.join(why)}")
         return load(backend)
     refusals = []
-    for name in AUTO.get(problem.query.device.type, ("reference",)):
+    device = "cpu" if problem.query.is_cpu else problem.query.device.type  # the type is slow to ask for
+    for name in AUTO.get(device, ("reference",)):
         why = backend_reasons(name, problem)
         if not why:
             break

@@ -71,10 +71,11 @@ def scaled_dot_product_attention(
     arguments = check_arguments(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal, window, key_lengths
     )
-    out, lse = ops.attention_forward(*arguments, draw_rng_state_for(arguments), backend)
-    if arguments.query is not query or query.dim() != 4:
-        out, lse = _with_given_rank(out, lse, query, key, value)
-    return (out, lse) if return_lse else out
+    rng_state = draw_rng_state(query.device) if arguments.dropout_p > 0.0 else None
+    if not return_lse:
+        return _in_given_rank(ops.attention_output(*arguments, rng_state, backend), query, key, value)
+    out, lse = ops.attention_forward(*arguments, rng_state, backend)
+    return _in_given_rank(out, query, key, value), _in_given_rank(lse, query, key, value)
 
 
 def explain(
@@ -118,6 +119,8 @@ def _autocast(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The floating tensors in the autocast dtype, where autocast is on; float64 stays, as in torch."""
+    if not torch._C._is_any_autocast_enabled():
+        return query, key, value, attn_mask
     device = query.device.type if isinstance(query, Tensor) else "meta"
     if device == "meta" or not torch.is_autocast_enabled(device):
         return query, key, value, attn_mask
@@ -131,15 +134,14 @@ def _autocast(
     return cast(query), cast(key), cast(value), cast(attn_mask)
 
 
-def _with_given_rank(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, H, Lq, Dv] and [B, H, Lq] in the rank that was given, with its batch dimensions."""
+def _in_given_rank(result: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[B, H, ...] in the rank that was given, with its batch dimensions."""
     rank = max(query.dim(), key.dim(), value.dim())
     if rank == 4:
-        return out, lse
+        return result
     if rank == 2:
-        return out[0, 0], lse[0, 0]
+        return result[0, 0]
     if rank == 3:
-        return out.squeeze(1), lse.squeeze(1)
+        return result.squeeze(1)
     padded = ((1,) * (rank - tensor.dim()) + tuple(tensor.shape) for tensor in (query, key, value))
-    batch_shape = torch.broadcast_shapes(*(shape[:-3] for shape in padded))
-    return out.unflatten(0, batch_shape), lse.unflatten(0, batch_shape)
+    return result.unflatten(0, torch.broadcast_shapes(*(shape[:-3] for shape in padded)))

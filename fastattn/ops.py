@@ -46,7 +46,9 @@ def empty_laid_out_like(tensor: Tensor, last_size: int) -> Tensor:
     A query that is a view of [B, L, H, D] or of [L, B, H, D], as the projections of a multi-head
     attention layer are, gets an output that merges back into [B, L, H * D] without a copy.
     """
-    batch, heads, length, _ = tensor.shape
+    batch, heads, length, size = tensor.shape
+    if size == last_size and tensor.is_contiguous():
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
     batch_stride, head_stride, length_stride, _ = tensor.stride()
     if head_stride >= length_stride:
         return tensor.new_empty((batch, heads, length, last_size))
@@ -64,7 +66,7 @@ def compute_forward(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     engine = dispatch.select(problem, backend)
     query = problem.query
     out = empty_laid_out_like(query, problem.value.shape[3])
-    lse = query.new_empty(query.shape[:3], dtype=problem.lse_dtype)
+    lse = _empty_lse(query)
     engine.forward(problem, out, lse)
     return out, lse
 
@@ -73,13 +75,31 @@ def _forward(*arguments) -> tuple[Tensor, Tensor]:
     return compute_forward(problem_from_arguments(*arguments[:-1]), arguments[-1])
 
 
-def _backward(
+def _forward_output(*arguments) -> Tensor:
+    """out alone, in the time that a second tensor takes less where the engine can do without its lse."""
+    problem = problem_from_arguments(*arguments[:-1])
+    check_length_values(problem)
+    engine = dispatch.select(problem, arguments[-1])
+    out = empty_laid_out_like(problem.query, problem.value.shape[3])
+    engine.forward(problem, out, None if engine.LSE_IS_OPTIONAL else _empty_lse(problem.query))
+    return out
+
+
+def _empty_lse(query: Tensor) -> Tensor:
+    batch, heads, length, _ = query.shape
+    if query.dtype == torch.float32:
+        return query.new_empty((batch, heads, length))
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((batch, heads, length), dtype=dtype)
+
+
+def _gradients(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     *rest,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     arguments, backend, needs = list(rest[:-5]), rest[-5], rest[-4:]
     bias = arguments[_BIAS]
     if needs[3] and _has_repeated_elements(bias):
@@ -92,19 +112,28 @@ def _backward(
     lse = lse.contiguous()  # vmap over the gradient alone expands it
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    inputs = (problem.query, problem.key, problem.value)
-    grads = [
-        empty_laid_out_like(tensor, tensor.shape[3]) if needed else None
-        for tensor, needed in zip(inputs, needs[:3], strict=True)
-    ]
+    needs_query, needs_key, needs_value, _ = needs
+    grad_query = _empty_gradient(problem.query) if needs_query else None
+    grad_key = _empty_gradient(problem.key) if needs_key else None
+    grad_value = _empty_gradient(problem.value) if needs_value else None
     grad_bias = None
     if needs[3]:
         shape = bias_gradient_shape(problem.bias)
         grad_bias = torch.zeros(shape, dtype=problem.lse_dtype, device=bias.device)
-    engine.backward(problem, out, lse, grad_out, grad_lse, *grads, grad_bias)
+    engine.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
     if needs[3]:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
-    return tuple(problem.query.new_empty(0) if grad is None else grad for grad in (*grads, grad_bias))
+    return grad_query, grad_key, grad_value, grad_bias
+
+
+def _backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients, an operator's: empty tensors in place of those that are not needed."""
+    out = arguments[2]
+    return tuple(out.new_empty(0) if gradient is None else gradient for gradient in _gradients(*arguments))
+
+
+def _empty_gradient(tensor: Tensor) -> Tensor:
+    return empty_laid_out_like(tensor, tensor.shape[3])
 
 
 def _weights(lse: Tensor, average: bool, *arguments) -> Tensor:
@@ -130,8 +159,7 @@ def _has_repeated_elements(tensor: Tensor) -> bool:
 
 def _fake_forward(*arguments) -> tuple[Tensor, Tensor]:
     query, value = arguments[_QUERY], arguments[_VALUE]
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return empty_laid_out_like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=lse_dtype)
+    return empty_laid_out_like(query, value.shape[3]), _empty_lse(query)
 
 
 def _fake_backward(grad_out, grad_lse, out, lse, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -162,13 +190,14 @@ def _remember_forward(ctx, inputs, output) -> None:
 def _differentiate_forward(ctx, grad_out, grad_lse):
     *tensors, rng_state, out, lse = ctx.saved_tensors
     *options, backend = ctx.options
-    needs = [ctx.needs_input_grad[index] for index in (_QUERY, _KEY, _VALUE, _BIAS)]
-    grads = [None] * len(ctx.needs_input_grad)
-    if grad_out is None and grad_lse is None:
-        return tuple(grads)
+    needs_input_grad = ctx.needs_input_grad
+    needs = [needs_input_grad[index] for index in (_QUERY, _KEY, _VALUE, _BIAS)]
+    grads = [None] * len(needs_input_grad)
     if grad_out is None:
+        if grad_lse is None:
+            return tuple(grads)
         grad_out = torch.zeros_like(out)
-    results = attention_backward(grad_out, grad_lse, out, lse, *tensors, *options, rng_state, backend, *needs)
+    results = _attention_gradients(grad_out, grad_lse, out, lse, *tensors, *options, rng_state, backend, *needs)
     for index, needed, result in zip((_QUERY, _KEY, _VALUE, _BIAS), needs, results, strict=True):
         if needed:
             grads[index] = result
@@ -349,19 +378,35 @@ def _is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:
         type(query) in PLAIN_TENSORS
         and type(key) in PLAIN_TENSORS
         and type(value) in PLAIN_TENSORS
-        and query.device.type in dispatch.AUTO
+        and (query.is_cpu or query.is_cuda)
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
     )
+
+
+def _is_transformed() -> bool:
+    """Is a functorch transform or forward-mode differentiation at work?"""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Is nothing but eager autograd at work?"""
+    return not (torch.compiler.is_compiling() or _is_transformed() or _is_observed(query, key, value))
+
+
+def _wants_gradient(arguments: tuple) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
 
 
 def _register(name: str, signature: str, compute, fake, differentiate, remember, map_rule, first: int):
     """Register the operator; return the function that calls it. ``first`` is where query stands.
 
     Eager calls go to an autograd.Function or straight to the computation, which takes a tenth of the
-    time of PyTorch's dispatcher for operators in Python. Functorch transforms need that Function too,
+    time of PyTorch's dispatcher for operators in Python. Functorch transforms need such a Function too,
     because the formulas of ``torch.library.register_autograd`` do not nest in transforms, and so does
     forward-mode differentiation, which those formulas would silently drop and the Function refuses.
+    Theirs has a ``setup_context``, for which PyTorch inspects the signature at every call; the one for
+    eager calls does without.
     """
     qualified = f"fastattn::{name}"
     _LIBRARY.define(f"{name}{signature}", tags=_TAGS)
@@ -375,23 +420,29 @@ def _register(name: str, signature: str, compute, fake, differentiate, remember,
         watched = _is_observed(*arguments[first : first + 3])
         return operator(*arguments) if watched else compute(*arguments)
 
+    def compute_and_remember(ctx, *arguments):
+        output = compute(*arguments)
+        remember(ctx, arguments, output)
+        return output
+
+    backward = {"backward": staticmethod(differentiate)}
     rules = {
         "forward": staticmethod(compute_or_dispatch),
         "setup_context": staticmethod(remember),
-        "backward": staticmethod(differentiate),
         "vmap": staticmethod(map_rule),
     }
-    function = type(name, (torch.autograd.Function,), rules)
+    transformed = type(name, (torch.autograd.Function,), backward | rules)
+    eager = type(name, (torch.autograd.Function,), backward | {"forward": staticmethod(compute_and_remember)})
 
     def call(*arguments):
         if torch.compiler.is_compiling():
             return operator(*arguments)
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return function.apply(*arguments)
+        if _is_transformed():
+            return transformed.apply(*arguments)
         if _is_observed(*arguments[first : first + 3]):
             return operator(*arguments)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return function.apply(*arguments)
+        if _wants_gradient(arguments):
+            return eager.apply(*arguments)
         return compute(*arguments)
 
     return call
@@ -407,6 +458,38 @@ attention_forward = _register(
     _map_forward,
     0,
 )
+
+
+class _Output(torch.autograd.Function):
+    """out of :func:`attention_forward` in eager mode; a second output takes time in both directions."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        results = _forward(*arguments)
+        _remember_forward(ctx, arguments, results)
+        return results[0]
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        return _differentiate_forward(ctx, grad_out, None)
+
+
+def attention_output(*arguments) -> Tensor:
+    """out of :func:`attention_forward` for a call that does not want its lse."""
+    if not _is_plain(*arguments[:3]):
+        return attention_forward(*arguments)[0]
+    if _wants_gradient(arguments):
+        return _Output.apply(*arguments)
+    return _forward_output(*arguments)
+
+
+def _attention_gradients(*arguments) -> tuple[Tensor | None, ...]:
+    """The results of :func:`attention_backward`, where it costs nothing None for those not needed."""
+    if _is_plain(*arguments[4:7]) and not _wants_gradient(arguments):
+        return _gradients(*arguments)
+    return attention_backward(*arguments)
+
+
 attention_backward = _register(
     "attention_backward",
     f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_PROBLEM_SCHEMA}, "

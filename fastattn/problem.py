@@ -232,13 +232,17 @@ def _is_canonical(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if type(query) not in PLAIN_TENSORS or type(key) not in PLAIN_TENSORS or type(value) not in PLAIN_TENSORS:
         return False
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if not len(query_shape) == len(key_shape) == len(value_shape) == 4:
+        return False
+    batch, heads, _, head_dim = query_shape
+    key_batch, key_heads, keys, key_dim = key_shape
+    value_batch, value_heads, values, value_dim = value_shape
     dtype, device = query.dtype, query.device
     return (
-        len(query_shape) == 4
-        and query_shape[:2] == key_shape[:2]
-        and key_shape[:3] == value_shape[:3]
-        and len(value_shape) == 4
-        and query_shape[3] == key_shape[3] != 0 != value_shape[3]
+        batch == key_batch == value_batch
+        and heads == key_heads == value_heads
+        and keys == values
+        and head_dim == key_dim != 0 != value_dim
         and dtype in SUPPORTED_DTYPES
         and key.dtype == dtype == value.dtype
         and key.device == device == value.device

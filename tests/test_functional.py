@@ -329,3 +329,20 @@ def test_meta_tensors_have_shapes():
     assert out.shape == query.shape
     assert out.device.type == "meta"
     assert lse.shape == (2, 3, 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_asking_for_lse_changes_nothing_else(backend, dtype):
+    """A call that does not want it takes shorter paths, with and without gradients."""
+    leaves = [torch.randn(2, 3, 9, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    grad = torch.randn(2, 3, 9, 8, dtype=dtype)
+    alone = scaled_dot_product_attention(*leaves, backend=backend)
+    beside, _ = scaled_dot_product_attention(*leaves, backend=backend, return_lse=True)
+    assert torch.equal(alone, beside)
+    for one, other in zip(
+        torch.autograd.grad(alone, leaves, grad), torch.autograd.grad(beside, leaves, grad), strict=True
+    ):
+        assert torch.equal(one, other)
+    with torch.no_grad():
+        assert torch.equal(scaled_dot_product_attention(*leaves, backend=backend), beside)

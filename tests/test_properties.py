@@ -132,7 +132,8 @@ def test_keys_that_nobody_may_see_change_nothing(backend, case, dtype):
 @given(case=cases())
 @quick
 def test_a_sequence_does_not_depend_on_its_batch(backend, case):
-    """Each sequence alone gives, bit by bit, what it gives in the batch."""
+    """Each sequence alone gives, bit by bit, what it gives in the batch; the reference, by torch's matmul, nearly."""
+    tolerance = None if backend is dispatch.load("reference") else 0.0
     case = replace(case, batch=3, dropout_p=0.0, key_lengths=None, mask=None, bias=None, layout="contiguous")
     problem = case.make()
     together = run_backend(backend, problem, case.make_grad_out())
@@ -145,7 +146,7 @@ def test_a_sequence_does_not_depend_on_its_batch(backend, case):
         )
         single = run_backend(backend, alone, case.make_grad_out()[index : index + 1])
         for name, tensor in single.items():
-            assert torch.equal(tensor[0], together[name][index]), name
+            torch.testing.assert_close(tensor[0], together[name][index], rtol=tolerance, atol=tolerance, msg=name)
 
 
 @given(

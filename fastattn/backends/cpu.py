@@ -20,6 +20,9 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.flo
 _CAUSAL_CODES = {mode: code for code, mode in enumerate(CAUSAL_MODES)}
 _NO_TENSOR = (0, (0, 0, 0, 0))
 
+#: Whether :func:`forward` takes None in the place of lse.
+LSE_IS_OPTIONAL = True
+
 
 @cache
 def unavailable() -> str | None:
@@ -33,7 +36,7 @@ def reasons(problem: Problem) -> list[str]:
     """Why the engine cannot take the problem; empty if it can."""
     query = problem.query
     why = []
-    if query.device.type != "cpu":
+    if not query.is_cpu:
         why.append(f"the tensors are on {query.device}, not on the CPU")
     if query.dtype not in _DTYPE_CODES:
         why.append(f"dtype {query.dtype} is not one of {', '.join(str(dtype) for dtype in _DTYPE_CODES)}")
@@ -59,9 +62,9 @@ def available_isas() -> list[str]:
     return _C.available_isas()
 
 
-def forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
-    """Write attention's output [B, Hq, Lq, Dv] and its natural-log lse [B, Hq, Lq]."""
-    _C.forward(_describe(problem), (out.data_ptr(), out.stride()), lse.data_ptr(), torch.get_num_threads())
+def forward(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
+    """Write attention's output [B, Hq, Lq, Dv] and, unless None, its natural-log lse [B, Hq, Lq]."""
+    _C.forward(_describe(problem), (out.data_ptr(), out.stride()), _address(lse), torch.get_num_threads())
 
 
 def backward(

@@ -10,6 +10,8 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.problem import Problem
 
+LSE_IS_OPTIONAL = False
+
 
 def unavailable() -> str | None:
     return None

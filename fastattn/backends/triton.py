@@ -15,6 +15,7 @@ from fastattn.problem import Problem
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 512
 LEAST_CAPABILITY = (8, 0)
+LSE_IS_OPTIONAL = False
 
 
 @cache
