@@ -13,10 +13,12 @@ machine's asynchrony made explicit and hostile:
 * mbarriers count arrivals and bytes; too many of either is an error, and so is a program that ends with anything
   in flight.  When nobody can go on, the error tells where each partition waits.
 
-What it does not model: layouts (the compiler checks those), threads of one partition that run ahead of each
-other, registers, and speed.
+What it does not model: layouts (the compiler checks those), registers (test_hopper_offline.py reads in the machine
+code whether those of a wgmma in flight are overwritten), threads of one partition that run ahead of each other, and
+speed.
 
-:class:`Emulator` is the face; gluon_emulator_language.py holds the stand-ins for Triton's modules.
+:class:`Machine` is one program that runs; gluon_emulator_language.py holds the stand-ins for Triton's modules, and
+:meth:`Kernels.launch`, which runs a grid.
 """
 
 from __future__ import annotations
