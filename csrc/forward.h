@@ -18,6 +18,7 @@
 #include "mask.h"
 #include "pack.h"
 #include "parallel.h"
+#include "prefetch.h"
 #include "scratch.h"
 #include "softmax.h"
 #include "weigh.h"
@@ -182,16 +183,47 @@ class Forward {
       if (panel.any.empty()) continue;
       keys = {min(keys.begin, panel.any.begin), max(keys.end, panel.any.end)};
     }
+    Upcoming upcoming =
+        upcoming_after(item, b, h, first, panels * ceil_div(max(0L, keys.size()), block_keys_));
     if (!keys.empty()) {
       const long steps = ceil_div(keys.size(), block_keys_);
       const long step = min(block_keys_, round_up(ceil_div(keys.size(), steps), 2));
       for (long begin = keys.begin; begin < keys.end; begin += step) {
         const Range range{begin, min(begin + step, keys.end)};
         const KeyBlock<V> key_block = prepare_keys(b, h / problem_.group(), range, work);
-        for (int i = 0; i < panels; i++) visit(work, work.panel[i], band, b, h, range, key_block);
+        for (int i = 0; i < panels; i++) {
+          upcoming.fetch_some();
+          visit(work, work.panel[i], band, b, h, range, key_block);
+        }
       }
     }
     for (int i = 0; i < panels; i++) finish_panel(work.panel[i], b, h);
+  }
+
+  // What this item writes at its end, and what the next one begins with.
+  Upcoming upcoming_after(long item, long b, long h, long first, long visits) const {
+    Upcoming result;
+    const auto region = [&](auto tensor, long batch, long head, long begin, long count, long columns,
+                            bool written) {
+      result.add(tensor.at(batch, head, begin), tensor.stride[2] * static_cast<long>(sizeof(T)), count,
+                 columns * static_cast<long>(sizeof(T)), written);
+    };
+    const long rows = panels_per_item_ * width;
+    region(output_.out.template as<T>(), b, h, first, min(rows, problem_.queries - first), problem_.value_dim,
+           true);
+    const long next = item + 1, head_index = next / blocks_;
+    if (head_index < problem_.batch * problem_.query_heads) {
+      const long nb = head_index / problem_.query_heads, nh = head_index % problem_.query_heads;
+      const long begin = (blocks_ - 1 - next % blocks_) * rows;
+      region(query_, nb, nh, begin, min(rows, problem_.queries - begin), problem_.head_dim, false);
+      if (nb != b || nh / problem_.group() != h / problem_.group()) {
+        const long keys = min(block_keys_, problem_.key_length(nb));
+        region(key_, nb, nh / problem_.group(), 0, keys, problem_.head_dim, false);
+        region(value_, nb, nh / problem_.group(), 0, keys, problem_.value_dim, false);
+      }
+    }
+    result.share_among(visits);
+    return result;
   }
 
   S query_factor() const { return scales_query ? static_cast<S>(problem_.scale * log2_e) : S(1); }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <new>
 
 #if defined(__SSE2__)
@@ -48,13 +49,46 @@ void order_heaviest_first(const int64_t* work, int64_t count, int64_t* order) {
   std::stable_sort(order, order + count, [work](int64_t a, int64_t b) { return work[a] > work[b]; });
 }
 
+namespace {
+
+// Scratch memory of a call. The calling thread keeps a moderate block for its next call: the page faults of a
+// new one can take longer than a short call's work.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : own_(bytes > kMostKept ? bytes : 0), data_(own_.data()) {
+    if (bytes == 0 || data_) return;
+    if (kept_.bytes < bytes) {
+      kept_.bytes = 0;
+      kept_.buffer.reset();
+      kept_.buffer = std::make_unique<AlignedBuffer>(bytes);
+      kept_.bytes = bytes;
+    }
+    data_ = kept_.buffer->data();
+  }
+  void* data() const { return data_; }
+
+ private:
+  static constexpr size_t kMostKept = size_t{8} << 20;
+  struct Kept {
+    std::unique_ptr<AlignedBuffer> buffer;
+    size_t bytes = 0;
+  };
+  static thread_local Kept kept_;
+  const AlignedBuffer own_;
+  void* data_;
+};
+
+thread_local Scratch::Kept Scratch::kept_;
+
+}  // namespace
+
 void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, int64_t, void*),
                void* context) {
   if (items <= 0) return;
   int team = static_cast<int>(std::min<int64_t>(std::max(threads, 1), items));
   if (forked || omp_in_parallel()) team = 1;
   const size_t block = (scratch_bytes + kCacheLine - 1) / kCacheLine * kCacheLine + kThreadSkew;
-  const AlignedBuffer scratch(scratch_bytes ? block * static_cast<size_t>(team) : 0);
+  const Scratch scratch(scratch_bytes ? block * static_cast<size_t>(team) : 0);
   char* const base = static_cast<char*>(scratch.data());
 
   if (team == 1) {
