@@ -1,5 +1,6 @@
 """The training loop: exact resumption, interruption, checkpoints that are broken or foreign, the curves."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -244,6 +245,19 @@ def test_bf16_autocast_trains(tmp_path):
     _, losses = run.history.series("loss")
     assert losses[-1] < losses[0]
     assert all(p.dtype == torch.float32 for p in run.task.model.parameters())
+
+
+def test_compile_trains_the_same_model(tmp_path, monkeypatch):
+    """Traced and differentiated ahead of time, but not compiled to C++, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    losses = []
+    for name in (False, True):
+        options = TrainOptions(steps=10, batch_size=16, warmup_steps=5, compile=name)
+        run = Run(make_task(dropout=0.0, attention="fastattn"), options, tmp_path / str(name))
+        run.train()
+        losses += run.history.series("loss")[1]
+        assert not any("_orig_mod" in key for key in load_file(tmp_path / str(name) / "model.safetensors"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
