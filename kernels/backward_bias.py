@@ -88,6 +88,7 @@ def gradient_of_bias(
                         sizes,
                         scale,
                         True,
+                        False,
                         OPTIONS,
                     )
                     total += ds

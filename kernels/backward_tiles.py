@@ -52,11 +52,13 @@ def grad_score_tile(
     sizes,
     scale,
     BAND: tl.constexpr,
+    GUARDED: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
     """(dS [BLOCK_M, BLOCK_N], K of the tile with the rows that nobody sees zeroed).
 
-    ``q``, ``do``, ``lse`` and ``delta`` are those of the rows from row0.
+    ``q``, ``do``, ``lse`` and ``delta`` are those of the rows from row0.  GUARDED: a key that mask or bias hide from
+    the whole tile may be NaN.
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
@@ -75,7 +77,7 @@ def grad_score_tile(
     if dropout is not None:
         keep = dropout_keep(dropout, b * sizes.heads + h, row0, column0, BLOCK_M, BLOCK_N)
     ds = grad_scores(p, dp, delta[:, None], keep, dropout, MASKED)
-    if mask is not None or bias is not None:
+    if GUARDED:
         seen = tl.max(p, 0) > 0.0
         k = tl.where(seen[:, None], k, tl.zeros_like(k))
     elif BAND and (key_boxes is not None or OPTIONS.has_left):

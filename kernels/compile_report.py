@@ -30,9 +30,11 @@ MAIN_KERNELS = ("forward", "grad_key_value", "grad_query")
 #: The matrix instruction that a main kernel for 2-byte elements has to use, up to this head dimension.
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 LARGEST_TILED = 128
+#: Beside causal calls: those that look at every element of the scores.
+ELEMENTWISE_CALLS = ("mask", "bias", "dropout")
 DTYPE = {2: torch.bfloat16, 4: torch.float32}
 #: What a launch compiles beside the kernel that its configuration is for.
-HELPERS = ("row_statistics", "combine_parts")
+HELPERS = ("row_statistics", "combine_parts", "mark_nonfinite")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Job:
     head_dim: int
     architecture: int
     config: Config
+    call: str = "causal"
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,18 @@ def jobs(candidates: bool = False) -> Iterator[Job]:
         for architecture in ARCHITECTURES:
             config = choose(kernel, element_size, head_dim, architecture)
             yield Job(kernel, element_size, head_dim, architecture, config)
+            if kernel in MAIN_KERNELS and element_size == 2 and head_dim in (64, 128):
+                config = choose(kernel, element_size, head_dim, architecture, elementwise=True)
+                for call in ELEMENTWISE_CALLS:
+                    yield Job(kernel, element_size, head_dim, architecture, config, call)
     if candidates:
         for (kernel, head_dim), configs in CANDIDATES.items():
             yield from (Job(kernel, 2, head_dim, 90, config) for config in configs)
 
 
 def most_used(job: Job) -> bool:
+    if job.call != "causal":
+        return job.call == "mask" and (job.architecture, job.head_dim) == (90, 128)
     return job.element_size == 2 and (
         (job.kernel in MAIN_KERNELS and job.head_dim in (64, 128))
         or (job.kernel in ("decode", "weights") and job.head_dim == 128)
@@ -75,12 +84,17 @@ def most_used(job: Job) -> bool:
 
 
 def problem_of(job: Job) -> Problem:
-    """A causal problem that launches the job's kernel: it has loops over full and over border tiles."""
+    """A problem that launches the job's kernel; causal ones have loops over full and over border tiles."""
     queries, dtype = (1 if job.kernel == "decode" else 1024), DTYPE[job.element_size]
     shapes = ((1, 2, queries, job.head_dim), (1, 2, 1024, job.head_dim), (1, 2, 1024, job.head_dim))
     query, key, value = (torch.zeros(shape, dtype=dtype) for shape in shapes)
-    bias = torch.zeros(queries, 1024, dtype=dtype) if job.kernel == "grad_bias" else None
-    return make_problem(query, key, value, bias, causal="lower_right")
+    if job.call == "dropout":
+        return make_problem(query, key, value, dropout_p=0.1, rng_state=torch.tensor([1, 2]))
+    if job.call == "mask":
+        return make_problem(query, key, value, torch.ones(queries, 1024, dtype=torch.bool))
+    has_bias = job.call == "bias" or job.kernel == "grad_bias"
+    bias = torch.zeros(queries, 1024, dtype=dtype) if has_bias else None
+    return make_problem(query, key, value, bias, causal="lower_right" if job.call == "causal" else None)
 
 
 def compiled(job: Job):
@@ -154,7 +168,7 @@ def line(row: Row) -> str:
     job, found, config = row.job, row.resources, row.job.config
     tile = f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages"
     tile += ", TMA" if config.tma else ""
-    cells = [job.kernel, DTYPE[job.element_size], job.head_dim, f"sm_{job.architecture}", tile]
+    cells = [job.kernel, job.call, DTYPE[job.element_size], job.head_dim, f"sm_{job.architecture}", tile]
     if found is None:
         cells += [""] * 4
     else:
@@ -165,12 +179,12 @@ def line(row: Row) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    head = ("kernel", "dtype", "head dim", "for", "configuration", "registers", "spills in loops", "shared KiB")
+    head = ("kernel", "call", "dtype", "head dim", "for", "configuration", "registers", "spills in loops", "shared KiB")
     head += ("main loop", "broken rules")
     lines = [
         "# The GPU kernels as compiled",
         "",
-        f"Triton {triton.__version__}, causal problems, no GPU needed. Main loop: its instructions by kind, the tile's",
+        f"Triton {triton.__version__}, no GPU needed. Main loop: its instructions by kind, the tile's",
         "matrix products among them (HMMA on Ampere, HGMMA on Hopper, UTCHMMA on Blackwell).",
         "",
         "| " + " | ".join(head) + " |",

@@ -72,6 +72,18 @@ TABLE: dict[tuple[str, int, int], dict[int, Config]] = {
     ("decode", 4, 512): {80: Config(16, 16, 4, 1)},
 }
 
+#: What takes their place in calls with a mask, a bias or dropout: looking at every element takes registers.
+ELEMENTWISE: dict[tuple[str, int, int], dict[int, Config]] = {
+    ("forward", 2, 64): {80: Config(128, 32, 4, 2)},
+    ("forward", 2, 128): {
+        80: Config(64, 64, 8, 2),
+        90: Config(128, 64, 8, 3, tma=True),
+        100: Config(128, 128, 8, 2, tma=True),
+    },
+    ("grad_key_value", 2, 64): {80: Config(32, 32, 4, 2)},
+    ("grad_key_value", 2, 128): {80: Config(32, 64, 8, 2), 90: Config(32, 128, 8, 3), 100: Config(64, 128, 8, 2)},
+}
+
 #: The same where Triton is newer than 3.6: its compiler keeps other values in registers and would spill.
 NEWER: dict[tuple[str, int, int], dict[int, Config]] = {
     ("grad_key_value", 2, 128): {90: Config(32, 128, 8, 3), 100: Config(64, 128, 8, 2)},
@@ -149,13 +161,16 @@ def newer_triton() -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)
 
 
-def choose(kernel: str, element_size: int, head_dim: int, architecture: int) -> Config:
+def choose(kernel: str, element_size: int, head_dim: int, architecture: int, elementwise: bool = False) -> Config:
     """The configuration for a padded head dimension (the larger of D and Dv) on an architecture (80, 90...).
 
+    ``elementwise``: the call has a mask, a bias or dropout.
     Capability 12.x has the matrix instructions and the shared memory of 8.6, so it takes what 8.0 takes.
     """
     fitting = [d for name, size, d in TABLE if name == kernel and size == element_size and d >= head_dim]
     key = kernel, element_size, min(fitting)
     by_architecture = TABLE[key] | (NEWER.get(key, {}) if newer_triton() else {})
+    if elementwise:
+        by_architecture |= ELEMENTWISE.get(key, {})
     highest = 80 if architecture >= 120 else architecture
     return by_architecture[max(a for a in by_architecture if a <= max(highest, 80))]

@@ -51,9 +51,13 @@ def attend_tiles(
     sizes,
     scale,
     BAND: tl.constexpr,
+    GUARDED: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
-    """Add the keys from ``first`` up to ``last`` to the running softmax (acc [BM, BDV], total [BM], m [BM])."""
+    """Add the keys from ``first`` up to ``last`` to the running softmax (acc [BM, BDV], total [BM], m [BM]).
+
+    GUARDED: a value that mask or bias hide from the whole tile may be NaN.
+    """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
     # only raw scores can be scaled inside the exponent's fused multiply-add
@@ -75,7 +79,7 @@ def attend_tiles(
         if dropout is not None:
             p = tl.where(dropout_keep(dropout, b * sizes.heads + h, row0, column0, BLOCK_M, BLOCK_N), p, 0.0)
         v = load_tile(value, value_boxes, b, key_head, column0, tiles.end, OPTIONS.DV, BLOCK_N, OPTIONS.block_dv, BAND)
-        if mask is not None or bias is not None:
+        if GUARDED:
             # a key that no query of the tile may see must not leak a NaN through 0 * NaN
             seen = tl.max(s, 0) > float("-inf")
             v = tl.where(seen[:, None], v, tl.zeros_like(v))
@@ -86,42 +90,28 @@ def attend_tiles(
 
 
 @triton.jit
-def attention_forward(
-    query,
+def attend(
+    q,
     key,
     value,
     key_boxes,
     value_boxes,
-    out,
-    lse,
-    key_lengths,
+    row0,
+    b,
+    h,
+    tiles,
+    band,
     mask,
     bias,
     dropout,
     sizes,
-    left,
-    right,
     scale,
-    together,
+    GUARDED: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head. ``scale`` is in log2 units (times log2 e).
-
-    ``key_boxes`` and ``value_boxes``: TMA descriptors in boxes of block_n rows, or None.
-    """
+    """The softmax over all keys that a block of queries sees: (acc [BM, BDV], total [BM], m [BM])."""
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_DV: tl.constexpr = OPTIONS.block_dv
-    Lq = sizes.Lq
-    blocks = tl.cdiv(Lq, BLOCK_M)
-    head, block = deal(blocks, together)  # head = b * Hq + h
-    if OPTIONS.has_right:
-        block = blocks - 1 - block  # a causal row block works the more the later it is: heaviest first
-    b = head // sizes.heads
-    h = head % sizes.heads
-    band = band_of(key_lengths, b, left, right, sizes, OPTIONS)
-    row0 = block * BLOCK_M
-    tiles = key_tiles(row0, tl.minimum(row0 + BLOCK_M, Lq) - 1, band, OPTIONS)
-    q = load_tile(query, None, b, h, row0, Lq, OPTIONS.D, BLOCK_M, OPTIONS.block_d, True)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -150,8 +140,92 @@ def attention_forward(
                 sizes,
                 scale,
                 part != 1,
+                GUARDED,
                 OPTIONS,
             )
+    return acc, total, m
+
+
+@triton.jit
+def attention_forward(
+    query,
+    key,
+    value,
+    key_boxes,
+    value_boxes,
+    out,
+    lse,
+    key_lengths,
+    mask,
+    bias,
+    dropout,
+    nonfinite,
+    sizes,
+    left,
+    right,
+    scale,
+    together,
+    OPTIONS: tl.constexpr,
+):
+    """One program: BLOCK_M queries of one head. ``scale`` is in log2 units (times log2 e).
+
+    ``key_boxes`` and ``value_boxes``: TMA descriptors in boxes of block_n rows, or None.  ``nonfinite`` int32
+    [B * Hkv], given with a mask or bias: heads whose values hold an infinity or a NaN.
+    """
+    BLOCK_M: tl.constexpr = OPTIONS.block_m
+    BLOCK_DV: tl.constexpr = OPTIONS.block_dv
+    Lq = sizes.Lq
+    blocks = tl.cdiv(Lq, BLOCK_M)
+    head, block = deal(blocks, together)  # head = b * Hq + h
+    if OPTIONS.has_right:
+        block = blocks - 1 - block  # a causal row block works the more the later it is: heaviest first
+    b = head // sizes.heads
+    h = head % sizes.heads
+    band = band_of(key_lengths, b, left, right, sizes, OPTIONS)
+    row0 = block * BLOCK_M
+    tiles = key_tiles(row0, tl.minimum(row0 + BLOCK_M, Lq) - 1, band, OPTIONS)
+    q = load_tile(query, None, b, h, row0, Lq, OPTIONS.D, BLOCK_M, OPTIONS.block_d, True)
+    HAS_MARKS: tl.constexpr = nonfinite is not None
+    if HAS_MARKS and tl.load(nonfinite + head // sizes.group) != 0:
+        acc, total, m = attend(
+            q,
+            key,
+            value,
+            key_boxes,
+            value_boxes,
+            row0,
+            b,
+            h,
+            tiles,
+            band,
+            mask,
+            bias,
+            dropout,
+            sizes,
+            scale,
+            True,
+            OPTIONS,
+        )
+    else:
+        acc, total, m = attend(
+            q,
+            key,
+            value,
+            key_boxes,
+            value_boxes,
+            row0,
+            b,
+            h,
+            tiles,
+            band,
+            mask,
+            bias,
+            dropout,
+            sizes,
+            scale,
+            False,
+            OPTIONS,
+        )
     rows = row0 + tl.arange(0, BLOCK_M)
     empty = total == 0.0
     natural = tl.where(empty, float("-inf"), (m + tl.math.log2(tl.where(empty, 1.0, total))) * LN_2)

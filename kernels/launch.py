@@ -21,6 +21,7 @@ from .backward_keys import gradients_of_keys
 from .backward_queries import gradients_of_queries
 from .configs import Config, choose
 from .decode import combine_parts, decode_part
+from .finite import mark_nonfinite
 from .forward import attention_forward
 from .statistics import row_statistics
 from .weights import attention_weights
@@ -30,6 +31,7 @@ KEYS_PER_SPLIT = 256
 #: Rows (queries times heads of a group) up to which splitting the keys is considered.
 DECODE_ROWS = 64
 STATISTICS_ROWS = 64
+MARKED_ROWS = 32
 MOST_SPLITS = 128
 #: The share of the best occupation that is good enough for fewer splits.
 NEARLY = 0.9
@@ -39,7 +41,8 @@ def chosen(kernel: str, problem, config: Config | None) -> Config:
     if config is not None:
         return config
     head_dim = max(padded(problem.query.shape[-1]), padded(problem.value.shape[-1]))
-    return choose(kernel, problem.query.element_size(), head_dim, architecture_of(problem.query))
+    elementwise = problem.attn_mask is not None or problem.bias is not None or problem.dropout_p > 0
+    return choose(kernel, problem.query.element_size(), head_dim, architecture_of(problem.query), elementwise)
 
 
 def forward(problem, out: torch.Tensor, lse: torch.Tensor, config: Config | None = None) -> None:
@@ -60,10 +63,23 @@ def forward(problem, out: torch.Tensor, lse: torch.Tensor, config: Config | None
             out=rows_of(out),
             lse=lse,
             dropout=dropout_of(problem),
+            nonfinite=nonfinite_heads(problem, problem.value),
             together=together_by_group(problem),
             **boxes(config, config.block_n, key=problem.key, value=problem.value),
             **launch_arguments(problem, config),
         )
+
+
+def nonfinite_heads(problem, tensor: torch.Tensor) -> torch.Tensor | None:
+    """int32 [B * Hkv]: which heads of K or V hold an infinity or a NaN, where a mask or bias may hide one."""
+    if problem.attn_mask is None and problem.bias is None:
+        return None
+    batch, heads, length, head_dim = tensor.shape
+    marks = torch.zeros(batch * heads, dtype=torch.int32, device=tensor.device)
+    mark_nonfinite[(triton.cdiv(length, MARKED_ROWS) * batch * heads,)](
+        rows_of(tensor), marks, heads, length, D=head_dim, BLOCK_L=MARKED_ROWS, BLOCK_D=padded(head_dim)
+    )
+    return marks
 
 
 def together_by_group(problem) -> int:
@@ -190,6 +206,7 @@ def backward(
             config = chosen("grad_query", problem, query_config)
             gradients_of_queries[(triton.cdiv(Lq, config.block_m) * batch * heads,)](
                 grad_query=rows_of(grad_query),
+                nonfinite=nonfinite_heads(problem, problem.key),
                 together=together_by_group(problem),
                 **boxes(config, config.block_n, key=problem.key, value=problem.value),
                 **shared,

@@ -42,6 +42,13 @@ def test_a_newer_triton_takes_its_own_configurations(monkeypatch):
     assert configs.choose("decode", 2, 128, 80) == pinned
 
 
+def test_what_looks_at_every_element_takes_smaller_tiles():
+    assert set(configs.ELEMENTWISE) <= set(configs.TABLE)
+    plain, elementwise = (configs.choose("forward", 2, 128, 90, elementwise) for elementwise in (False, True))
+    assert elementwise.block_m * elementwise.block_n < plain.block_m * plain.block_n
+    assert configs.choose("grad_query", 2, 128, 90, True) == configs.choose("grad_query", 2, 128, 90)
+
+
 def test_a_tile_too_large_breaks_the_rules():
     job = compile_report.Job("forward", 2, 128, 80, configs.Config(128, 128, 4, 3))
     assert compile_report.row_of(job).broken

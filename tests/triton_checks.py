@@ -212,6 +212,26 @@ def check_autocast() -> None:
         assert grad.dtype == torch.float32 and (grad - exact_grad).abs().max() < 0.03 * exact_grad.abs().max()
 
 
+def check_guard() -> None:
+    """NaN in a key hidden from all changes no bit, although it sends its head through other loops; seen, it shows."""
+    from fastattn.backends import triton as backend
+
+    mask = torch.rand(1, 1, 40, 70) < 0.7
+    mask[..., 50] = False
+    mask[..., 51] = True
+    query, key, value, grad_out = (torch.randn(2, 2, length, 16) for length in (40, 70, 70, 40))
+    clean = run_backend(backend, make_problem(query, key, value, mask), grad_out)
+    for tensor in (key, value):
+        tensor[:, 0, 50] = torch.nan
+    hidden = run_backend(backend, make_problem(query, key, value, mask), grad_out)
+    for name, result in hidden.items():
+        assert torch.equal(result, clean[name]), name
+    value[0, 1, 51, 3] = torch.nan
+    seen = run_backend(backend, make_problem(query, key, value, mask))["out"]
+    assert seen[0, 1, :, 3].isnan().all()
+    assert torch.equal(seen[:, 0], clean["out"][:, 0]) and torch.equal(seen[1], clean["out"][1])
+
+
 def check_lowest_bias() -> None:
     """A bias of finfo.min everywhere forbids nothing: the row is the mean of V."""
     from fastattn.backends import triton as backend
@@ -249,6 +269,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "dropout_of_the_cpu_engine": check_dropout_of_the_cpu_engine,
     "module": check_module,
     "autocast": check_autocast,
+    "guard": check_guard,
     "lowest_bias": check_lowest_bias,
     "refusals": check_refusals,
 }
