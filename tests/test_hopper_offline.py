@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -26,10 +27,13 @@ def test_fused_backward():
     assert [rule for rule in report.broken_rules(row) if "spill" not in rule] == [], row
 
 
-def test_a_head_dimension_between_the_tiles():
-    (row,) = report.compile_rows("forward", 96, True, "chosen", report.configs.forward_config(96, True))
-    assert report.broken_rules(row) == [], row
-    assert row.loop_instructions["HGMMA"] == 16
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_window_and_key_lengths_in_tiles_filled_with_zeros(direction):
+    config = getattr(report.configs, f"{direction}_config")(96, True)
+    masks = {"window_left": 64, "window_right": 32, "key_lengths": torch.tensor([100])}
+    for row in report.compile_rows(direction, 96, False, "chosen", config, **masks):
+        assert report.broken_rules(row) == [], row
+        assert row.loop_instructions["HGMMA"] == (16 if direction == "forward" else 24)
 
 
 def test_rules_can_be_broken():

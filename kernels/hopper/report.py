@@ -117,12 +117,15 @@ def broken_rules(row: Row) -> list[str]:
     return broken
 
 
-def compile_rows(direction: str, head_dim: int, causal: bool, name: str, config) -> list[Row]:
-    """Compile one configuration through the real launch, with tensors that only have a shape's worth of memory."""
+def compile_rows(direction: str, head_dim: int, causal: bool, name: str, config, **ingredients) -> list[Row]:
+    """Compile one configuration through the real launch, with tensors that only have a shape's worth of memory.
+
+    ``ingredients``: further fields of the problem, of one batch entry.
+    """
     shape = (1, 2, 256, head_dim)
     query, key, value, out, grad_out, *grads = torch.empty(8, *shape, dtype=torch.bfloat16).unbind()
     lse = torch.empty(shape[:3])
-    problem = Problem(query, key, value, scale=0.1, causal="upper_left" if causal else None)
+    problem = Problem(query, key, value, scale=0.1, causal="upper_left" if causal else None, **ingredients)
     with compiling_for(90) as compiled:
         if direction == "forward":
             forward(problem, out, lse, config)
