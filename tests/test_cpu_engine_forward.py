@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -52,6 +53,15 @@ def _references(case: Case, dtype: torch.dtype):
 def test_forward_within_budget(case, dtype, isa):
     problem = case.make(dtype=dtype)
     assert_within_budget(run_backend(cpu, problem), problem, *_references(case, dtype))
+
+
+@pytest.mark.parametrize("queries", (1, 40))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_lse_of_equal_scores_is_exact(dtype, queries, isa):
+    """The exponential of a low-precision dtype may be coarse, but not in the sum of weights of 1."""
+    problem = Case("equal", queries=queries, keys=1000, head_dim=16, scale=0.0).make(dtype=dtype)
+    lse = run_backend(cpu, problem)["lse"]
+    torch.testing.assert_close(lse, torch.full_like(lse, math.log(1000)), rtol=3e-7, atol=0.0)
 
 
 @pytest.mark.parametrize(
