@@ -86,6 +86,8 @@ class Forward {
   static constexpr bool scales_query = depth == 1 && sizeof(S) == 4;
   // A sum of weights above this says that the reference is too low: nothing has overflowed yet.
   static constexpr S overflow_sum = static_cast<S>(4294967296.0);
+  static constexpr S vanishing_sum = static_cast<S>(0x1p-60);
+  static constexpr S smallest = std::numeric_limits<S>::min();
 
  public:
   Forward(const Problem& problem, const ForwardOutput& output)
@@ -356,7 +358,9 @@ class Forward {
     };
     const Weighing weighing{work.products, rules.remaining_factor(), rows, depth_end, work.kept};
     alignas(64) S sum[depth * width];
-    if (!plain || problem_.dropout_p > 0 || !sweep(panel, keys, rows, rules.factor, work.products, sum)) {
+    const bool sweeps = (whole || by_bytes) && rules.factor > 0 && problem_.dropout_p == 0;
+    if (!sweeps || !sweep(panel, keys, rows, rules, work.products, sum)) {
+      if (rules.bias || rules.seen) forget_unseen(panel);
       score_all();
       if (!panel.ready || !weigh(panel, weighing, sum)) {
         if (panel.ready) score_all();
@@ -400,9 +404,10 @@ class Forward {
     }
   }
 
-  // P^T of keys that all queries of the panel see, and its sums; false, with P^T of no use, if that needs
-  // more care: too few keys, or scores far from the reference or not finite.
-  bool sweep(Panel& panel, const KeyBlock<V>& keys, long rows, S factor, S* products, S* sum) const {
+  // P^T and its sums in one sweep; false, with P^T of no use, if that needs more care: too few keys, or
+  // scores far from the reference or not finite.
+  bool sweep(Panel& panel, const KeyBlock<V>& keys, long rows, const ScoreRules<V>& rules, S* products,
+             S* sum) const {
     if constexpr (V::keys_beside_products > 0) {
       if (panel.columns < columns || (panel.begun && !panel.ready)) return false;
       if (panel.ready) {
@@ -411,14 +416,37 @@ class Forward {
           V::store(whole + j, nearest_integer<V>(V::load(panel.reference + j)));
         move_reference(panel, whole);
       }
-      WeightSweep<V, degree> sweep(reinterpret_cast<E*>(products), factor, sum);
-      if (!sweep.run(rows, DepthContiguous<E>{keys.key, keys.key_stride}, panel.query, key_depth_,
-                     panel.reference, panel.ready))
-        return false;
+      const auto run = [&](auto has_extras) {
+        WeightSweep<V, degree, decltype(has_extras)::value> sweep(
+            reinterpret_cast<E*>(products), rules.factor, sum, {rules.bias, rules.seen});
+        return sweep.run(rows, DepthContiguous<E>{keys.key, keys.key_stride}, panel.query, key_depth_,
+                         panel.reference, panel.ready);
+      };
+      const bool extras = rules.bias || rules.seen;
+      if (!(extras ? run(std::true_type()) : run(std::false_type()))) return false;
       panel.begun = panel.ready = true;
-      return !sums_overflow(sum, columns);
+      // A reference that was taken from keys out of sight can also be too high.
+      return !sums_overflow(sum, columns) && !(extras && sums_vanish(sum));
     }
     return false;
+  }
+  bool sums_vanish(const S* sum) const {
+    bool low = false;
+    for (int j = 0; j < width; j += V::lanes) {
+      const auto s = V::load(sum + j);
+      low = low || V::any(V::both(V::greater(s, V::zero()), V::greater(V::set1(vanishing_sum), s)));
+    }
+    return low;
+  }
+  // Queries that have no weight yet take their reference anew.
+  void forget_unseen(Panel& panel) const {
+    for (int j = 0; j < panel.columns; j++) {
+      const auto real = V::first_lanes(panel.queries.size() - j * V::lanes);
+      const auto unseen = V::both(real, V::greater(V::set1(smallest), V::load(panel.sum + j * V::lanes)));
+      S* reference = panel.reference + j * V::lanes;
+      V::store(reference, V::select(unseen, V::set1(-Limits<S>::infinity), V::load(reference)));
+      panel.ready = panel.ready && !V::any(unseen);
+    }
   }
   bool sums_overflow(const S* sum, int count) const {
     bool high = false;
@@ -536,7 +564,7 @@ class Forward {
     for (int j = 0; j < panel.columns; j++) {
       const auto sum = V::load(panel.sum + j * V::lanes), reference = V::load(panel.reference + j * V::lanes);
       // A query without keys: no weight was ever added.
-      const auto none = V::greater(V::set1(Limits<S>::lowest), reference);
+      const auto none = V::greater(V::set1(smallest), sum);
       // Weights that sum to one as they were multiplied: rounding them all alike changes nothing.
       const auto multiplied = V::load(panel.sum + (depth - 1) * width + j * V::lanes);
       const auto log = V::mul(V::add(reference, log2_of<V>(sum)), V::set1(static_cast<S>(ln_2)));

@@ -68,7 +68,14 @@ INLINE void exp2_beside_products(typename V::vector (&x)[n], const typename V::s
   UNROLL for (int i = 0; i < n; i++) x[i] = V::add_to_exponent(p[i], t[i]);
 }
 
-template <class V, int degree>
+// What a sweep adds to its scores and takes out of its weights, laid out like them.
+template <class V>
+struct Extras {
+  const typename V::scalar* bias;  // [keys][width] in log2 units, or null
+  const uint8_t* seen;             // [keys][width], 0 where a query may not attend to a key, or null
+};
+
+template <class V, int degree, bool has_extras>
 class WeightSweep {
   using S = typename V::scalar;
   using E = typename V::element;
@@ -80,7 +87,8 @@ class WeightSweep {
  public:
   // `weights` [keys or pairs of keys][width] are what the micro-kernel reads, `sums` [depth][width] their
   // sums over the keys, of pairs also as rounded; `factor` times a product is a score.
-  WeightSweep(E* weights, S factor, S* sums) : weights_(weights), factor_(factor), sums_(sums) {}
+  WeightSweep(E* weights, S factor, S* sums, Extras<V> extras)
+      : weights_(weights), factor_(factor), sums_(sums), extras_(extras) {}
 
   // Returns false, with the weights of no use, if the references are unfit. `reference` [width] is chosen
   // from the first tile unless it is `ready`: integers near the largest score of that tile.
@@ -109,9 +117,9 @@ class WeightSweep {
       E* const target = weights_ + pending / V::depth * width;
       for (int j = 0; j < vectors; j++) {
         if (pending + unit_keys <= keys)
-          weigh<unit_keys>(source, target, j);
+          weigh<unit_keys>(source, target, pending, j);
         else
-          weigh<1>(source, target, j);
+          weigh<1>(source, target, pending, j);
       }
     }
     return true;
@@ -130,7 +138,7 @@ class WeightSweep {
         UNROLL for (int j = 0; j < vectors; j++) {
           multiply_steps<V, count, vectors, steps>(sum, a.depth_from(k), panel + k * width, width);
           k += steps;
-          weigh<unit_keys>(source, target, j);
+          weigh<unit_keys>(source, target, row - rows + i, j);
         }
         source += unit_keys * width;
         target += unit_keys / V::depth * width;
@@ -151,16 +159,17 @@ class WeightSweep {
     }
   }
 
-  // n rows of vector j.
+  // n keys from `key` on, for vector j of the queries.
   template <int n>
-  INLINE void weigh(const S* source, E* target, int j) {
+  INLINE void weigh(const S* source, E* target, long key, int j) {
     const int at = j * V::lanes;
     typename V::vector x[n];
-    UNROLL for (int i = 0; i < n; i++) {
-      x[i] = V::load(source + i * width + at);
-      if constexpr (V::depth == 2) x[i] = V::mul(x[i], V::set1(factor_));
-    }
+    UNROLL for (int i = 0; i < n; i++) x[i] = score(source + i * width + at, key + i, at);
     exp2_beside_products<V, degree>(x, exponents_.low + at, exponents_.high + at, exponents_.shift + at);
+    if constexpr (has_extras)
+      if (extras_.seen)
+        UNROLL for (int i = 0; i < n; i++) x[i] =
+            V::zero_unless(V::nonzero(extras_.seen + (key + i) * width + at), x[i]);
     auto sum = x[0];
     if constexpr (n == 2) sum = V::add(sum, x[1]);
     add_to(sums_ + at, sum);
@@ -173,14 +182,25 @@ class WeightSweep {
     }
   }
 
+  INLINE typename V::vector score(const S* product, long key, int at) const {
+    auto x = V::load(product);
+    if constexpr (V::depth == 2) x = V::mul(x, V::set1(factor_));
+    if constexpr (has_extras)
+      if (extras_.bias) x = V::add(x, V::load(extras_.bias + key * width + at));
+    return x;
+  }
+
   INLINE static void add_to(S* sum, typename V::vector x) { V::store(sum, V::add(V::load(sum), x)); }
 
   // References from the scores of the first tile; false if they are unfit, and then `reference` is left
   // alone.
   INLINE bool choose(S* reference) {
     alignas(64) S chosen[width];
-    for (int j = 0; j < width; j += V::lanes)
-      V::store(chosen + j, nearest_integer<V>(largest_score<V>(scores_ + j, factor_, rows)));
+    for (int at = 0; at < width; at += V::lanes) {
+      auto largest = score(scores_ + at, 0, at);
+      for (int i = 1; i < rows; i++) largest = V::max(largest, score(scores_ + i * width + at, i, at));
+      V::store(chosen + at, nearest_integer<V>(largest));
+    }
     if (!exponents_.set(chosen)) return false;
     memcpy(reference, chosen, sizeof chosen);
     return true;
@@ -192,6 +212,7 @@ class WeightSweep {
   E* const weights_;
   const S factor_;
   S* const sums_;
+  const Extras<V> extras_;
   Exponents<V> exponents_;
 };
 

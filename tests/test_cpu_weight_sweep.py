@@ -101,3 +101,28 @@ def test_infinite_scores(place):
     expected = run_reference(make_problem(query, key, value))
     torch.testing.assert_close(results["out"].double(), expected["out"], equal_nan=True, rtol=0, atol=1e-5)
     assert results["out"][0, 1].isnan().all()
+
+
+@pytest.mark.parametrize("place", [0, 3, 140])
+@pytest.mark.parametrize("factor", [20.0, -20.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hidden_keys_that_score_far_from_the_others(dtype, factor, place):
+    """A reference taken from a key out of sight is of no use to those in sight."""
+    query, key, value = inputs(dtype)
+    query[..., 0] = 6.0
+    key[:, :, place, 0] = 6.0 * factor
+    mask = torch.rand(QUERIES, KEYS, generator=torch.Generator().manual_seed(1)) < 0.7
+    mask[:, place] = False
+    mask[::5, :200] = False  # nothing in sight in the first block
+    mask[::7] = False  # nothing at all
+    check(query, key, value, attn_mask=mask)
+    bias = torch.randn(QUERIES, KEYS, generator=torch.Generator().manual_seed(2)).masked_fill(~mask, -torch.inf)
+    check(query, key, value, attn_mask=bias.to(dtype))
+
+
+@pytest.mark.parametrize("low", [-1e4, -1e9, -1e38])
+def test_biases_that_hide_without_forbidding(low):
+    mask = torch.rand(QUERIES, KEYS, generator=torch.Generator().manual_seed(1)) < 0.7
+    mask[::5, :200] = False
+    mask[::7] = False
+    check(*inputs(torch.float32), attn_mask=torch.zeros(QUERIES, KEYS).masked_fill(~mask, low))
