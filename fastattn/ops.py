@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn import dispatch, reference
+from fastattn import dispatch, memory, reference
 from fastattn.problem import (
     PLAIN_TENSORS,
     Arguments,
@@ -119,7 +119,7 @@ def _gradients(
     grad_bias = None
     if needs[3]:
         shape = bias_gradient_shape(problem.bias)
-        grad_bias = torch.zeros(shape, dtype=problem.lse_dtype, device=bias.device)
+        grad_bias = memory.zeros(shape, problem.lse_dtype, bias.device)
     engine.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
     if needs[3]:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
