@@ -77,7 +77,7 @@ ELEMENTWISE: dict[tuple[str, int, int], dict[int, Config]] = {
     ("forward", 2, 64): {80: Config(128, 32, 4, 2)},
     ("forward", 2, 128): {
         80: Config(64, 64, 8, 2),
-        90: Config(128, 64, 8, 3, tma=True),
+        90: Config(128, 64, 8, 2, tma=True),
         100: Config(128, 128, 8, 2, tma=True),
     },
     ("grad_key_value", 2, 64): {80: Config(32, 32, 4, 2)},
