@@ -38,8 +38,8 @@ struct BackwardPlan {
   // dQ = scale dS K and dK = scale dS^T Q. dS carries the scale where nobody wants to see it (a bias does),
   // so that the sums need no factor and can be kept in the caller's gradients.
   double scale_in_scores, scale_after;
-  // Scores in log2 units are score_factor * K (query_scale * Q)^T. Q carries the scale where that does not
-  // cost precision worth having: bf16 would be rounded once more, and fp64's callers ask for all its digits.
+  // Scores in log2 units are score_factor * K (query_scale * Q)^T, multiplied as in the forward: an lse is
+  // the sum of scores so rounded.
   S query_scale, score_factor;
   long grad_bias_stride[4];
 
@@ -60,7 +60,7 @@ struct BackwardPlan {
     scale_in_scores = V::depth == 2 || a.grad_bias ? 1 : p.scale;
     scale_after = V::depth == 2 || a.grad_bias ? p.scale : 1;
     constexpr bool scales_query = sizeof(query_scale) == 4 && V::depth == 1;
-    const S scale_log2 = static_cast<S>(p.scale) * static_cast<S>(log2_e);
+    const S scale_log2 = static_cast<S>(p.scale * log2_e);
     query_scale = scales_query ? scale_log2 : 1;
     score_factor = scales_query ? 1 : scale_log2;
     const long size[4] = {p.batch, p.query_heads, p.queries, p.keys};
