@@ -42,6 +42,7 @@ bench-micro: $(VENV)/packages.stamp
 
 gpu-compile-report: $(VENV)/installed.stamp
 	$(RUN) -m fastattn.kernels.compile_report
+	$(RUN) -m fastattn.kernels.hopper.report --candidates
 
 # An environment over the first one: what it lacks it finds there.
 $(NEWEST)/base.stamp: $(VENV)/installed.stamp
