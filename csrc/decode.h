@@ -22,6 +22,13 @@ class Decode {
   using vector = typename V::vector;
   static constexpr int W = V::lanes;
   static constexpr int degree = sizeof(T) == 2 ? 3 : 5;
+  // As in the backward, which recomputes these scores: Q carries the scale but where pairs of bf16 are
+  // multiplied.
+#ifdef FASTATTN_BF16_DOT
+  static constexpr bool scales_query = sizeof(S) == 4 && !std::is_same_v<T, bf16>;
+#else
+  static constexpr bool scales_query = sizeof(S) == 4;
+#endif
   static constexpr long block_keys = 64;  // per step: fits the L1 cache beside the queries
 
  public:
@@ -31,6 +38,8 @@ class Decode {
   Decode(const Problem& problem, const ForwardOutput& output)
       : problem_(problem),
         output_(output),
+        query_scale_(scales_query ? static_cast<S>(problem.scale * log2_e) : S(1)),
+        score_factor_(scales_query ? S(1) : static_cast<S>(problem.scale * log2_e)),
         rows_(problem.group() * problem.queries),
         record_(problem.value_dim + 2),
         chunk_keys_(choose_chunk(problem)),
@@ -83,6 +92,7 @@ class Decode {
       S* row = work.query + r * padded;
       memset(row, 0, padded * sizeof(S));
       copy_widened<V>(query.at(b, head_of(kv_head, r), query_of(r)), 0, 1, problem_.head_dim, row, 0);
+      for (long d = 0; d < padded; d += W) V::store(row + d, V::mul(V::load(row + d), V::set1(query_scale_)));
       S* record = records + r * record_;
       memset(record, 0, record_ * sizeof(S));
       record[0] = -Limits<S>::infinity;
@@ -157,7 +167,7 @@ class Decode {
     const Range seen = intersect(band.row(i), keys);
     auto largest = V::set1(-Limits<S>::infinity), strange = V::zero();
     for (long k = 0; k < count; k += W) {
-      const auto factor = V::set1(static_cast<S>(problem_.scale * log2_e));
+      const auto factor = V::set1(score_factor_);
       const auto product = V::load(scores + k);
       vector score = V::mul(product, factor);
       if (problem_.bias.data)
@@ -313,6 +323,7 @@ class Decode {
 
   const Problem& problem_;
   const ForwardOutput& output_;
+  const S query_scale_, score_factor_;
   const long rows_, record_, chunk_keys_, chunks_;
 };
 

@@ -28,8 +28,8 @@ INLINE constexpr long round_up(long n, long multiple) { return (n + multiple - 1
 INLINE constexpr long ceil_div(long n, long divisor) { return (n + divisor - 1) / divisor; }
 
 // Minimax polynomials of 2^f, the highest power first: relative errors of 1.5e-7 at most for degree 5, and of
-// 9.4e-5 and 1.8e-4 for 3. That is exact at 0 and has an average error of 0, so that the sum of equal scores is
-// exact, and that of many scores unbiased.
+// 9.4e-5 and 1.8e-4 for 3. That is exact at 0 and has an average error of 0, so that the sum of equal scores
+// is exact, and that of many scores unbiased.
 template <int degree>
 struct FromZero;  // f in [0, 1)
 template <>
