@@ -89,6 +89,7 @@ def rates(result: dict) -> str:
             [
                 *name,
                 f"{line['share']:.2f}",
+                times(others[0].get("share")),
                 f"{avx2[name]['share']:.2f}" if name in avx2 else "",
                 times(line["ratio"].get("torch")),
                 times(line["ratio"].get("naive")),
@@ -97,7 +98,16 @@ def rates(result: dict) -> str:
             ]
         )
     left = ("(B, H, L, D)", "pass")
-    right = ("of FMA rate", "of AVX2's", "x torch", "x naive", "bf16 x torch", "fp16 x torch", "2 threads x torch")
+    right = (
+        "of FMA rate",
+        "bf16, of its rate",
+        "AVX2, of its",
+        "x torch",
+        "x naive",
+        "bf16 x torch",
+        "fp16 x torch",
+        "2 threads x torch",
+    )
     return f"{where(result)}\n\n{markdown(left, right, rows)}"
 
 
