@@ -90,20 +90,12 @@ Tensor4<uint8_t> read_tensor(const py::tuple& tuple) { return Fields(tuple).tens
 
 void* address(uintptr_t pointer) { return reinterpret_cast<void*>(pointer); }
 
-// Bytes of a dense tensor of the problem's dtype with so many elements for each batch entry.
-size_t bytes_of(const Problem& problem, int64_t elements) {
-  const size_t size = problem.dtype == DType::f64 ? 8 : problem.dtype == DType::f32 ? 4 : 2;
-  return size * problem.batch * elements;
-}
-
 void forward(const py::tuple& problem_tuple, const py::tuple& out, uintptr_t lse, int threads) {
   const Problem problem = read_problem(problem_tuple);
   // The kernels always write an lse; nobody may want it.
   const size_t size = problem.dtype == DType::f64 ? sizeof(double) : sizeof(float);
   const AlignedBuffer unwanted(lse ? 0 : size * problem.batch * problem.query_heads * problem.queries);
   const ForwardOutput output{read_tensor(out), lse ? address(lse) : unwanted.data()};
-  prefer_huge_pages(output.out.data,
-                    bytes_of(problem, problem.query_heads * problem.queries * problem.value_dim));
   const Engine& chosen = engine();
   const py::gil_scoped_release unlocked;
   chosen.forward(problem, output, threads);
@@ -122,12 +114,6 @@ void backward(const py::tuple& problem_tuple, const py::tuple& out, uintptr_t ls
   args.grad_key = read_tensor(grad_key);
   args.grad_value = read_tensor(grad_value);
   args.grad_bias = address(grad_bias);
-  const auto prefer = [&](const Tensor4<uint8_t>& t, int64_t heads, int64_t rows, int64_t columns) {
-    if (t.data) prefer_huge_pages(t.data, bytes_of(problem, heads * rows * columns));
-  };
-  prefer(args.grad_query, problem.query_heads, problem.queries, problem.head_dim);
-  prefer(args.grad_key, problem.kv_heads, problem.keys, problem.head_dim);
-  prefer(args.grad_value, problem.kv_heads, problem.keys, problem.value_dim);
   const Engine& chosen = engine();
   const py::gil_scoped_release unlocked;
   chosen.backward(problem, args, threads);

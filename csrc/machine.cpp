@@ -21,7 +21,7 @@ size_t level1_cache_bytes() {
 void prefer_huge_pages(const void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t page = 4096;
-  constexpr size_t worthwhile = size_t{4} << 20;
+  constexpr size_t worthwhile = size_t{2} << 20;
   if (bytes < worthwhile) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;

@@ -1,6 +1,11 @@
-"""Memory for large results."""
+"""Memory for large results on a CPU: huge pages, because small ones take longer to fault in than to fill.
+
+On Linux, where transparent huge pages are on or to be had on request.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,9 +18,24 @@ except ImportError:
         """Without the extension, pages are what they are."""
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """:func:`torch.zeros`, on a CPU in huge pages where they save time."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu":
-        prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor.zero_()
+HUGE_PAGE = 2 << 20
+#: Results of at least this many bytes are worth it.
+LARGE = HUGE_PAGE
+
+
+def new_empty(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """``tensor.new_empty(shape, dtype=dtype)``; a large one on a CPU starts on a huge page.
+
+    Its storage begins up to 2 MiB earlier, in addresses that are reserved but never touched.
+    """
+    dtype = dtype or tensor.dtype
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE or tensor.device.type != "cpu":
+        return tensor.new_empty(shape, dtype=dtype)
+    buffer = tensor.new_empty((size + HUGE_PAGE) // dtype.itemsize, dtype=dtype)
+    first = -buffer.data_ptr() % HUGE_PAGE // dtype.itemsize
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    # Not a view of the buffer: autograd would forbid to change an output in place.
+    result = buffer.new_empty(0).set_(buffer.untyped_storage(), first, shape, strides)
+    prefer_huge_pages(result.data_ptr(), size)
+    return result

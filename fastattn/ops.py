@@ -40,21 +40,27 @@ _QUERY, _KEY, _VALUE, _BIAS = (Arguments._fields.index(name) for name in ("query
 _DROPOUT = Arguments._fields.index("dropout_p")
 
 
-def empty_laid_out_like(tensor: Tensor, last_size: int) -> Tensor:
+def empty_laid_out_like(tensor: Tensor, last_size: int, new_empty=Tensor.new_empty) -> Tensor:
     """Uninitialised [B, H, L, last_size] that lies in memory in the order of ``tensor``'s dimensions.
 
     A query that is a view of [B, L, H, D] or of [L, B, H, D], as the projections of a multi-head
     attention layer are, gets an output that merges back into [B, L, H * D] without a copy.
+    ``new_empty(tensor, shape)`` allocates it.
     """
-    batch, heads, length, size = tensor.shape
-    if size == last_size and tensor.is_contiguous():
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    batch, heads, length, _ = tensor.shape
     batch_stride, head_stride, length_stride, _ = tensor.stride()
     if head_stride >= length_stride:
-        return tensor.new_empty((batch, heads, length, last_size))
+        return new_empty(tensor, (batch, heads, length, last_size))
     if batch_stride >= length_stride or batch_stride == 0:
-        return tensor.new_empty((batch, length, heads, last_size)).permute(0, 2, 1, 3)
-    return tensor.new_empty((length, batch, heads, last_size)).permute(1, 2, 0, 3)
+        return new_empty(tensor, (batch, length, heads, last_size)).permute(0, 2, 1, 3)
+    return new_empty(tensor, (length, batch, heads, last_size)).permute(1, 2, 0, 3)
+
+
+def _empty_result(tensor: Tensor, last_size: int) -> Tensor:
+    """The same for a result that is about to be computed."""
+    if last_size == tensor.shape[3] and tensor.numel() < memory.LARGE // 8 and tensor.is_contiguous():
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return empty_laid_out_like(tensor, last_size, memory.new_empty)
 
 
 # The computations on real tensors.
@@ -65,7 +71,7 @@ def compute_forward(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     check_length_values(problem)
     engine = dispatch.select(problem, backend)
     query = problem.query
-    out = empty_laid_out_like(query, problem.value.shape[3])
+    out = _empty_result(query, problem.value.shape[3])
     lse = _empty_lse(query)
     engine.forward(problem, out, lse)
     return out, lse
@@ -80,7 +86,7 @@ def _forward_output(*arguments) -> Tensor:
     problem = problem_from_arguments(*arguments[:-1])
     check_length_values(problem)
     engine = dispatch.select(problem, arguments[-1])
-    out = empty_laid_out_like(problem.query, problem.value.shape[3])
+    out = _empty_result(problem.query, problem.value.shape[3])
     engine.forward(problem, out, None if engine.LSE_IS_OPTIONAL else _empty_lse(problem.query))
     return out
 
@@ -119,7 +125,7 @@ def _gradients(
     grad_bias = None
     if needs[3]:
         shape = bias_gradient_shape(problem.bias)
-        grad_bias = memory.zeros(shape, problem.lse_dtype, bias.device)
+        grad_bias = memory.new_empty(bias, shape, problem.lse_dtype).zero_()
     engine.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
     if needs[3]:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
@@ -133,7 +139,7 @@ def _backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _empty_gradient(tensor: Tensor) -> Tensor:
-    return empty_laid_out_like(tensor, tensor.shape[3])
+    return _empty_result(tensor, tensor.shape[3])
 
 
 def _weights(lse: Tensor, average: bool, *arguments) -> Tensor:
