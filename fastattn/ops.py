@@ -40,27 +40,29 @@ _QUERY, _KEY, _VALUE, _BIAS = (Arguments._fields.index(name) for name in ("query
 _DROPOUT = Arguments._fields.index("dropout_p")
 
 
-def empty_laid_out_like(tensor: Tensor, last_size: int, new_empty=Tensor.new_empty) -> Tensor:
+def empty_laid_out_like(tensor: Tensor, last_size: int, new_empty_strided=Tensor.new_empty_strided) -> Tensor:
     """Uninitialised [B, H, L, last_size] that lies in memory in the order of ``tensor``'s dimensions.
 
     A query that is a view of [B, L, H, D] or of [L, B, H, D], as the projections of a multi-head
-    attention layer are, gets an output that merges back into [B, L, H * D] without a copy.
-    ``new_empty(tensor, shape)`` allocates it.
+    attention layer are, gets an output that merges back into [B, L, H * D] without a copy. It is not
+    a view: outputs of a custom Function that are views cannot be changed in place.
     """
     batch, heads, length, _ = tensor.shape
     batch_stride, head_stride, length_stride, _ = tensor.stride()
     if head_stride >= length_stride:
-        return new_empty(tensor, (batch, heads, length, last_size))
-    if batch_stride >= length_stride or batch_stride == 0:
-        return new_empty(tensor, (batch, length, heads, last_size)).permute(0, 2, 1, 3)
-    return new_empty(tensor, (length, batch, heads, last_size)).permute(1, 2, 0, 3)
+        strides = (heads * length * last_size, length * last_size, last_size, 1)
+    elif batch_stride >= length_stride or batch_stride == 0:
+        strides = (length * heads * last_size, last_size, heads * last_size, 1)
+    else:
+        strides = (heads * last_size, last_size, batch * heads * last_size, 1)
+    return new_empty_strided(tensor, (batch, heads, length, last_size), strides)
 
 
 def _empty_result(tensor: Tensor, last_size: int) -> Tensor:
     """The same for a result that is about to be computed."""
     if last_size == tensor.shape[3] and tensor.numel() < memory.LARGE // 8 and tensor.is_contiguous():
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    return empty_laid_out_like(tensor, last_size, memory.new_empty)
+    return empty_laid_out_like(tensor, last_size, memory.new_empty_strided)
 
 
 # The computations on real tensors.
@@ -125,7 +127,7 @@ def _gradients(
     grad_bias = None
     if needs[3]:
         shape = bias_gradient_shape(problem.bias)
-        grad_bias = memory.new_empty(bias, shape, problem.lse_dtype).zero_()
+        grad_bias = memory.new_zeros(bias, shape, problem.lse_dtype)
     engine.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
     if needs[3]:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
