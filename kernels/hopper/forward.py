@@ -147,6 +147,11 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, lengths
         k_tile = k_tiles.index(stage).reshape((N, D))
         s_zero = gl.zeros([64, N], gl.float32, s_layout)
         s_token = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+        if OPTIONS.key_lengths:  # noqa: SIM102 - a compile-time and a run-time condition
+            if length < gl.minimum(high * N, Lk):  # under the product, while no probabilities take registers
+                mbarrier.wait(v_full.index(stage), parity)
+                v_tile = v_tiles.index(stage).reshape((N, D))
+                zero_tail(v_tile, length - (high - 1) * N, CONSUMER, OPTIONS.consumers)
         s = warpgroup_mma_wait(0, deps=[s_token])
         mbarrier.arrive(k_empty.index(stage), count=1)
         nothing = gl.full([64], -float("inf"), gl.float32, s_row)
@@ -155,12 +160,6 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, lengths
             s, (nothing, zero), scale, rows, (high - 1) * N, True, True, OPTIONS, s_layout
         )
         p_operand = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, o_layout, 2))
-        if OPTIONS.key_lengths:  # noqa: SIM102 - a compile-time and a run-time condition
-            if length < gl.minimum(high * N, Lk):
-                mbarrier.wait(v_full.index(stage), parity)
-                v_tile = v_tiles.index(stage).reshape((N, D))
-                zero_tail(v_tile, length - (high - 1) * N, CONSUMER, OPTIONS.consumers)
-
         output = gl.zeros([64, D], gl.float32, o_layout)
         for i in range(1, count):
             output, p_operand, row_max, row_sum = step(
