@@ -76,10 +76,12 @@ class Kernels:
     # -- instructions -------------------------------------------------------------------------------
 
     def _inline_asm(self, source, constraints, arguments, dtype=None, is_pure=True, pack=1):
-        """The assembly in use: named barriers, and the wait for TMA stores to be in global memory."""
+        """The assembly in use: named barriers, the wait for TMA stores to be in global memory, and a shift."""
         machine = self.machine
         partition = machine.current
         found = re.findall(r"bar\.(sync|arrive) (\d+), (\d+)", source)
+        if source == "shr.u32 $0, $1, 31;":
+            return arguments[0] >> 31
         if "cp.async.bulk.wait_group 0" in source:
             machine.pause("a wait for TMA stores", lambda: partition.stores == 0)
         elif not found:

@@ -23,7 +23,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .backward_keys import stream_queries
 from .band import mask_keys, position_offset, sequence_length, zero_tail
-from .primitives import hold_order, named_barrier, new_barriers, publish_stores, tma_load, tma_reduce_add, tma_store
+from .primitives import (
+    hold_order,
+    named_barrier,
+    new_barriers,
+    publish_stores,
+    tma_load,
+    tma_reduce_add,
+    tma_store,
+    unknown_zero,
+)
 from .schedule import keys_of_queries, locate_tile, queries_of_keys
 
 
@@ -73,11 +82,8 @@ def consumer(
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
     first, batch, head, length, offset, low, count = work_item(lengths, sizes, OPTIONS)
-    k_all = k_tiles.reshape((128, D))
-    k_tile = k_all.slice(64 * CONSUMER, 64, dim=0)
-    v_all = v_tiles.reshape((128, D))
-    v_tile = v_all.slice(64 * CONSUMER, 64, dim=0)
-    k_columns = k_all.slice(D // 2 * CONSUMER, D // 2, dim=1)
+    k_all = k_tiles.index(0).reshape((128, D))
+    v_all = v_tiles.index(0).reshape((128, D))
     s_zero = gl.zeros([64, M], gl.float32, s_layout)
     dq_zero = gl.zeros([M, D // 2], gl.float32, dq_layout)
     key = first + 64 * CONSUMER + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
@@ -92,6 +98,10 @@ def consumer(
     for i in range(0, count * group):
         stage = i % STAGES
         parity = (i // STAGES) & 1
+        zero = unknown_zero(i)
+        k_tile = k_tiles.index(zero).reshape((128, D)).slice(64 * CONSUMER, 64, dim=0)
+        v_tile = v_tiles.index(zero).reshape((128, D)).slice(64 * CONSUMER, 64, dim=0)
+        k_columns = k_tiles.index(zero).reshape((128, D)).slice(D // 2 * CONSUMER, D // 2, dim=1)
         q_tile = q_tiles.index(stage).reshape((M, D))
         do_tile = do_tiles.index(stage).reshape((M, D))
         mbarrier.wait(q_full.index(stage), parity)
@@ -122,11 +132,11 @@ def consumer(
         mbarrier.arrive(dq_full.index(dq_stage), count=1)
     named_barrier("sync", "8", "256")  # the other warpgroup's dQ has read all of K
     real = gl.convert_layout(key, gl.SliceLayout(1, d_layout)) < length
-    k_tile.store(gl.where(real[:, None], dk * scale, 0.0).to(dtype))
-    v_tile.store(gl.where(real[:, None], dv, 0.0).to(dtype))
+    k_all.slice(64 * CONSUMER, 64, dim=0).store(gl.where(real[:, None], dk * scale, 0.0).to(dtype))
+    v_all.slice(64 * CONSUMER, 64, dim=0).store(gl.where(real[:, None], dv, 0.0).to(dtype))
     fence_async_shared()
-    tma_store(dk_desc, [batch, head, first + 64 * CONSUMER, 0], k_tiles.slice(64 * CONSUMER, 64, dim=2))
-    tma_store(dv_desc, [batch, head, first + 64 * CONSUMER, 0], v_tiles.slice(64 * CONSUMER, 64, dim=2))
+    tma_store(dk_desc, [batch, head, first + 64 * CONSUMER, 0], k_tiles.index(0).slice(64 * CONSUMER, 64, dim=2))
+    tma_store(dv_desc, [batch, head, first + 64 * CONSUMER, 0], v_tiles.index(0).slice(64 * CONSUMER, 64, dim=2))
     tma.store_wait(0)
 
 
@@ -143,8 +153,8 @@ def producer(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scal
     Lq, Lk, left, right, Hkv, group, blocks, heads = sizes
     first, batch, head, length, offset, low, count = work_item(lengths, sizes, OPTIONS)
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma_load(k_desc, [batch, head, first, 0], kv_full, k_tiles)
-    tma_load(v_desc, [batch, head, first, 0], kv_full, v_tiles)
+    tma_load(k_desc, [batch, head, first, 0], kv_full, k_tiles.index(0))
+    tma_load(v_desc, [batch, head, first, 0], kv_full, v_tiles.index(0))
     stream = (q_desc, do_desc, lse_desc, delta_desc)
     stream_queries(gl.to_tensor(0), batch, head, low, count, stream, ring, (Hkv, group), OPTIONS)
 
@@ -224,8 +234,8 @@ def gradients(
     D: gl.constexpr = OPTIONS.head_dim
     STAGES: gl.constexpr = OPTIONS.stages
     DQ_STAGES: gl.constexpr = OPTIONS.dq_stages
-    k_tiles = gl.allocate_shared_memory(dtype, [1, 1, 128, D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [1, 1, 128, D], v_desc.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [1, 1, 1, 128, D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [1, 1, 1, 128, D], v_desc.layout)
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, M, D], q_desc.layout)
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, M, D], do_desc.layout)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, M], lse_desc.layout)

@@ -73,6 +73,19 @@ def hold_order(barrier, parity):
 
 
 @gluon.jit
+def unknown_zero(i):
+    """0, of an i >= 0, as the compiler cannot know.
+
+    The descriptors of a tile that stays through a loop are constants of the loop, and the compiler holds them in
+    registers through it, two for each step of each product.  Of a tile at an index that may change, it computes them
+    in every turn, on the uniform datapath.
+    """
+    return gl.inline_asm_elementwise(
+        "shr.u32 $0, $1, 31;", "=r,r", [gl.to_tensor(i)], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
     """``number`` mbarriers that turn after ``arrivals`` arrivals (and the bytes that they expect)."""
     barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
