@@ -140,8 +140,8 @@ def forward_config(head_dim: int, banded: bool) -> ForwardConfig:
 BACKWARD = {
     (64, False): BackwardConfig(block_m=64, keys_stages=3, block_n=128, queries_stages=3),
     (64, True): BackwardConfig(block_m=64, keys_stages=3, block_n=128, queries_stages=3),
-    (128, False): BackwardConfig(block_m=64, block_n=128),
-    (128, True): BackwardConfig(block_m=64, block_n=128),
+    (128, False): BackwardConfig(block_n=128, fused=True),
+    (128, True): BackwardConfig(block_n=128, fused=True),
     (256, False): BackwardConfig(block_m=64, block_n=32, queries_stages=3, queries_own_out=False),
     (256, True): BackwardConfig(block_m=64, block_n=32, queries_stages=3, queries_own_out=False),
 }
@@ -158,15 +158,15 @@ BACKWARD_CANDIDATES = {
         ),
     },
     128: {
-        "64, 128": BACKWARD[128, False],
-        "64, 64": BackwardConfig(block_m=64, block_n=64),
+        "fused": BACKWARD[128, False],
+        "fused, unordered": BackwardConfig(block_n=128, fused=True, ordered=False),
+        "64, 128": BackwardConfig(block_n=128),
+        "64, 64": BackwardConfig(block_n=64),
         "64, 64, three stages": BackwardConfig(
             block_m=64, block_n=64, keys_stages=3, keys_own_out=False, queries_stages=3
         ),
         "64, 128, shared output": BackwardConfig(block_n=128, keys_own_out=False, queries_own_out=False),
         "64, 128, one tile per program": BackwardConfig(block_n=128, persistent=False),
-        "fused": BackwardConfig(fused=True),
-        "fused, unordered": BackwardConfig(fused=True, ordered=False),
     },
     256: {
         "64, 32": BACKWARD[256, False],

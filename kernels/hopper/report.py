@@ -1,7 +1,8 @@
 """What the compiler made of the Hopper kernels, read from the machine code: no GPU needed.
 
 ``python -m fastattn.kernels.hopper.report`` compiles the configurations that are chosen by default, and with
-``--candidates`` all, writes the table to benchmarks/results/, and fails where a rule of :func:`broken_rules` is broken.
+``--candidates`` all, writes the table to benchmarks/results/ (not with ``--check``), and fails where a chosen one
+breaks a rule of :func:`broken_rules`.
 """
 
 import argparse
@@ -31,6 +32,21 @@ SERIALIZED = re.compile(r"\((C75(?:0[89]|1[0-4]))\)")
 OVERLAP = 0.95
 #: The warpgroup of dV has none to issue them under, the one of dK has.
 OVERLAP_OF = {"gradients_of_wide_keys": 0.5}
+#: Fields of a problem with a batch of one: what the kernels are compiled for beside a head dimension.
+MASKS = {
+    "none": {},
+    "causal": {"causal": "upper_left"},
+    "lengths": {"key_lengths": torch.tensor([100])},
+    "causal, lengths": {"causal": "upper_left", "key_lengths": torch.tensor([100])},
+    "window, lengths": {"window_left": 64, "window_right": 32, "key_lengths": torch.tensor([100])},
+}
+#: Those of each table of configs.py, by whether it is for bands.
+MASKS_OF = {
+    ("forward", False): ("none", "lengths"),
+    ("forward", True): ("causal", "causal, lengths", "window, lengths"),
+    ("backward", False): ("none", "lengths"),
+    ("backward", True): ("causal", "window, lengths"),
+}
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
@@ -40,7 +56,7 @@ class Row:
 
     kernel: str
     head_dim: int
-    causal: bool
+    mask: str  # of MASKS
     name: str  # of the configuration
     config: object
     shared_bytes: int
@@ -65,7 +81,7 @@ def advisories(kernel) -> tuple[str, ...]:
     return tuple(SERIALIZED.findall(result.stderr))
 
 
-def read(kernel_name: str, kernel, head_dim: int, causal: bool, name: str, config) -> Row:
+def read(kernel_name: str, kernel, head_dim: int, mask: str, name: str, config) -> Row:
     """Everything about one compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -78,7 +94,7 @@ def read(kernel_name: str, kernel, head_dim: int, causal: bool, name: str, confi
     return Row(
         kernel=kernel_name,
         head_dim=head_dim,
-        causal=causal,
+        mask=mask,
         name=name,
         config=config,
         shared_bytes=found.shared_bytes,
@@ -117,44 +133,46 @@ def broken_rules(row: Row) -> list[str]:
     return broken
 
 
-def compile_rows(direction: str, head_dim: int, causal: bool, name: str, config, **ingredients) -> list[Row]:
-    """Compile one configuration through the real launch, with tensors that only have a shape's worth of memory.
-
-    ``ingredients``: further fields of the problem, of one batch entry.
-    """
+def compile_rows(direction: str, head_dim: int, mask: str, name: str, config) -> list[Row]:
+    """Compile one configuration through the real launch, with tensors that only have a shape's worth of memory."""
     shape = (1, 2, 256, head_dim)
     query, key, value, out, grad_out, *grads = torch.empty(8, *shape, dtype=torch.bfloat16).unbind()
     lse = torch.empty(shape[:3])
-    problem = Problem(query, key, value, scale=0.1, causal="upper_left" if causal else None, **ingredients)
+    problem = Problem(query, key, value, scale=0.1, **MASKS[mask])
     with compiling_for(90) as compiled:
         if direction == "forward":
             forward(problem, out, lse, config)
         else:
             backward(problem, out, lse, grad_out, None, *grads, config)
     return [
-        read(kernel_name, kernel, head_dim, causal, name, config)
+        read(kernel_name, kernel, head_dim, mask, name, config)
         for kernel_name, kernel in compiled
         if kernel_name != "statistics_kernel"
     ]
 
 
-def shipped() -> list[tuple[str, int, bool, str, object]]:
-    """(direction, columns, causal, name, config) of every configuration that is chosen by default."""
+def shipped() -> list[tuple[str, int, str, str, object]]:
+    """(direction, columns, mask, name, config) of every configuration that is chosen by default."""
     tables = (("forward", configs.FORWARD), ("backward", configs.BACKWARD))
-    return [(direction, *key, "chosen", config) for direction, table in tables for key, config in table.items()]
+    return [
+        (direction, columns, mask, "chosen", config)
+        for direction, table in tables
+        for (columns, banded), config in table.items()
+        for mask in MASKS_OF[direction, banded]
+    ]
 
 
-def candidates() -> list[tuple[str, int, bool, str, object]]:
+def candidates() -> list[tuple[str, int, str, str, object]]:
     """The same for what ``benchmarks/gpu.py tune`` ranks beside them."""
     tables = (("forward", configs.FORWARD_CANDIDATES), ("backward", configs.BACKWARD_CANDIDATES))
     chosen = {(direction, columns, config) for direction, columns, _, _, config in shipped()}
     return [
-        (direction, columns, causal, name, config)
+        (direction, columns, mask, name, config)
         for direction, table in tables
         for columns, named in table.items()
         for name, config in named.items()
         if (direction, columns, config) not in chosen
-        for causal in (False, True)
+        for mask in ("none", "causal")
     ]
 
 
@@ -164,7 +182,7 @@ def line(row: Row) -> str:
     cells = (
         row.kernel,
         row.head_dim,
-        "yes" if row.causal else "no",
+        row.mask,
         row.name,
         f"{row.shared_bytes / 1024:.0f}",
         row.loop_registers,
@@ -180,7 +198,7 @@ def line(row: Row) -> str:
 
 def document(found: list[Row]) -> str:
     """The report as Markdown."""
-    heads = ("kernel", "D", "causal", "configuration", "shared KiB", "registers", "spills in loop / all", "advisories")
+    heads = ("kernel", "D", "mask", "configuration", "shared KiB", "registers", "spills in loop / all", "advisories")
     heads += ("overwritten", "EX2 in flight", "instructions", "broken rules")
     lines = [
         "# The Hopper kernels as compiled",
@@ -204,13 +222,16 @@ def document(found: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--candidates", action="store_true", help="also what benchmarks/gpu.py tune ranks")
-    wanted = shipped() + (candidates() if parser.parse_args().candidates else [])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    wanted = shipped() + (candidates() if options.candidates else [])
     rows = []
     for case in wanted:
         for row in compile_rows(*case):
             rows.append(row)
             print(line(row), file=sys.stderr, flush=True)
-    (RESULTS / f"hopper_compile_report_triton_{triton.__version__}.md").write_text(document(rows))
+    if not options.check:
+        (RESULTS / f"hopper_compile_report_triton_{triton.__version__}.md").write_text(document(rows))
     broken = [row for row in rows if row.name == "chosen" and broken_rules(row)]
     print(f"{len(rows)} compiled, {len(broken)} of the chosen break a rule")
     return bool(broken)
