@@ -172,3 +172,17 @@ def test_sizes_past_32_bits_are_refused():
     many = one.expand(2**24, 1, 1, 64)
     (reason,) = capability.size_reasons(dataclasses.replace(problem, query=many, key=many, value=many))
     assert "padded rows" in reason
+
+
+def test_an_unordered_dq_is_an_explicit_choice_that_determinism_overrules(monkeypatch):
+    from fastattn.kernels.hopper.launch_backward import chosen_config
+
+    monkeypatch.delenv("FASTATTN_HOPPER_UNORDERED", raising=False)
+    assert chosen_config(128, False).fused and chosen_config(128, False).ordered
+    monkeypatch.setenv("FASTATTN_HOPPER_UNORDERED", "1")
+    assert not chosen_config(128, False).ordered
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert chosen_config(128, False).ordered
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,6 +1,7 @@
 """From a problem and its saved forward to the launches of the backward kernels."""
 
 import dataclasses
+import os
 
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -10,10 +11,21 @@ from .backward_keys import gradients_of_keys
 from .backward_keys_wide import gradients_of_wide_keys
 from .backward_queries import gradients_of_queries
 from .capability import tma_reason
-from .configs import backward_config, keys_of_program, tile_columns
+from .configs import BackwardConfig, backward_config, keys_of_program, tile_columns
 from .launch import compiler_options, multiprocessors, on_device, tile_descriptor, tile_layout, writable
 from .plan import band_of, fused_plan, keys_plan, queries_plan
 from .statistics import row_statistics
+
+
+def chosen_config(head_dim: int, banded: bool) -> BackwardConfig:
+    """The configuration for a call; ``FASTATTN_HOPPER_UNORDERED=1`` lets a fused one add dQ's parts in any order.
+
+    That is a little faster, but the last bits of dQ change from run to run, so never under
+    ``torch.use_deterministic_algorithms``.
+    """
+    config = backward_config(head_dim, banded)
+    unordered = os.environ.get("FASTATTN_HOPPER_UNORDERED") == "1" and not torch.are_deterministic_algorithms_enabled()
+    return dataclasses.replace(config, ordered=False) if unordered else config
 
 
 def row_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -122,7 +134,7 @@ def backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_v
     if tma_reason("grad_out", grad_out):
         grad_out = grad_out.contiguous()
     band = band_of(problem)
-    config = config or backward_config(query.shape[-1], band.has_left or band.has_right)
+    config = config or chosen_config(query.shape[-1], band.has_left or band.has_right)
     lengths = problem.key_lengths if problem.key_lengths is not None else lse
     with on_device(query):
         common = problem, band, config, grad_out, *row_statistics(out, lse, grad_out, grad_lse), lengths
