@@ -165,6 +165,7 @@ FAULTS = {
         "        tma.store_wait(0)\n        o_tile = o_tiles.index(CONSUMER)\n",
         "        o_tile = o_tiles.index(CONSUMER)\n",
     ),
+    "one thread's sum taken for its row's": ("gl.sum(quad_sums, 1)", "gl.max(quad_sums, 1)"),
     "a turn left over": (
         "    if OPTIONS.ping_pong and CONSUMER == 0:\n        take_turn(CONSUMER)  # the turn that nobody took\n",
         "",

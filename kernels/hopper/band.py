@@ -38,6 +38,20 @@ def split_layout(columns):
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0, 0], [32, 0, 0]], [], [64, columns // 8, 8])
 
 
+@gluon.constexpr_function
+def quad_layout():
+    """A [64, 4] of which each of the four threads that share a row in wgmma's accumulator layout holds one column."""
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[8, 0]], lanes, [[16, 0], [32, 0]], [], [64, 4])
+
+
+@gluon.jit
+def by_chunks(s):
+    """s [64, columns] in wgmma's accumulator layout as [64, columns / 8, 8]; moves nothing."""
+    columns: gl.constexpr = s.shape[1]
+    return gl.convert_layout(s.reshape([64, columns // 8, 8]), split_layout(columns))
+
+
 @gluon.jit
 def mask_scores(s, row_low, row_high, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, s_layout: gl.constexpr):
     """s [64, columns] with -inf outside the columns [row_low, row_high) of each row.
@@ -51,7 +65,7 @@ def mask_scores(s, row_low, row_high, HAS_LOW: gl.constexpr, HAS_HIGH: gl.conste
     row: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, split))
     lane = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, split)))[None, None, :]
     chunk = 8 * gl.arange(0, columns // 8, gl.SliceLayout(0, gl.SliceLayout(2, split)))[None, :, None]
-    s = gl.convert_layout(s.reshape([64, columns // 8, 8]), split)
+    s = by_chunks(s)
     if HAS_HIGH:
         s = gl.where(chunk < gl.convert_layout(row_high, row)[:, None, None] - lane, s, -float("inf"))
     if HAS_LOW:

@@ -26,33 +26,45 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .band import mask_scores, query_item, zero_tail
+from .band import by_chunks, mask_scores, quad_layout, query_item, zero_tail
 from .primitives import hold_order, new_barriers, pass_turn, take_turn, tma_load, tma_store
 from .schedule import key_tile, tiles_of_program
 
 
 @gluon.jit
-def softmax_tile(
-    s, state, scale, rows, start, cut, MASKED: gl.constexpr, OPTIONS: gl.constexpr, s_layout: gl.constexpr
+def raise_maxima(
+    s, row_max, scale, rows, start, cut, MASKED: gl.constexpr, OPTIONS: gl.constexpr, s_layout: gl.constexpr
 ):
-    """One step of the online softmax in base 2; ``scale`` includes log2(e).
+    """First half of a step of the online softmax, in base 2; ``scale`` includes log2(e).
 
     s [64, block_n] raw scores of the keys from ``start``, ``rows`` the (low, high) bounds of each row's keys, which
-    matter if the tile is ``cut`` by them; state = (row_max, row_sum) -> (p, row_max, row_sum, alpha), alpha the
-    factor of what was summed before.
+    matter if the tile is ``cut`` by them -> (s with its mask, row_max, base: what to subtract in the exponents).
     """
-    row_max, row_sum = state
     if MASKED:  # noqa: SIM102 - a compile-time and a run-time condition
         if cut:
             row_low, row_high = rows
             s = mask_scores(s, row_low - start, row_high - start, OPTIONS.has_left, True, s_layout)
-    new_max = gl.maximum(row_max, gl.max(s, 1) * scale)
-    base = new_max
+    # over the chunks first: a thread then has a chain of its own for each of its two lanes
+    tile_max = gl.convert_layout(gl.max(gl.max(by_chunks(s), 1), 1), gl.SliceLayout(1, s_layout))
+    row_max = gl.maximum(row_max, tile_max * scale)
+    base = row_max
     if MASKED:
-        base = gl.where(new_max == -float("inf"), 0.0, new_max)  # a row that has seen nothing: -inf - 0, not -inf + inf
+        base = gl.where(row_max == -float("inf"), 0.0, row_max)  # a row that has seen nothing: -inf - 0, not -inf + inf
+    return s, row_max, base
+
+
+@gluon.jit
+def weigh(s, base, old_max, quad_sums, scale):
+    """Second half: (p [64, block_n], quad_sums, alpha), alpha the factor of what was summed before.
+
+    quad_sums [64, 4]: what each of the four threads that share a row has summed.  They do not wait for each other
+    before the last tile; then :func:`consumer` adds them.
+    """
     p = gl.exp2(s * scale - base[:, None])
-    alpha = gl.exp2(row_max - base)
-    return p, new_max, row_sum * alpha + gl.sum(p, 1), alpha
+    alpha = gl.exp2(old_max - base)
+    quads: gl.constexpr = quad_layout()
+    tile_sums = gl.convert_layout(gl.sum(gl.sum(by_chunks(p), 1).reshape([64, 4, 2]), 2), quads)
+    return p, quad_sums * gl.convert_layout(alpha, gl.SliceLayout(1, quads))[:, None] + tile_sums, alpha
 
 
 @gluon.jit
@@ -62,7 +74,8 @@ def step(
     keys,
     output,
     p_operand,
-    state,
+    row_max,
+    quad_sums,
     q_tile,
     ring,
     rows,
@@ -100,16 +113,19 @@ def step(
         s, output = warpgroup_mma_wait(0, deps=[s_token, o_token])
     mbarrier.arrive(k_empty.index(stage), count=1)
     start = key_tile(i, edge, low, low_edge, high) * N
-    p, row_max, row_sum, alpha = softmax_tile(
-        s, state, scale, rows, start, i <= edge + low_edge, OPTIONS.has_left or OPTIONS.has_right, OPTIONS, s_layout
-    )
+    old_max = row_max
+    MASKED: gl.constexpr = OPTIONS.has_left or OPTIONS.has_right
+    s, row_max, base = raise_maxima(s, old_max, scale, rows, start, i <= edge + low_edge, MASKED, OPTIONS, s_layout)
+    # else ptxas 13.4 leaves the second row's maximum until the first row's exponentials are through
+    hold_order(v_full.index(before), v_parity)
+    p, quad_sums, alpha = weigh(s, base, old_max, quad_sums, scale)
     if OPTIONS.overlap:
         hold_order(v_full.index(before), v_parity)
         output = warpgroup_mma_wait(0, deps=[o_token])
     mbarrier.arrive(v_empty.index(before), count=1)
     output = output * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
     p_operand = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, o_layout, 2))
-    return output, p_operand, row_max, row_sum
+    return output, p_operand, row_max, quad_sums
 
 
 @gluon.jit
@@ -155,20 +171,20 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, lengths
         s = warpgroup_mma_wait(0, deps=[s_token])
         mbarrier.arrive(k_empty.index(stage), count=1)
         nothing = gl.full([64], -float("inf"), gl.float32, s_row)
-        zero = gl.zeros([64], gl.float32, s_row)
-        p, row_max, row_sum, alpha = softmax_tile(
-            s, (nothing, zero), scale, rows, (high - 1) * N, True, True, OPTIONS, s_layout
-        )
+        s, row_max, base = raise_maxima(s, nothing, scale, rows, (high - 1) * N, True, True, OPTIONS, s_layout)
+        quad_zeros = gl.zeros([64, 4], gl.float32, quad_layout())
+        p, quad_sums, alpha = weigh(s, base, nothing, quad_zeros, scale)
         p_operand = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, o_layout, 2))
         output = gl.zeros([64, D], gl.float32, o_layout)
         for i in range(1, count):
-            output, p_operand, row_max, row_sum = step(
+            output, p_operand, row_max, quad_sums = step(
                 i,
                 loads + i,
                 keys,
                 output,
                 p_operand,
-                (row_max, row_sum),
+                row_max,
+                quad_sums,
                 q_tile,
                 ring,
                 rows,
@@ -185,6 +201,7 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, lengths
         stage = (loads - 1) % STAGES
         mbarrier.wait(v_full.index(stage), ((loads - 1) // STAGES) & 1)
         o_token = warpgroup_mma(p_operand, v_tiles.index(stage).reshape((N, D)), output, is_async=True)
+        row_sum = gl.convert_layout(gl.sum(quad_sums, 1), s_row)
         seen = row_sum > 0.0
         lse = gl.where(seen, (row_max + gl.log2(row_sum)) * 0.6931471805599453, -float("inf"))
         gl.store(lse_ptr + (batch * Hq + head) * Lq + row, lse, mask=row < Lq)
