@@ -115,6 +115,28 @@ def test_only_innermost_loops_are_main():
     ]
 
 
+def test_a_waits_retry_is_no_loop():
+    """It stands behind the kernel, and from where it leads back it is less than the loop, and holds an epilogue."""
+    code = """
+        .L_x_1:
+        /*0000*/ HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], !UPT, gsb0 ;
+        /*0010*/ FFMA R1, R1, R1, R1 ;
+        /*0020*/ FFMA R1, R1, R1, R1 ;
+        /*0030*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3 ;
+        /*0040*/ @!P0 BRA `(.L_x_3) ;
+        .L_x_2:
+        /*0050*/ MUFU.EX2 R1, R1 ;
+        /*0060*/ BRA.U UP0, `(.L_x_1) ;
+        /*0070*/ HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], !UPT, gsb0 ;
+        .L_x_3:
+        /*0080*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3 ;
+        /*0090*/ @!P0 BRA `(.L_x_3) ;
+        /*00a0*/ BRA `(.L_x_2) ;
+    """
+    (loop,) = machine_code.main_loops(code)
+    assert len(loop) == 7
+
+
 def test_advisories_are_recognised():
     message = "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized"
     assert report.SERIALIZED.findall(message) == ["C7514"]

@@ -4,25 +4,31 @@ import re
 
 
 def main_loops(code: str) -> list[list[str]]:
-    """The instructions of each consumer's main loop: a disassembly's innermost loops with exponentials and wgmma."""
-    instructions, labels = [], {}
+    """The instructions of each consumer's main loop: a disassembly's innermost loops with exponentials and wgmma.
+
+    A loop ends in a branch under a condition; one without leads back from a wait's retry, which stands far behind.
+    """
+    instructions, labels, conditional = [], {}, set()
     for line in code.splitlines():
         label = re.match(r"\s*(\.L_x_\d+):", line)
         if label:
             labels[label[1]] = len(instructions)
         found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
         if found:
-            instructions.append(re.sub(r"^@!?U?P\w+\s+", "", found[1].strip()))
+            text = re.sub(r"^@!?U?P\w+\s+", "", found[1].strip())
+            if text != found[1].strip() or re.match(r"BRA\S* !?UP\d", text):
+                conditional.add(len(instructions))
+            instructions.append(text)
     spans = []
     for at, text in enumerate(instructions):
         target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)
-        if target and labels.get(target[1], at + 1) <= at:
+        if target and at in conditional and labels.get(target[1], at + 1) <= at:
             begin = labels[target[1]]
             body = instructions[begin : at + 1]
             if all(any(text.startswith(name) for text in body) for name in ("HGMMA", "MUFU.EX2")):
                 spans.append(range(begin, at + 1))
     loops: list[range] = []
-    for span in sorted(spans, key=len):  # an outer loop, or a wait's retry that jumps back into one, overlaps a shorter
+    for span in sorted(spans, key=len):  # an outer loop overlaps a shorter
         if all(span.stop <= loop.start or loop.stop <= span.start for loop in loops):
             loops.append(span)
     return [[instructions[at] for at in loop] for loop in loops]
