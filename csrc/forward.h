@@ -150,6 +150,7 @@ class Forward {
     uint8_t* seen = nullptr;
     typename V::mask* kept = nullptr;
     E *key = nullptr, *value = nullptr, *clean_value = nullptr;
+    Ahead ahead;
     size_t bytes;
   };
 
@@ -185,16 +186,19 @@ class Forward {
       if (panel.any.empty()) continue;
       keys = {min(keys.begin, panel.any.begin), max(keys.end, panel.any.end)};
     }
-    Upcoming upcoming =
-        upcoming_after(item, b, h, first, panels * ceil_div(max(0L, keys.size()), block_keys_));
     if (!keys.empty()) {
       const long steps = ceil_div(keys.size(), block_keys_);
       const long step = min(block_keys_, round_up(ceil_div(keys.size(), steps), 2));
+      const long tiles = swept_tiles(work, panels, keys, steps);
+      work.ahead.item = after_item(item, b, h, first);
+      work.ahead.item.share_among(tiles ? tiles : panels * steps);
       for (long begin = keys.begin; begin < keys.end; begin += step) {
         const Range range{begin, min(begin + step, keys.end)};
         const KeyBlock<V> key_block = prepare_keys(b, h / problem_.group(), range, work);
+        work.ahead.block = values_of(b, h, {range.end, min(range.end + step, keys.end)});
+        work.ahead.block.share_among(tiles ? swept_tiles(work, panels, range, 1) : panels);
         for (int i = 0; i < panels; i++) {
-          upcoming.fetch_some();
+          if (tiles == 0) work.ahead.fetch_some();
           visit(work, work.panel[i], band, b, h, range, key_block);
         }
       }
@@ -202,29 +206,46 @@ class Forward {
     for (int i = 0; i < panels; i++) finish_panel(work.panel[i], b, h);
   }
 
-  // What this item writes at its end, and what the next one begins with.
-  Upcoming upcoming_after(long item, long b, long h, long first, long visits) const {
+  // Tiles of scores beside whose products there are weights to compute: in each block all but the first.
+  long swept_tiles(const Workspace& work, int panels, Range keys, long blocks) const {
+    long tiles = 0;
+    if (V::keys_beside_products > 0 && problem_.dropout_p == 0)
+      for (int i = 0; i < panels; i++)
+        tiles += max(0L, intersect(work.panel[i].all, keys).size() / V::tile_rows - blocks);
+    return tiles;
+  }
+
+  template <class U>
+  static void add_rows(Upcoming& to, const Tensor4<U>& tensor, long b, long h, Range rows, long columns,
+                       bool written = false) {
+    if (!rows.empty())
+      to.add(tensor.at(b, h, rows.begin), tensor.stride[2] * static_cast<long>(sizeof(T)), rows.size(),
+             columns * static_cast<long>(sizeof(T)), written);
+  }
+
+  // Keys are fetched by the sweep itself.
+  Upcoming values_of(long b, long h, Range keys) const {
     Upcoming result;
-    const auto region = [&](auto tensor, long batch, long head, long begin, long count, long columns,
-                            bool written) {
-      result.add(tensor.at(batch, head, begin), tensor.stride[2] * static_cast<long>(sizeof(T)), count,
-                 columns * static_cast<long>(sizeof(T)), written);
-    };
+    add_rows(result, value_, b, h / problem_.group(), keys, problem_.value_dim);
+    return result;
+  }
+
+  // What this item writes at its end, and what the next one begins with.
+  Upcoming after_item(long item, long b, long h, long first) const {
+    Upcoming result;
     const long rows = panels_per_item_ * width;
-    region(output_.out.template as<T>(), b, h, first, min(rows, problem_.queries - first), problem_.value_dim,
-           true);
+    const auto queries = [&](long begin) { return Range{begin, min(begin + rows, problem_.queries)}; };
+    add_rows(result, output_.out.template as<T>(), b, h, queries(first), problem_.value_dim, true);
     const long next = item + 1, head_index = next / blocks_;
     if (head_index < problem_.batch * problem_.query_heads) {
       const long nb = head_index / problem_.query_heads, nh = head_index % problem_.query_heads;
-      const long begin = (blocks_ - 1 - next % blocks_) * rows;
-      region(query_, nb, nh, begin, min(rows, problem_.queries - begin), problem_.head_dim, false);
+      const Range keys{0, min(block_keys_, problem_.key_length(nb))};
+      add_rows(result, query_, nb, nh, queries((blocks_ - 1 - next % blocks_) * rows), problem_.head_dim);
       if (nb != b || nh / problem_.group() != h / problem_.group()) {
-        const long keys = min(block_keys_, problem_.key_length(nb));
-        region(key_, nb, nh / problem_.group(), 0, keys, problem_.head_dim, false);
-        region(value_, nb, nh / problem_.group(), 0, keys, problem_.value_dim, false);
+        add_rows(result, key_, nb, nh / problem_.group(), keys, problem_.head_dim);
+        add_rows(result, value_, nb, nh / problem_.group(), keys, problem_.value_dim);
       }
     }
-    result.share_among(visits);
     return result;
   }
 
@@ -359,7 +380,7 @@ class Forward {
     const Weighing weighing{work.products, rules.remaining_factor(), rows, depth_end, work.kept};
     alignas(64) S sum[depth * width];
     const bool sweeps = (whole || by_bytes) && rules.factor > 0 && problem_.dropout_p == 0;
-    if (!sweeps || !sweep(panel, keys, rows, rules, work.products, sum)) {
+    if (!sweeps || !sweep(work, panel, keys, rows, rules, sum)) {
       if (rules.bias || rules.seen) forget_unseen(panel);
       score_all();
       if (!panel.ready || !weigh(panel, weighing, sum)) {
@@ -406,7 +427,7 @@ class Forward {
 
   // P^T and its sums in one sweep; false, with P^T of no use, if that needs more care: too few keys, or
   // scores far from the reference or not finite.
-  bool sweep(Panel& panel, const KeyBlock<V>& keys, long rows, const ScoreRules<V>& rules, S* products,
+  bool sweep(Workspace& work, Panel& panel, const KeyBlock<V>& keys, long rows, const ScoreRules<V>& rules,
              S* sum) const {
     if constexpr (V::keys_beside_products > 0) {
       if (panel.columns < columns || (panel.begun && !panel.ready)) return false;
@@ -418,7 +439,7 @@ class Forward {
       }
       const auto run = [&](auto has_extras) {
         WeightSweep<V, degree, decltype(has_extras)::value> sweep(
-            reinterpret_cast<E*>(products), rules.factor, sum, {rules.bias, rules.seen});
+            reinterpret_cast<E*>(work.products), rules.factor, sum, {rules.bias, rules.seen}, work.ahead);
         return sweep.run(rows, DepthContiguous<E>{keys.key, keys.key_stride}, panel.query, key_depth_,
                          panel.reference, panel.ready);
       };

@@ -1,6 +1,7 @@
 // Rows that are needed soon, brought into the level 2 cache a few lines at a time while there is arithmetic
-// to do. The processor's own prefetchers follow rows, but begin with each panel anew: a call on 128 keys
-// whose operands lie in memory would wait for them for a third of its time.
+// to do: at every tile of scores, so that no burst of them stands in its way. The processor's own prefetchers
+// follow rows, but begin with each panel anew: a call on 128 keys whose operands lie in memory would wait for
+// them for a third of its time.
 #pragma once
 
 #include "simd_common.h"
@@ -15,7 +16,7 @@ class Upcoming {
     if (count > 0)
       regions_[size_++] = {static_cast<const char*>(data), stride, count, ceil_div(bytes, 64L), written};
   }
-  // How often fetch_some() will be called.
+  // About how often fetch_some() will be called.
   void share_among(long calls) {
     long lines = 0;
     for (int i = 0; i < size_; i++) lines += regions_[i].count * regions_[i].lines;
@@ -43,6 +44,15 @@ class Upcoming {
   Region regions_[4];
   int size_ = 0, region_ = 0;
   long row_ = 0, lines_at_once_ = 0;
+};
+
+// What the next block of keys and what the next work item begins with.
+struct Ahead {
+  Upcoming block, item;
+  INLINE void fetch_some() {
+    block.fetch_some();
+    item.fetch_some();
+  }
 };
 
 }  // namespace FASTATTN_ISA_NAMESPACE

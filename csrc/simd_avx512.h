@@ -304,7 +304,10 @@ struct BF16Pair : F32 {
     return _mm512_castsi512_ps(_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
 #endif
   }
-  INLINE static vector sum_of_pairs(vector pairs) { return F32::add(low_half(pairs), high_half(pairs)); }
+  // Adds both values of each pair: one instruction, like any product of pairs.
+  INLINE static vector add_pairs(vector sum, vector pairs) {
+    return multiply_add(pairs, _mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80)), sum);
+  }
   using F32::store;
   INLINE static void store(uint32_t* p, vector pairs) { _mm512_storeu_ps(p, pairs); }
   INLINE static void store_pair(uint32_t* p, vector low, vector high) { store(p, pair(low, high)); }

@@ -137,7 +137,7 @@ inline void exponentiate(typename V::scalar* column, long rows, typename V::scal
       UNROLL for (int i = 0; i < n; i += 2) {
         const vector pair = V::pair(x[i], i + 1 < n ? x[i + 1] : V::zero());
         V::store(pairs + i / 2 * width, pair);
-        sums[1] = V::add(sums[1], V::sum_of_pairs(pair));
+        sums[1] = V::add_pairs(sums[1], pair);
       }
     }
     row += n;

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "prefetch.h"
 #include "softmax.h"
 
 namespace fastattn {
@@ -86,9 +87,10 @@ class WeightSweep {
 
  public:
   // `weights` [keys or pairs of keys][width] are what the micro-kernel reads, `sums` [depth][width] their
-  // sums over the keys, of pairs also as rounded; `factor` times a product is a score.
-  WeightSweep(E* weights, S factor, S* sums, Extras<V> extras)
-      : weights_(weights), factor_(factor), sums_(sums), extras_(extras) {}
+  // sums over the keys, of pairs also as rounded; `factor` times a product is a score. Every tile brings some
+  // of what lies `ahead` into the cache.
+  WeightSweep(E* weights, S factor, S* sums, Extras<V> extras, Ahead& ahead)
+      : weights_(weights), factor_(factor), sums_(sums), extras_(extras), ahead_(ahead) {}
 
   // Returns false, with the weights of no use, if the references are unfit. `reference` [width] is chosen
   // from the first tile unless it is `ready`: integers near the largest score of that tile.
@@ -132,6 +134,7 @@ class WeightSweep {
     UNROLL for (int i = 0; i < count; i++) UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = V::zero();
     long k = 0;
     if constexpr (steps > 0) {
+      ahead_.fetch_some();
       const S* source = scores(row - rows);
       E* target = weights_ + (row - rows) / V::depth * width;
       for (int i = 0; i < rows; i += unit_keys) {
@@ -139,6 +142,7 @@ class WeightSweep {
           multiply_steps<V, count, vectors, steps>(sum, a.depth_from(k), panel + k * width, width);
           k += steps;
           weigh<unit_keys>(source, target, row - rows + i, j);
+          fetch_ahead(a, depth, i, j);
         }
         source += unit_keys * width;
         target += unit_keys / V::depth * width;
@@ -157,6 +161,16 @@ class WeightSweep {
       else
         last_tile<count - 1, steps>(left, a, panel, depth, row);
     }
+  }
+
+  // A unit's share of the keys of a tile to come. They lie in the level 2 cache, and the core's window is
+  // taken by the exponentials' chains: it sees a missing key too late.
+  INLINE static void fetch_ahead(DepthContiguous<E> a, long depth, int i, int j) {
+    constexpr int tiles_ahead = 3, parts = vectors / unit_keys;
+    const long part = depth * static_cast<long>(sizeof(E)) / parts;
+    const E* row = a.data + (tiles_ahead * rows + i + j / parts) * a.stride;
+    const char* bytes = reinterpret_cast<const char*>(row) + j % parts * part;
+    UNROLL for (int line = 0; line < 4; line++) if (line * 64 < part) __builtin_prefetch(bytes + line * 64);
   }
 
   // n keys from `key` on, for vector j of the queries.
@@ -178,7 +192,7 @@ class WeightSweep {
     } else {
       const auto pair = V::pair(x[0], n == 2 ? x[n - 1] : V::zero());
       V::store(target + at, pair);
-      add_to(sums_ + width + at, V::sum_of_pairs(pair));
+      V::store(sums_ + width + at, V::add_pairs(V::load(sums_ + width + at), pair));
     }
   }
 
@@ -213,6 +227,7 @@ class WeightSweep {
   const S factor_;
   S* const sums_;
   const Extras<V> extras_;
+  Ahead& ahead_;
   Exponents<V> exponents_;
 };
 
