@@ -1,12 +1,12 @@
-// The two products whose results are consumed in registers: scores become weights, and dP becomes dS, as
-// each tile is finished. Only for tiles with no mask, bias or dropout: the others store the products and
-// pass over them.
+// The two products whose results need no pass: scores become weights, and dP becomes dS, beside the next
+// tile's products where a panel is full (sweep.h), else as each tile is finished. Only for tiles with no
+// mask, bias or dropout: the others store the products and pass over them.
 #pragma once
 
 #include <type_traits>
 
 #include "backward_tile.h"
-#include "gemm.h"
+#include "sweep.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
@@ -82,6 +82,63 @@ void gradients_product(long keys, A a, const typename V::element* panel, long de
       }
     }
   });
+}
+
+// The same two for whole panels and tiles, as a sweep's work. Both take what they need whole; `between` is
+// for those who have more to fetch.
+template <class V, bool corrected>
+struct WeightsWork {
+  using S = typename V::scalar;
+  static constexpr bool takes_part_tiles = false;
+  static constexpr int degree = V::depth == 2 ? 3 : 5;
+  const S *shift, *correction;
+  const S factor;
+  const Block<S> weights;
+
+  INLINE bool begin(const S*) { return true; }
+  INLINE void between() {}
+  template <int n>
+  INLINE void unit(const S* product, long key, int at) {
+    typename V::vector x[n];
+    UNROLL for (int i = 0; i < n; i++) {
+      x[i] = V::fma(V::load(product + i * Sweep<V>::width), V::set1(factor), V::load(shift + at));
+      if constexpr (corrected) x[i] = V::add(x[i], V::load(correction + at));
+    }
+    exp2_below_one<V, degree>(x);
+    UNROLL for (int i = 0; i < n; i++) V::store(weights.row(key + i) + at, x[i]);
+  }
+};
+
+// `Out` is where score gradients go: a Block, or GradientPairs.
+template <class V, class Out>
+struct GradientsWork {
+  using S = typename V::scalar;
+  static constexpr bool takes_part_tiles = false;
+  const S* delta;
+  const Block<S> weights;
+  const Out out;
+
+  INLINE bool begin(const S*) { return true; }
+  INLINE void between() {}
+  template <int n>
+  INLINE void unit(const S* product, long key, int at) {
+    typename V::vector weight[n], gradient[n];
+    UNROLL for (int i = 0; i < n; i++) {
+      weight[i] = V::load(weights.row(key + i) + at);
+      gradient[i] = V::mul(weight[i], V::sub(V::load(product + i * Sweep<V>::width), V::load(delta + at)));
+    }
+    if constexpr (std::is_same_v<Out, Block<S>>) {
+      UNROLL for (int i = 0; i < n; i++) V::store(out.row(key + i) + at, gradient[i]);
+    } else {
+      out.template store<V>(key, at, weight, gradient);
+    }
+  }
+};
+
+template <class V, class Work>
+void sweep_panel(long keys, DepthContiguous<typename V::element> a, const typename V::element* panel,
+                 long depth, Work work) {
+  if constexpr (V::rows_beside_products > 0) Sweep<V>().run(keys, a, panel, depth, work);
 }
 
 // Calls visit(std::integral_constant<int, n>(), first column) for pieces of n vectors that cover `columns` of

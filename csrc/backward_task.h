@@ -352,17 +352,23 @@ class BackwardTask {
     const bool has_bias = problem_.bias.data, has_dropout = problem_.dropout_p > 0;
 
     if (kind == TileKind::full && !has_bias) {
-      for_each_piece<V>(queries.size(), [&](auto vectors, long q) {
-        const auto product = [&](auto corrected) {
-          weights_product<V, decltype(vectors)::value, decltype(corrected)::value>(
-              count, key_columns, query_panel + q, dim, shift + q, correction + q, plan_.score_factor,
-              {scores.data + q, scores.stride});
-        };
-        if (shifts_)
-          product(std::true_type());
-        else
-          product(std::false_type());
-      });
+      const auto product = [&](auto corrected) {
+        constexpr bool is_corrected = decltype(corrected)::value;
+        const long swept = swept_keys(queries, count, dim);
+        if (swept)
+          sweep_panel<V>(swept, key_columns, query_panel, dim,
+                         WeightsWork<V, is_corrected>{shift, correction, plan_.score_factor, scores});
+        if (swept == count) return;
+        for_each_piece<V>(queries.size(), [&](auto vectors, long q) {
+          weights_product<V, decltype(vectors)::value, is_corrected>(
+              count - swept, key_columns.rows_from(swept), query_panel + q, dim, shift + q, correction + q,
+              plan_.score_factor, {scores.row(swept) + q, scores.stride});
+        });
+      };
+      if (shifts_)
+        product(std::true_type());
+      else
+        product(std::false_type());
     } else {
       const uint8_t* allowed = kind == TileKind::mixed ? work_.allowed : nullptr;
       if (has_bias) read_bias(where);
@@ -377,21 +383,40 @@ class BackwardTask {
     if (has_dropout) mark_dropped<V>(problem_, where, scores);
 
     const bool guarded = kind != TileKind::full || has_bias;
-    if (!pairs && !guarded && !has_dropout) {
-      if (plan_.wants_scores)
+    const bool plain = !guarded && !has_dropout && plan_.wants_scores;
+    const long swept = plain ? swept_keys(queries, count, value_dim) : 0;
+    if (swept) {
+      if constexpr (pairs) {
+#ifdef FASTATTN_BF16_DOT
+        sweep_panel<V>(swept, value_columns, grad_out_panel, value_dim,
+                       GradientsWork<V, GradientPairs>{delta, scores, gradient_pairs(where, first)});
+#endif
+      } else {
+        sweep_panel<V>(swept, value_columns, grad_out_panel, value_dim,
+                       GradientsWork<V, Block<S>>{delta, scores, products});
+      }
+    }
+    if (swept < count) {
+      const Tile rest{where.batch, where.head, queries, {keys.begin + swept, keys.end}};
+      const Block<S> rest_scores{scores.row(swept), scores.stride},
+          rest_products{products.row(swept), products.stride};
+      const DepthContiguous<E> rest_columns = value_columns.rows_from(swept);
+      if (!pairs && plain) {
         for_each_piece<V>(queries.size(), [&](auto vectors, long q) {
-          gradients_product<V, decltype(vectors)::value>(count, value_columns, grad_out_panel + q, value_dim,
-                                                         delta + q, {scores.data + q, scores.stride},
-                                                         {products.data + q, products.stride});
+          gradients_product<V, decltype(vectors)::value>(
+              count - swept, rest_columns, grad_out_panel + q, value_dim, delta + q,
+              {rest_scores.data + q, scores.stride}, {rest_products.data + q, products.stride});
         });
-    } else {
-      if (plan_.wants_scores) seen_product(band, where, value_columns, grad_out_panel, value_dim, products);
-      if (has_dropout)
-        gradients_of<true, true>(scores, products, where, first);
-      else if (guarded)
-        gradients_of<false, true>(scores, products, where, first);
-      else
-        gradients_of<false, false>(scores, products, where, first);
+      } else {
+        if (plan_.wants_scores)
+          seen_product(band, rest, rest_columns, grad_out_panel, value_dim, rest_products);
+        if (has_dropout)
+          gradients_of<true, true>(rest_scores, rest_products, rest, first + swept);
+        else if (guarded)
+          gradients_of<false, true>(rest_scores, rest_products, rest, first + swept);
+        else
+          gradients_of<false, false>(rest_scores, rest_products, rest, first + swept);
+      }
     }
     if (args_.grad_bias && problem_.bias.stride[3] != 0) {
       S* out = static_cast<S*>(args_.grad_bias) + batch_ * plan_.grad_bias_stride[0] +
@@ -401,6 +426,12 @@ class BackwardTask {
                         plan_.grad_bias_stride[3]);
     }
     return true;
+  }
+
+  // Of `count` keys, those whose weights and gradients are computed beside products.
+  static long swept_keys(Range queries, long count, long dim) {
+    const bool full = queries.size() > width - V::lanes;
+    return full && Sweep<V>::fits(count, dim) ? Sweep<V>::whole_tiles(count) : 0;
   }
 
   // C[keys][panel] = A B for a tile that the band may cut: groups of keys skip the vectors of queries that
@@ -438,16 +469,24 @@ class BackwardTask {
     const long count = where.keys.size();
     if constexpr (pairs) {
 #ifdef FASTATTN_BF16_DOT
-      const long column = where.queries.begin % block_queries, at = first * block_queries + column;
-      score_gradients_pairs<V, has_dropout, guarded>(
-          weights, products, count, delta, keep_scale, args_.grad_bias != nullptr,
-          {work_.weights_pairs + at, block_queries}, {work_.gradients_pairs + at, block_queries},
-          {work_.gradients_key_pairs + first / 2 * block_queries + column, block_queries});
+      score_gradients_pairs<V, has_dropout, guarded>(weights, products, count, delta, keep_scale,
+                                                     args_.grad_bias != nullptr,
+                                                     gradient_pairs(where, first));
 #endif
     } else {
       score_gradients<V, has_dropout, guarded>(weights, products, count, delta, keep_scale);
     }
   }
+
+#ifdef FASTATTN_BF16_DOT
+  // Where pairs go from the block's key `first` on.
+  GradientPairs gradient_pairs(const Tile& where, long first) const {
+    const long column = where.queries.begin % block_queries, at = first * block_queries + column;
+    return {{work_.weights_pairs + at, block_queries},
+            {work_.gradients_pairs + at, block_queries},
+            {work_.gradients_key_pairs + first / 2 * block_queries + column, block_queries}};
+  }
+#endif
 
   // Rows of the block that a panel has not touched, but another has.
   void clear_rows(long p, Range rows) {

@@ -146,26 +146,39 @@ void score_gradients(Block<typename V::scalar> weights, Block<typename V::scalar
 }
 
 #ifdef FASTATTN_BF16_DOT
-// The same from fp32 scratch into bf16: weights and gradients with queries in pairs (as the rows lie), and
-// the gradients once more with keys in pairs, uint32 [ceil(keys / 2)][stride], for dQ. With keeps_gradients
-// they also replace the products, as the bias wants them.
+// What the last three products read of weights and score gradients in bf16: rows, which hold queries in
+// pairs, and the gradients once more with keys in pairs, [ceil(keys / 2)][stride], for dQ.
+struct GradientPairs {
+  Block<bf16> weights, gradients;
+  Block<uint32_t> key_pairs;
+
+  // Of keys k and k + 1, for an even k.
+  template <class V>
+  INLINE void store(long k, long q, const typename V::vector (&weight)[2],
+                    const typename V::vector (&gradient)[2]) const {
+    V::store_halves(weights.row(k) + q, weights.row(k + 1) + q, V::halves(weight[0], weight[1]));
+    const auto both = V::halves(gradient[0], gradient[1]);
+    V::store_halves(gradients.row(k) + q, gradients.row(k + 1) + q, both);
+    V::store(key_pairs.row(k / 2) + q, V::interleaved(both));
+  }
+};
+
+// The same from fp32 scratch into bf16. With keeps_gradients they also replace the products, as the bias
+// wants them.
 template <class V, bool has_dropout, bool guarded>
 void score_gradients_pairs(Block<float> weights, Block<float> products, long keys, const float* delta,
-                           float keep_scale, bool keeps_gradients, Block<bf16> weights_out,
-                           Block<bf16> gradients_out, Block<uint32_t> key_pairs_out) {
+                           float keep_scale, bool keeps_gradients, const GradientPairs& out) {
   for (long k = 0; k < keys; k += 2) {
     UNROLL for (long q = 0; q < panel_width<V>; q += V::lanes) {
-      typename V::vector gradient[2] = {V::zero(), V::zero()};
+      typename V::vector weight[2] = {}, gradient[2] = {};
       UNROLL for (long i = 0; i < 2; i++) {
         if (k + i == keys) break;
-        typename V::vector weight = V::load(weights.row(k + i) + q);
-        gradient[i] = score_gradient<V, has_dropout, guarded>(weight, V::load(products.row(k + i) + q),
+        weight[i] = V::load(weights.row(k + i) + q);
+        gradient[i] = score_gradient<V, has_dropout, guarded>(weight[i], V::load(products.row(k + i) + q),
                                                               V::load(delta + q), V::set1(keep_scale));
-        V::store(weights_out.row(k + i) + q, weight);
-        V::store(gradients_out.row(k + i) + q, gradient[i]);
         if (keeps_gradients) V::store(products.row(k + i) + q, gradient[i]);
       }
-      V::store_pair(key_pairs_out.row(k / 2) + q, gradient[0], gradient[1]);
+      out.template store<V>(k, q, weight, gradient);
     }
   }
 }

@@ -209,7 +209,7 @@ class Forward {
   // Tiles of scores beside whose products there are weights to compute: in each block all but the first.
   long swept_tiles(const Workspace& work, int panels, Range keys, long blocks) const {
     long tiles = 0;
-    if (V::keys_beside_products > 0 && problem_.dropout_p == 0)
+    if (V::rows_beside_products > 0 && problem_.dropout_p == 0)
       for (int i = 0; i < panels; i++)
         tiles += max(0L, intersect(work.panel[i].all, keys).size() / V::tile_rows - blocks);
     return tiles;
@@ -429,7 +429,7 @@ class Forward {
   // scores far from the reference or not finite.
   bool sweep(Workspace& work, Panel& panel, const KeyBlock<V>& keys, long rows, const ScoreRules<V>& rules,
              S* sum) const {
-    if constexpr (V::keys_beside_products > 0) {
+    if constexpr (V::rows_beside_products > 0) {
       if (panel.columns < columns || (panel.begun && !panel.ready)) return false;
       if (panel.ready) {
         alignas(64) S whole[width];

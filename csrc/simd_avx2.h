@@ -10,7 +10,7 @@ namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
 
 struct F32 {
-  static constexpr int keys_beside_products = 1;
+  static constexpr int rows_beside_products = 1;
   static constexpr float rounding_shift = 12582912;  // 1.5 * 2^23
   using scalar = float;
   using element = float;
@@ -171,7 +171,7 @@ struct F32 {
 };
 
 struct F64 {
-  static constexpr int keys_beside_products = 0;
+  static constexpr int rows_beside_products = 0;
   static constexpr double rounding_shift = 6755399441055744.0;  // 1.5 * 2^52
   using scalar = double;
   using element = double;

@@ -85,7 +85,7 @@ struct F32 {
     UNROLL for (int i = 0; i < n; i++) x[i] = _mm512_scalef_ps(p[i], x[i]);
   }
   static constexpr float rounding_shift = 12582912;  // 1.5 * 2^23
-  static constexpr int keys_beside_products = 2;
+  static constexpr int rows_beside_products = 2;
   // p 2^n for the integer n in the low bits of t.
   INLINE static vector add_to_exponent(vector p, vector t) {
     return _mm512_castsi512_ps(
@@ -155,7 +155,7 @@ struct F32 {
     transpose(r);
   }
 
- private:
+ protected:
   INLINE static vector widen_bf16(__m256i x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
   }
@@ -175,7 +175,7 @@ struct F32 {
 };
 
 struct F64 {
-  static constexpr int keys_beside_products = 0;
+  static constexpr int rows_beside_products = 0;
   static constexpr double rounding_shift = 6755399441055744.0;
   using scalar = double;
   using element = double;
@@ -288,21 +288,24 @@ struct BF16Pair : F32 {
   INLINE static vector high_half(vector pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(0xffff0000)));
   }
-  // Lane i of the result holds (low[i], high[i]) rounded to bf16.
-  INLINE static vector pair(vector low, vector high) {
+  // Two vectors rounded to bf16, one after the other.
+  INLINE static __m512i halves(vector low, vector high) {
 #ifdef __AVX512BF16__
-    const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleave, halves));
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 #else
-    bf16 l[lanes], h[lanes];
-    F32::store(l, low);
-    F32::store(h, high);
-    const __m512i lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(l)));
-    const __m512i hi = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(h)));
-    return _mm512_castsi512_ps(_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(low)), narrow_bf16(high), 1);
 #endif
+  }
+  // Lane i of the result holds the pair (low[i], high[i]).
+  INLINE static vector interleaved(__m512i halves) {
+    const __m512i index = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23,
+                                           7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(index, halves));
+  }
+  INLINE static vector pair(vector low, vector high) { return interleaved(halves(low, high)); }
+  INLINE static void store_halves(bf16* low, bf16* high, __m512i halves) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), _mm512_castsi512_si256(halves));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), _mm512_extracti64x4_epi64(halves, 1));
   }
   // Adds both values of each pair: one instruction, like any product of pairs.
   INLINE static vector add_pairs(vector sum, vector pairs) {
@@ -310,7 +313,6 @@ struct BF16Pair : F32 {
   }
   using F32::store;
   INLINE static void store(uint32_t* p, vector pairs) { _mm512_storeu_ps(p, pairs); }
-  INLINE static void store_pair(uint32_t* p, vector low, vector high) { store(p, pair(low, high)); }
 };
 #endif
 

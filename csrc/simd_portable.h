@@ -101,7 +101,7 @@ struct Extension {
 };
 
 struct F32 : Extension<float, int32_t> {
-  static constexpr int keys_beside_products = 0;
+  static constexpr int rows_beside_products = 0;
   static constexpr float rounding_shift = 12582912;  // 1.5 * 2^23
   using Extension::load;
   using Extension::store;
@@ -182,7 +182,7 @@ struct F32 : Extension<float, int32_t> {
 };
 
 struct F64 : Extension<double, int64_t> {
-  static constexpr int keys_beside_products = 0;
+  static constexpr int rows_beside_products = 0;
   static constexpr double rounding_shift = 6755399441055744.0;  // 1.5 * 2^52
   using Extension::load;
   INLINE static vector load(const float* p) {

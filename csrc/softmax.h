@@ -109,6 +109,36 @@ inline typename V::vector largest_score(const typename V::scalar* column, typena
   return V::mul(V::max(V::max(largest[0], largest[1]), V::max(largest[2], largest[3])), V::set1(factor));
 }
 
+// p 2^n for n vectors: 2^x for the fractions x = f, |f| <= 1/2, and t = rounding_shift + n. Additions, shifts
+// and comparisons run on pipes that multiply-adds do not use (AMD Zen 5; the instructions that split and
+// scale by powers of two use them). Constants come from memory, hidden from the compiler, which would keep
+// them in registers that accumulators need.
+template <class V, int degree, int n>
+INLINE void exp2_of_parts(typename V::vector (&x)[n], const typename V::vector (&t)[n]) {
+  const float* c = Centred<degree>::coefficient;
+  asm("" : "+r"(c));
+  typename V::vector p[n];
+  UNROLL for (int i = 0; i < n; i++) p[i] = V::set1(c[0]);
+  UNROLL for (int k = 1; k <= degree; k++) UNROLL for (int i = 0; i < n; i++) p[i] =
+      V::fma(p[i], x[i], V::set1(c[k]));
+  UNROLL for (int i = 0; i < n; i++) x[i] = V::add_to_exponent(p[i], t[i]);
+}
+
+// 2^x for n vectors of about 0 or less; 2^-126 for what is below -126. NaN stays NaN.
+template <class V, int degree, int n>
+INLINE void exp2_below_one(typename V::vector (&x)[n]) {
+  static constexpr float constants[] = {-126, V::rounding_shift};
+  const float* c = constants;
+  asm("" : "+r"(c));
+  typename V::vector t[n];
+  UNROLL for (int i = 0; i < n; i++) {
+    x[i] = V::max(V::set1(c[0]), x[i]);                     // NaN stays, by the operands' order
+    t[i] = V::add(V::min(x[i], V::zero()), V::set1(c[1]));  // and counts as 0 here
+    x[i] = V::sub(x[i], V::sub(t[i], V::set1(c[1])));
+  }
+  exp2_of_parts<V, degree>(x, t);
+}
+
 // Replaces a column of vectors of prepared products by the weights 2^(factor * product - reference), as the
 // micro-kernel reads them (one row per key, or per pair of keys: pair p takes the place of row p, which is
 // used up by then). Adds them to sums[0] and, where they are stored as pairs, as stored and thus rounded to
