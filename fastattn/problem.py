@@ -8,7 +8,6 @@ validated once, by :func:`make_problem`; backends trust it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,8 +21,7 @@ PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """A validated attention problem.
 
     Shapes: B batch, Hq query heads, Hkv key/value heads (Hq a multiple of Hkv; query head ``h``

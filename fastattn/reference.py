@@ -12,7 +12,6 @@ out 0 and lse -inf, and passes no gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import wraps
 
 import torch
@@ -154,8 +153,7 @@ def philox(counter: tuple, key: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
     """The same problem with every floating tensor converted to ``dtype``."""
-    return replace(
-        problem,
+    return problem._replace(
         query=problem.query.to(dtype),
         key=problem.key.to(dtype),
         value=problem.value.to(dtype),

@@ -5,7 +5,7 @@ Tests, ``fastattn check``, the benchmarks and the checks on a GPU all use this m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -93,7 +93,7 @@ class Case:
         if self.bias is None:
             return problem
         score_shape = (self.batch, self.heads, self.queries, self.key_count)
-        return replace(problem, bias=self._bias(generator, device, dtype).expand(score_shape))
+        return problem._replace(bias=self._bias(generator, device, dtype).expand(score_shape))
 
     def make_grad_out(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """d loss / d out [B, Hq, Lq, Dv]."""
@@ -298,7 +298,7 @@ def run_reference(
     leaves = [problem.query, problem.key, problem.value]
     leaves += [] if problem.bias is None else [problem.bias]
     leaves = [leaf.detach().requires_grad_(grad_out is not None) for leaf in leaves]
-    problem = replace(problem, **dict(zip(("query", "key", "value", "bias"), leaves, strict=False)))
+    problem = problem._replace(**dict(zip(("query", "key", "value", "bias"), leaves, strict=False)))
     out, lse = reference.attention(problem)
     results = {"out": out.detach(), "lse": lse.detach()}
     if grad_out is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -70,7 +68,7 @@ def _kept_by_gradient(problem):
 @pytest.mark.parametrize(("seed", "offset"), ((0, 0), (123456789012345678, 9), (-5, 2**40 + 3)))
 def test_forward_and_backward_drop_what_philox_says(seed, offset, isa):
     problem = Case("dropout", batch=2, heads=3, queries=19, keys=37, head_dim=4, dropout_p=0.4).make()
-    problem = replace(problem, rng_state=torch.tensor([seed, offset]))
+    problem = problem._replace(rng_state=torch.tensor([seed, offset]))
     key = (seed & WORD, seed >> 32 & WORD)
     expected = torch.tensor(
         [
@@ -91,5 +89,5 @@ def test_threshold_is_exact(isa):
     word = 0x6627E8D5
     for threshold, kept in ((word, True), (word + 1, False)):
         problem = Case("one", batch=1, heads=1, queries=1, keys=1, head_dim=4, dropout_p=threshold / 2**32).make()
-        problem = replace(problem, rng_state=torch.tensor([0, 0]))
+        problem = problem._replace(rng_state=torch.tensor([0, 0]))
         assert _kept_by_gradient(problem).item() is kept

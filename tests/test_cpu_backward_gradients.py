@@ -141,25 +141,25 @@ def test_unattended_keys_and_values_change_nothing(ingredient, poison, dtype, is
     problem, grad_out, grad_lse = _problem_and_gradients(case, dtype)
     unattended = torch.zeros(220, dtype=torch.bool)
     if ingredient == "key_lengths":
-        problem = replace(problem, key_lengths=torch.tensor([100, 64]))
+        problem = problem._replace(key_lengths=torch.tensor([100, 64]))
         unattended[100:] = True
     elif ingredient == "window":
-        problem = replace(problem, window_left=3, window_right=5)
+        problem = problem._replace(window_left=3, window_right=5)
         unattended[75:] = True
     else:
         unattended[torch.tensor([0, 1, 17, 63, 64, 101, 219])] = True
         if ingredient == "mask":
-            problem = replace(problem, attn_mask=(~unattended).expand(2, 2, 70, 220))
+            problem = problem._replace(attn_mask=(~unattended).expand(2, 2, 70, 220))
         else:
             forbidding = torch.zeros(2, 2, 70, 220, dtype=dtype).masked_fill_(unattended, -torch.inf)
-            problem = replace(problem, bias=forbidding)
+            problem = problem._replace(bias=forbidding)
     references = run_reference(problem)
     out, lse = references["out"].to(dtype), references["lse"].to(problem.lse_dtype)
     clean = _gradients(problem, out, lse, grad_out, grad_lse, GRADIENTS[:3])
     key, value = problem.key.clone(), problem.value.clone()
     key[..., unattended, :] = poison
     value[..., unattended, :] = poison
-    poisoned = _gradients(replace(problem, key=key, value=value), out, lse, grad_out, grad_lse, GRADIENTS[:3])
+    poisoned = _gradients(problem._replace(key=key, value=value), out, lse, grad_out, grad_lse, GRADIENTS[:3])
     for name, tensor in clean.items():
         assert torch.equal(tensor, poisoned[name]), name
     assert not poisoned["grad_key"][..., unattended, :].any()
@@ -173,11 +173,11 @@ def test_a_key_that_is_not_finite_spares_the_queries_that_do_not_attend_to_it(dt
     problem, grad_out, grad_lse = _problem_and_gradients(case, dtype)
     mask = torch.ones(2, 1, 70, 90, dtype=torch.bool)
     mask[:, :, 64:, 5] = False
-    problem = replace(problem, attn_mask=mask)
+    problem = problem._replace(attn_mask=mask)
     clean = run_backend(cpu, problem, grad_out, grad_lse)["grad_query"][:, :, 64:]
     key = problem.key.clone()
     key[:, :, 5] = torch.nan
-    poisoned = run_backend(cpu, replace(problem, key=key), grad_out, grad_lse)["grad_query"][:, :, 64:]
+    poisoned = run_backend(cpu, problem._replace(key=key), grad_out, grad_lse)["grad_query"][:, :, 64:]
     assert torch.equal(clean, poisoned)
 
 
@@ -188,7 +188,7 @@ def test_rows_that_only_a_finite_bias_discourages(isa):
     bias = problem.bias.clone()
     bias[:, :, 3] = torch.finfo(torch.float32).min
     bias[:, :, 7] = -1e9
-    problem = replace(problem, bias=bias)
+    problem = problem._replace(bias=bias)
     results = run_backend(cpu, problem, grad_out)
     references = run_reference(problem, grad_out), run_reference(problem, grad_out, dtype=None)
     assert_within_budget({name: results[name] for name in GRADIENTS}, problem, *references, grad_out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -101,15 +100,15 @@ def test_out_is_written_in_any_layout(dtype, isa):
 def test_padding_does_not_leak(queries, dtype, value, form, isa):
     clean = Case("clean", queries=queries, keys=200, head_dim=32).make(dtype=dtype)
     if form == "key_lengths":
-        clean = replace(clean, key_lengths=torch.tensor([131, 131]))
+        clean = clean._replace(key_lengths=torch.tensor([131, 131]))
     else:
-        clean = replace(clean, attn_mask=(torch.arange(200) < 131).expand(2, 2, queries, 200))
+        clean = clean._replace(attn_mask=(torch.arange(200) < 131).expand(2, 2, queries, 200))
     expected = run_backend(cpu, clean)
     assert expected["out"].isfinite().all()
     key, val = clean.key.clone(), clean.value.clone()
     key[:, :, 131:] = value
     val[:, :, 131:] = value
-    actual = run_backend(cpu, replace(clean, key=key, value=val))
+    actual = run_backend(cpu, clean._replace(key=key, value=val))
     assert torch.equal(actual["out"], expected["out"]) and torch.equal(actual["lse"], expected["lse"])
 
 
@@ -118,7 +117,7 @@ def test_padding_does_not_leak(queries, dtype, value, form, isa):
 def test_row_of_lowest_bias_is_the_mean(queries, dtype, isa):
     problem = Case("lowest", queries=queries, keys=150, head_dim=16).make(dtype=dtype)
     bias = torch.full((2, 2, queries, 150), torch.finfo(dtype).min, dtype=dtype)
-    out = run_backend(cpu, replace(problem, bias=bias))["out"]
+    out = run_backend(cpu, problem._replace(bias=bias))["out"]
     if dtype in (torch.float32, torch.float64):
         mean = problem.value.double().mean(2, keepdim=True).expand_as(out)
         torch.testing.assert_close(out.double(), mean, atol=1e-5, rtol=0)
@@ -132,7 +131,7 @@ def test_scores_that_grow_along_the_keys(growth, isa):
     problem = Case("growth", batch=1, queries=40, keys=900, head_dim=16).make()
     key = problem.key + growth * torch.arange(900.0)[:, None] / problem.scale / 16
     query = problem.query * 0.01 + 1.0
-    case = replace(problem, query=query, key=key)
+    case = problem._replace(query=query, key=key)
     assert_within_budget(run_backend(cpu, case), case, run_reference(case), run_reference(case, dtype=None))
 
 
@@ -141,7 +140,7 @@ def test_nan_in_a_query_stays_in_its_row(isa):
     expected = run_backend(cpu, problem)["out"]
     query = problem.query.clone()
     query[0, 0, 5, 3] = torch.nan
-    out = run_backend(cpu, replace(problem, query=query))["out"]
+    out = run_backend(cpu, problem._replace(query=query))["out"]
     assert out[0, 0, 5].isnan().all()
     out[0, 0, 5] = expected[0, 0, 5]
     torch.testing.assert_close(out, expected)

@@ -1,7 +1,5 @@
 """What the Hopper kernels say that they cannot take, and that dispatch and explain follow it."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -26,7 +24,7 @@ class OnDevice(torch.Tensor):
 
 def on_device(problem):
     tensors = {name: getattr(problem, name).as_subclass(OnDevice) for name in ("query", "key", "value")}
-    return dataclasses.replace(problem, **tensors)
+    return problem._replace(**tensors)
 
 
 @pytest.fixture
@@ -129,7 +127,7 @@ def test_other_head_dimensions_are_refused(head_dim):
 
 
 def narrow(problem, **changes):
-    return capability.problem_reasons(dataclasses.replace(problem, **changes))
+    return capability.problem_reasons(problem._replace(**changes))
 
 
 def test_every_ingredient_that_is_not_taken_is_refused():
@@ -147,7 +145,7 @@ def test_every_ingredient_that_is_not_taken_is_refused():
         assert len(narrow(problem, **changes)) == 1, name
     taken = {"query", "key", "value", "scale", "causal", "window_left", "window_right", "key_lengths"}
     # a new ingredient of a problem has to be taken here, or refused
-    assert {field.name for field in dataclasses.fields(Problem)} == taken | refused.keys() | {"rng_state"}
+    assert set(Problem._fields) == taken | refused.keys() | {"rng_state"}
 
 
 def test_what_tma_cannot_address_is_refused():
@@ -168,9 +166,9 @@ def test_sizes_past_32_bits_are_refused():
     one = torch.zeros(1, dtype=torch.bfloat16)
     problem = make_case()
     long = one.expand(1, 1, 2**29, 64)
-    assert "shorter than" in capability.size_reasons(dataclasses.replace(problem, key=long, value=long))[0]
+    assert "shorter than" in capability.size_reasons(problem._replace(key=long, value=long))[0]
     many = one.expand(2**24, 1, 1, 64)
-    (reason,) = capability.size_reasons(dataclasses.replace(problem, query=many, key=many, value=many))
+    (reason,) = capability.size_reasons(problem._replace(query=many, key=many, value=many))
     assert "padded rows" in reason
 
 

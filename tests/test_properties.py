@@ -124,7 +124,7 @@ def test_keys_that_nobody_may_see_change_nothing(backend, case, dtype):
     key, value = problem.key.clone(), problem.value.clone()
     key.masked_fill_(padding[:, None, :, None], torch.nan)
     value.masked_fill_(padding[:, None, :, None], torch.inf)
-    dirty = run_backend(backend, replace(problem, key=key, value=value), grad_out)
+    dirty = run_backend(backend, problem._replace(key=key, value=value), grad_out)
     for name, tensor in clean.items():
         assert torch.equal(tensor, dirty[name]), name
 
@@ -138,8 +138,7 @@ def test_a_sequence_does_not_depend_on_its_batch(backend, case):
     problem = case.make()
     together = run_backend(backend, problem, case.make_grad_out())
     for index in range(3):
-        alone = replace(
-            problem,
+        alone = problem._replace(
             query=problem.query[index : index + 1],
             key=problem.key[index : index + 1],
             value=problem.value[index : index + 1],

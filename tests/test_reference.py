@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,17 +123,17 @@ def test_dropout_drops_at_its_rate_and_depends_on_the_position_alone():
     small = make_problem(query[:1, :2, :10], key[:1, :2, :7], key[:1, :2, :7], dropout_p=0.3, rng_state=state)
     assert torch.equal(reference.dropout_keep(small), keep[:1, :2, :10, :7])
     for other in (torch.tensor([12346, 6]), torch.tensor([12345, 7]), torch.tensor([12345 + 2**32, 6])):
-        assert not torch.equal(reference.dropout_keep(replace(problem, rng_state=other)), keep)
+        assert not torch.equal(reference.dropout_keep(problem._replace(rng_state=other)), keep)
 
 
 def test_dropout_scales_what_it_keeps():
     problem = Case("dropout", queries=9, dropout_p=0.25).make(dtype=torch.float64)
     keep = reference.dropout_keep(problem)
-    undropped = reference.weights(replace(problem, dropout_p=0.0))
+    undropped = reference.weights(problem._replace(dropout_p=0.0))
     torch.testing.assert_close(reference.weights(problem), undropped * keep / 0.75)
     out, lse = reference.attention(problem)
     torch.testing.assert_close(out, (undropped * keep / 0.75) @ problem.value)
-    torch.testing.assert_close(lse, reference.attention(replace(problem, dropout_p=0.0))[1])
+    torch.testing.assert_close(lse, reference.attention(problem._replace(dropout_p=0.0))[1])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -144,7 +142,7 @@ def test_the_gradient_formulas_are_autograds(case):
     grad_out, grad_lse = case.make_grad_out(dtype=torch.float64), case.make_grad_lse(dtype=torch.float64)
     leaves = [problem.query, problem.key, problem.value] + ([] if problem.bias is None else [problem.bias])
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    problem = replace(problem, **dict(zip(("query", "key", "value", "bias"), leaves, strict=False)))
+    problem = problem._replace(**dict(zip(("query", "key", "value", "bias"), leaves, strict=False)))
     expected = torch.autograd.grad(
         reference.attention(problem), leaves, (grad_out, grad_lse), allow_unused=True, materialize_grads=True
     )

@@ -12,7 +12,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -67,8 +66,8 @@ def with_hidden_keys_poisoned(problem):
     hidden = ~visible.unflatten(1, (-1, problem.group_size)).any(2)[..., None]
     if not hidden.any():
         return problem
-    return replace(
-        problem, key=problem.key.masked_fill(hidden, torch.nan), value=problem.value.masked_fill(hidden, torch.nan)
+    return problem._replace(
+        key=problem.key.masked_fill(hidden, torch.nan), value=problem.value.masked_fill(hidden, torch.nan)
     )
 
 
@@ -143,7 +142,7 @@ def check_weights(average: bool) -> None:
     case = Case(
         "weights", batch=2, heads=4, kv_heads=2, queries=20, keys=40, head_dim=16, mask="full", masked_rows=True
     )
-    problem = replace(case.make(), causal="lower_right", dropout_p=0.25)
+    problem = case.make()._replace(causal="lower_right", dropout_p=0.25)
     out = problem.query.new_empty(2, 4, 20, 16)
     lse = out.new_empty(2, 4, 20)
     backend.forward(problem, out, lse)
