@@ -1,5 +1,5 @@
-// The Python module fastattn._C: raw pointers and strides, no torch. Only fastattn/backends/cpu.py calls it;
-// that file describes the tuple that stands for a problem.
+// The Python module fastattn._C, which fastattn/backends call. Built without torch: tensors.h reads those of
+// an attention problem; additive attention hands over addresses.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "machine.h"
 #include "parallel.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -20,24 +21,10 @@ class Fields {
   explicit Fields(const py::tuple& tuple) : tuple_(tuple.ptr()) {}
 
   int64_t integer() { return checked(PyLong_AsLongLong(next())); }
-  uint64_t unsigned_bits() { return checked(PyLong_AsUnsignedLongLongMask(next())); }
   double real() { return checked(PyFloat_AsDouble(next())); }
   template <class T>
   T* pointer() {
     return reinterpret_cast<T*>(static_cast<uintptr_t>(checked(PyLong_AsUnsignedLongLong(next()))));
-  }
-  void integers(int64_t* values, int count) {
-    PyObject* inner = next();
-    if (!PyTuple_Check(inner) || PyTuple_GET_SIZE(inner) != count)
-      throw std::invalid_argument("malformed problem");
-    for (int i = 0; i < count; i++) values[i] = checked(PyLong_AsLongLong(PyTuple_GET_ITEM(inner, i)));
-  }
-  template <class T>
-  Tensor4<T> tensor() {
-    Tensor4<T> t;
-    t.data = pointer<T>();
-    integers(t.stride, 4);
-    return t;
   }
 
  private:
@@ -54,74 +41,105 @@ class Fields {
   Py_ssize_t position_ = 0;
 };
 
-Problem read_problem(const py::tuple& tuple) {
-  Fields fields(tuple);
+Tensor4<uint8_t> read_tensor4(py::handle tensor) {
+  return tensor.is_none() ? Tensor4<uint8_t>{} : read_tensor(tensor).as_tensor4();
+}
+
+void* read_data(py::handle tensor) { return tensor.is_none() ? nullptr : read_tensor(tensor).data; }
+
+DType engine_dtype(const TensorView& tensor) {
+  if (!tensor.dtype) throw std::invalid_argument("the engine does not compute in this dtype");
+  return *tensor.dtype;
+}
+
+Causal read_causal(py::handle mode) {
+  if (mode.is_none()) return Causal::none;
+  const bool upper = PyUnicode_CompareWithASCIIString(mode.ptr(), "upper_left") == 0;
+  return upper ? Causal::upper_left : Causal::lower_right;
+}
+
+// A fastattn.problem.Problem, whose fields are read in their order.
+Problem read_problem(const py::tuple& fields) {
+  if (fields.size() != 12) throw std::invalid_argument("malformed problem");
+  int position = 0;
+  const auto next = [&] { return py::handle(PyTuple_GET_ITEM(fields.ptr(), position++)); };
+  const auto next_window = [&] {
+    const py::handle window = next();
+    return window.is_none() ? -1 : window.cast<int64_t>();
+  };
+  const TensorView query = read_tensor(next());
+  const TensorView key = read_tensor(next());
+  const TensorView value = read_tensor(next());
   Problem p;
-  int64_t query[4], key[4], value[4];
-  p.dtype = static_cast<DType>(fields.integer());
-  fields.integers(query, 4);
-  fields.integers(key, 4);
-  fields.integers(value, 4);
-  p.batch = query[0];
-  p.query_heads = query[1];
-  p.queries = query[2];
-  p.head_dim = query[3];
-  p.kv_heads = key[1];
-  p.keys = key[2];
-  p.value_dim = value[3];
-  p.query = fields.tensor<const uint8_t>();
-  p.key = fields.tensor<const uint8_t>();
-  p.value = fields.tensor<const uint8_t>();
-  p.scale = fields.real();
-  p.causal = static_cast<Causal>(fields.integer());
-  p.window_left = fields.integer();
-  p.window_right = fields.integer();
-  p.key_lengths = fields.pointer<const int64_t>();
-  p.mask = fields.tensor<const uint8_t>();
-  p.bias = fields.tensor<const uint8_t>();
-  p.bias_dtype = static_cast<DType>(fields.integer());
-  p.dropout_p = fields.real();
-  p.dropout_seed = fields.unsigned_bits();
-  p.dropout_offset = fields.unsigned_bits();
+  p.dtype = engine_dtype(query);
+  p.batch = query.shape[0];
+  p.query_heads = query.shape[1];
+  p.queries = query.shape[2];
+  p.head_dim = query.shape[3];
+  p.kv_heads = key.shape[1];
+  p.keys = key.shape[2];
+  p.value_dim = value.shape[3];
+  p.query = query.as_tensor4().as<const uint8_t>();
+  p.key = key.as_tensor4().as<const uint8_t>();
+  p.value = value.as_tensor4().as<const uint8_t>();
+  p.scale = next().cast<double>();
+  p.causal = read_causal(next());
+  p.window_left = next_window();
+  p.window_right = next_window();
+  p.key_lengths = static_cast<const int64_t*>(read_data(next()));
+  p.mask = read_tensor4(next()).as<const uint8_t>();
+  const py::handle bias = next();
+  if (!bias.is_none()) {
+    const TensorView view = read_tensor(bias);
+    p.bias = view.as_tensor4().as<const uint8_t>();
+    p.bias_dtype = engine_dtype(view);
+  }
+  p.dropout_p = next().cast<double>();
+  if (p.dropout_p > 0) {
+    const TensorView state = read_tensor(next());
+    const auto* words = static_cast<const uint64_t*>(state.data);
+    p.dropout_seed = words[0];
+    p.dropout_offset = words[state.stride[0]];
+  }
   return p;
 }
 
-Tensor4<uint8_t> read_tensor(const py::tuple& tuple) { return Fields(tuple).tensor<uint8_t>(); }
-
 void* address(uintptr_t pointer) { return reinterpret_cast<void*>(pointer); }
 
-void forward(const py::tuple& problem_tuple, const py::tuple& out, uintptr_t lse, int threads) {
-  const Problem problem = read_problem(problem_tuple);
+void forward(const py::tuple& problem_fields, py::handle out, py::handle lse, int threads) {
+  const Problem problem = read_problem(problem_fields);
+  ForwardOutput output{read_tensor4(out), read_data(lse)};
   // The kernels always write an lse; nobody may want it.
   const size_t size = problem.dtype == DType::f64 ? sizeof(double) : sizeof(float);
-  const AlignedBuffer unwanted(lse ? 0 : size * problem.batch * problem.query_heads * problem.queries);
-  const ForwardOutput output{read_tensor(out), lse ? address(lse) : unwanted.data()};
+  const AlignedBuffer unwanted(lse.is_none() ? size * problem.batch * problem.query_heads * problem.queries
+                                             : 0);
+  if (lse.is_none()) output.lse = unwanted.data();
   const Engine& chosen = engine();
   const py::gil_scoped_release unlocked;
   chosen.forward(problem, output, threads);
 }
 
-void backward(const py::tuple& problem_tuple, const py::tuple& out, uintptr_t lse, const py::tuple& grad_out,
-              uintptr_t grad_lse, const py::tuple& grad_query, const py::tuple& grad_key,
-              const py::tuple& grad_value, uintptr_t grad_bias, int threads) {
-  const Problem problem = read_problem(problem_tuple);
+void backward(const py::tuple& problem_fields, py::handle out, py::handle lse, py::handle grad_out,
+              py::handle grad_lse, py::handle grad_query, py::handle grad_key, py::handle grad_value,
+              py::handle grad_bias, int threads) {
+  const Problem problem = read_problem(problem_fields);
   BackwardArgs args;
-  args.out = read_tensor(out).as<const uint8_t>();
-  args.lse = address(lse);
-  args.grad_out = read_tensor(grad_out).as<const uint8_t>();
-  args.grad_lse = address(grad_lse);
-  args.grad_query = read_tensor(grad_query);
-  args.grad_key = read_tensor(grad_key);
-  args.grad_value = read_tensor(grad_value);
-  args.grad_bias = address(grad_bias);
+  args.out = read_tensor4(out).as<const uint8_t>();
+  args.lse = read_data(lse);
+  args.grad_out = read_tensor4(grad_out).as<const uint8_t>();
+  args.grad_lse = read_data(grad_lse);
+  args.grad_query = read_tensor4(grad_query);
+  args.grad_key = read_tensor4(grad_key);
+  args.grad_value = read_tensor4(grad_value);
+  args.grad_bias = read_data(grad_bias);
   const Engine& chosen = engine();
   const py::gil_scoped_release unlocked;
   chosen.backward(problem, args, threads);
 }
 
-void weights(const py::tuple& problem_tuple, uintptr_t lse, uintptr_t out, bool average, int threads) {
-  const Problem problem = read_problem(problem_tuple);
-  const WeightsOutput output{address(lse), address(out), average};
+void weights(const py::tuple& problem_fields, py::handle lse, py::handle out, bool average, int threads) {
+  const Problem problem = read_problem(problem_fields);
+  const WeightsOutput output{read_data(lse), read_data(out), average};
   const Engine& chosen = engine();
   const py::gil_scoped_release unlocked;
   chosen.weights(problem, output, threads);
@@ -199,6 +217,9 @@ void probe_read(uintptr_t data, int64_t count, int threads) {
 PYBIND11_MODULE(_C, m) {
   using namespace fastattn;
   m.doc() = "The C++ engine of fastattn. Use fastattn.backends.cpu.";
+  m.def("use_torch", &use_torch, "The module torch and its exchange table, or None; to be called first.");
+  m.def("fit_as_they_are", &fit_as_they_are,
+        "Can the engine read query, key and value where they lie, one like the other? False in any doubt.");
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("weights", &weights);

@@ -22,7 +22,7 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 class Problem(NamedTuple):
-    """A validated attention problem.
+    """A validated attention problem. csrc/bindings.cpp reads its fields in this order.
 
     Shapes: B batch, Hq query heads, Hkv key/value heads (Hq a multiple of Hkv; query head ``h``
     reads key head ``h // (Hq // Hkv)``), Lq queries, Lk keys, D and Dv head dimensions.

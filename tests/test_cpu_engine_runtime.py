@@ -121,3 +121,52 @@ def test_other_threads_run_during_a_call(threads):
     done.set()
     worker.join()
     assert after - before > 2
+
+
+EXCHANGE_TABLE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
+def test_tensors_are_read_alike_through_their_methods(dtype):
+    """Before torch 2.10 there is no table of functions for it."""
+    problem = Case(
+        "everything",
+        kv_heads=1,
+        queries=17,
+        keys=33,
+        causal="lower_right",
+        key_lengths=(33, 20),
+        bias="full",
+        dropout_p=0.2,
+    ).make(dtype=dtype)
+    grad_out = torch.randn(2, 2, 17, 64).to(dtype)
+    expected = run_backend(cpu, problem, grad_out)
+    cpu._C.use_torch(torch, None)
+    try:
+        actual = run_backend(cpu, problem, grad_out)
+    finally:
+        cpu._C.use_torch(torch, EXCHANGE_TABLE)
+    for name, tensor in actual.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("table", (EXCHANGE_TABLE, None))
+def test_what_the_engine_cannot_read_is_an_error(table):
+    problem = Case("plain", queries=6, head_dim=8).make()
+    out, lse = torch.empty(2, 2, 6, 8), torch.empty(2, 2, 6)
+    unreadable = {
+        "dtype": problem.query.int(),
+        "four dimensions": problem.query[None],
+        "have memory": torch._efficientzerotensor(2, 2, 6, 8, dtype=torch.float32),
+    }
+    cpu._C.use_torch(torch, table)
+    try:
+        for message, query in unreadable.items():
+            with pytest.raises(ValueError, match=message):
+                cpu.forward(problem._replace(query=query), out, lse)
+        with pytest.raises(RuntimeError):
+            cpu.forward(problem._replace(query=problem.query.to_sparse()), out, lse)
+        with pytest.raises(ValueError, match="malformed"):
+            cpu._C.forward(problem[:-1], out, lse, 1)
+    finally:
+        cpu._C.use_torch(torch, EXCHANGE_TABLE)

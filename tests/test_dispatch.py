@@ -114,11 +114,12 @@ def run(code: str) -> str:
     ).stdout
 
 
-def test_without_the_extension_and_triton_the_reference_answers_with_one_warning():
+@pytest.mark.parametrize("extension", ["None", "types.ModuleType('an older build')"])
+def test_without_the_extension_and_triton_the_reference_answers_with_one_warning(extension):
     output = run(
         """
-        import sys, warnings
-        sys.modules["fastattn._C"] = None
+        import sys, types, warnings
+        sys.modules["fastattn._C"] = EXTENSION
         sys.modules["triton"] = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -141,7 +142,7 @@ def test_without_the_extension_and_triton_the_reference_answers_with_one_warning
             fastattn.scaled_dot_product_attention(query, query, query, backend="cpu")
         except ValueError as error:
             print("explicit:", error)
-        """
+        """.replace("EXTENSION", extension)
     ).splitlines()
     assert output[0] == "1 RuntimeWarning"
     assert "dense reference" in output[1]

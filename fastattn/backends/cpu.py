@@ -1,4 +1,4 @@
-"""The CPU backend: hands a problem to the C++ engine, as raw pointers and element strides."""
+"""The CPU backend: hands a problem to the C++ engine, which reads its tensors itself."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastattn.problem import CAUSAL_MODES, Problem
+from fastattn.problem import SUPPORTED_DTYPES, Problem
 
 try:
     from fastattn import _C
-except ImportError as error:
+
+    # torch's table of C functions that read a tensor is there from 2.10 on.
+    _C.use_torch(torch, getattr(Tensor, "__dlpack_c_exchange_api__", None))
+except (ImportError, AttributeError) as error:  # an extension built from older sources lacks something
     _C = None
     _import_error = error
-
-#: In the order of csrc/problem.h's DType.
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_CAUSAL_CODES = {mode: code for code, mode in enumerate(CAUSAL_MODES)}
-_NO_TENSOR = (0, (0, 0, 0, 0))
 
 #: Whether :func:`forward` takes None in the place of lse.
 LSE_IS_OPTIONAL = True
@@ -28,7 +26,7 @@ LSE_IS_OPTIONAL = True
 def unavailable() -> str | None:
     """Why the engine cannot be used at all, else None."""
     if _C is None:
-        return f"the C++ extension fastattn._C is not built or cannot be loaded ({_import_error})"
+        return f"the C++ extension fastattn._C is not built from these sources or cannot be loaded ({_import_error})"
     return None
 
 
@@ -38,8 +36,8 @@ def reasons(problem: Problem) -> list[str]:
     why = []
     if not query.is_cpu:
         why.append(f"the tensors are on {query.device}, not on the CPU")
-    if query.dtype not in _DTYPE_CODES:
-        why.append(f"dtype {query.dtype} is not one of {', '.join(str(dtype) for dtype in _DTYPE_CODES)}")
+    if query.dtype not in SUPPORTED_DTYPES:
+        why.append(f"dtype {query.dtype} is not one of {', '.join(str(dtype) for dtype in SUPPORTED_DTYPES)}")
     return why
 
 
@@ -64,7 +62,7 @@ def available_isas() -> list[str]:
 
 def forward(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
     """Write attention's output [B, Hq, Lq, Dv] and, unless None, its natural-log lse [B, Hq, Lq]."""
-    _C.forward(_describe(problem), (out.data_ptr(), out.stride()), _address(lse), torch.get_num_threads())
+    _C.forward(problem, out, lse, torch.get_num_threads())
 
 
 def backward(
@@ -79,57 +77,10 @@ def backward(
     grad_bias: Tensor | None,
 ) -> None:
     """Write the gradients that are not None, given the forward's results and their gradients."""
-    _C.backward(
-        _describe(problem),
-        (out.data_ptr(), out.stride()),
-        lse.data_ptr(),
-        (grad_out.data_ptr(), grad_out.stride()),
-        _address(grad_lse),
-        _view(grad_query),
-        _view(grad_key),
-        _view(grad_value),
-        _address(grad_bias),
-        torch.get_num_threads(),
-    )
+    threads = torch.get_num_threads()
+    _C.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias, threads)
 
 
 def weights(problem: Problem, lse: Tensor, out: Tensor, average: bool) -> None:
     """Write the softmax weights [B, Hq, Lq, Lk], or their mean over the heads [B, Lq, Lk]."""
-    _C.weights(_describe(problem), lse.data_ptr(), out.data_ptr(), average, torch.get_num_threads())
-
-
-def _describe(problem: Problem) -> tuple:
-    """The fields of csrc/problem.h's Problem in the order in which bindings.cpp reads them."""
-    query, key, value, bias = problem.query, problem.key, problem.value, problem.bias
-    seed, offset = problem.rng_state.tolist() if problem.dropout_p > 0.0 else (0, 0)
-    return (
-        _DTYPE_CODES[query.dtype],
-        query.shape,
-        key.shape,
-        value.shape,
-        query.data_ptr(),
-        query.stride(),
-        key.data_ptr(),
-        key.stride(),
-        value.data_ptr(),
-        value.stride(),
-        problem.scale,
-        _CAUSAL_CODES[problem.causal],
-        -1 if problem.window_left is None else problem.window_left,
-        -1 if problem.window_right is None else problem.window_right,
-        0 if problem.key_lengths is None else problem.key_lengths.data_ptr(),
-        *_view(problem.attn_mask),
-        *_view(bias),
-        0 if bias is None else _DTYPE_CODES[bias.dtype],
-        problem.dropout_p,
-        seed,
-        offset,
-    )
-
-
-def _view(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
-    return _NO_TENSOR if tensor is None else (tensor.data_ptr(), tensor.stride())
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    _C.weights(problem, lse, out, average, torch.get_num_threads())

@@ -1,0 +1,162 @@
+#include "tensors.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace fastattn {
+namespace {
+
+// The part of DLPack's ABI that is needed here (https://dmlc.github.io/dlpack/latest/c_api.html), by its
+// layout.
+namespace dlpack {
+
+constexpr uint32_t major_version = 1;
+constexpr int32_t cpu = 1;
+enum Kind : uint8_t { floating = 2, brain_floating = 4 };
+
+struct Tensor {
+  void* data;
+  int32_t device_type, device_index;
+  int32_t rank;
+  uint8_t kind, bits;
+  uint16_t lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct ExchangeTable {
+  uint32_t major, minor;
+  const ExchangeTable* older;
+  void (*allocate)();
+  void (*from_object)();
+  void (*to_object)();
+  int (*read_object)(void* object, Tensor* out);  // borrows; may be null
+  void (*work_stream)();
+};
+
+}  // namespace dlpack
+
+// What is known of torch. Its objects are never freed: they live as long as torch does.
+struct Torch {
+  const dlpack::ExchangeTable* table = nullptr;
+  PyTypeObject* tensor = nullptr;
+  PyTypeObject* parameter = nullptr;
+  PyObject* is_neg = nullptr;
+  PyObject* dtypes[4] = {};  // in the order of DType
+  // Names of attributes and methods.
+  PyObject *shape = nullptr, *stride = nullptr, *data_ptr = nullptr, *dtype = nullptr;
+} torch;
+
+std::optional<DType> dtype_of(const dlpack::Tensor& tensor) {
+  if (tensor.lanes != 1) return std::nullopt;
+  if (tensor.kind == dlpack::brain_floating && tensor.bits == 16) return DType::bf16;
+  if (tensor.kind != dlpack::floating) return std::nullopt;
+  if (tensor.bits == 32) return DType::f32;
+  if (tensor.bits == 16) return DType::f16;
+  if (tensor.bits == 64) return DType::f64;
+  return std::nullopt;
+}
+
+std::optional<DType> dtype_of(py::handle dtype) {
+  for (int i = 0; i < 4; i++)
+    if (dtype.ptr() == torch.dtypes[i]) return static_cast<DType>(i);
+  return std::nullopt;
+}
+
+TensorView read_through_table(py::handle object) {
+  dlpack::Tensor tensor;
+  if (torch.table->read_object(object.ptr(), &tensor)) throw py::error_already_set();
+  TensorView view;
+  view.rank = tensor.rank;
+  for (int i = 0; i < std::min(tensor.rank, 4); i++) {
+    view.shape[i] = tensor.shape[i];
+    view.stride[i] = tensor.strides[i];
+  }
+  if (tensor.data) view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  view.dtype = dtype_of(tensor);
+  return view;
+}
+
+py::object owned(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+void read_integers(py::handle tuple, int count, int64_t* values) {
+  for (int i = 0; i < count; i++) values[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
+}
+
+TensorView read_through_methods(py::handle object) {
+  PyObject* const tensor = object.ptr();
+  const py::object shape = owned(PyObject_GetAttr(tensor, torch.shape));
+  const py::object stride = owned(PyObject_CallMethodNoArgs(tensor, torch.stride));
+  TensorView view;
+  view.rank = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
+  read_integers(shape, std::min(view.rank, 4), view.shape);
+  read_integers(stride, std::min(view.rank, 4), view.stride);
+  view.data = PyLong_AsVoidPtr(owned(PyObject_CallMethodNoArgs(tensor, torch.data_ptr)).ptr());
+  view.dtype = dtype_of(owned(PyObject_GetAttr(tensor, torch.dtype)));
+  return view;
+}
+
+// Reads one of the tensors of fit_as_they_are; false if it alone tells that they do not.
+bool read_plain(py::handle object, dlpack::Tensor& tensor) {
+  if (Py_TYPE(object.ptr()) != torch.tensor && Py_TYPE(object.ptr()) != torch.parameter) return false;
+  if (torch.table->read_object(object.ptr(), &tensor)) throw py::error_already_set();
+  if (tensor.device_type != dlpack::cpu || tensor.rank != 4 || tensor.strides[3] != 1) return false;
+  if (!tensor.data) return false;  // empty, or known to be zero
+  return owned(PyObject_CallOneArg(torch.is_neg, object.ptr())).ptr() == Py_False;
+}
+
+bool are_alike(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  return a.kind == b.kind && a.bits == b.bits && a.shape[0] == b.shape[0];
+}
+
+}  // namespace
+
+void use_torch(py::module_ module, py::handle capsule) {
+  const auto keep = [](py::object object) { return object.release().ptr(); };
+  torch = Torch{};
+  torch.is_neg = keep(module.attr("Tensor").attr("is_neg"));
+  torch.tensor = reinterpret_cast<PyTypeObject*>(keep(module.attr("Tensor")));
+  torch.parameter = reinterpret_cast<PyTypeObject*>(keep(module.attr("nn").attr("Parameter")));
+  const char* const names[] = {"float32", "bfloat16", "float16", "float64"};
+  for (int i = 0; i < 4; i++) torch.dtypes[i] = keep(module.attr(names[i]));
+  torch.shape = PyUnicode_InternFromString("shape");
+  torch.stride = PyUnicode_InternFromString("stride");
+  torch.data_ptr = PyUnicode_InternFromString("data_ptr");
+  torch.dtype = PyUnicode_InternFromString("dtype");
+  if (capsule.is_none()) return;
+  void* const pointer = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  if (!pointer) throw py::error_already_set();
+  const auto* table = static_cast<const dlpack::ExchangeTable*>(pointer);
+  while (table && table->major != dlpack::major_version) table = table->older;
+  if (table && table->read_object) torch.table = table;
+}
+
+TensorView read_tensor(py::handle tensor) {
+  const TensorView view = torch.table ? read_through_table(tensor) : read_through_methods(tensor);
+  if (view.rank > 4) throw std::invalid_argument("the engine takes tensors of at most four dimensions");
+  if (!view.data && std::count(view.shape, view.shape + view.rank, 0) == 0)
+    throw std::invalid_argument("the engine takes tensors that have memory");
+  return view;
+}
+
+bool fit_as_they_are(py::handle query, py::handle key, py::handle value, bool grouped) {
+  if (!torch.table) return false;
+  dlpack::Tensor q, k, v;
+  try {
+    if (!read_plain(query, q) || !read_plain(key, k) || !read_plain(value, v)) return false;
+  } catch (const py::error_already_set&) {
+    return false;  // sparse, nested, ...: the caller's business
+  }
+  if (!dtype_of(q) || !are_alike(q, k) || !are_alike(q, v)) return false;
+  const bool heads_fit =
+      k.shape[1] == v.shape[1] && (q.shape[1] == k.shape[1] || (grouped && q.shape[1] % k.shape[1] == 0));
+  return heads_fit && q.shape[3] == k.shape[3] && k.shape[2] == v.shape[2];
+}
+
+}  // namespace fastattn
