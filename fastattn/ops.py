@@ -11,18 +11,19 @@ returned attention weights.
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastattn import dispatch, memory, reference
+from fastattn.eager import is_eager, is_observed, is_transformed
 from fastattn.problem import (
-    PLAIN_TENSORS,
     Arguments,
-    Problem,
     bias_gradient_shape,
     check_length_values,
     problem_from_arguments,
+    with_unit_last_stride,
 )
 
 _LIBRARY = torch.library.Library("fastattn", "DEF")
@@ -36,7 +37,8 @@ _PROBLEM_SCHEMA = (
     "Tensor? rng_state, str backend"
 )
 #: Where the differentiable ones stand among these arguments.
-_QUERY, _KEY, _VALUE, _BIAS = (Arguments._fields.index(name) for name in ("query", "key", "value", "bias"))
+_DIFFERENTIABLE = tuple(Arguments._fields.index(name) for name in ("query", "key", "value", "bias"))
+_QUERY, _KEY, _VALUE, _BIAS = _DIFFERENTIABLE
 _DROPOUT = Arguments._fields.index("dropout_p")
 
 
@@ -58,47 +60,40 @@ def empty_laid_out_like(tensor: Tensor, last_size: int, new_empty_strided=Tensor
     return new_empty_strided(tensor, (batch, heads, length, last_size), strides)
 
 
-def _empty_result(tensor: Tensor, last_size: int) -> Tensor:
+def empty_result(tensor: Tensor, last_size: int) -> Tensor:
     """The same for a result that is about to be computed."""
-    if last_size == tensor.shape[3] and tensor.numel() < memory.LARGE // 8 and tensor.is_contiguous():
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    if last_size == tensor.shape[3] and tensor.is_contiguous() and tensor.numel() < memory.LARGE // 8:
+        return torch.empty_like(tensor)
     return empty_laid_out_like(tensor, last_size, memory.new_empty_strided)
+
+
+def empty_gradient(tensor: Tensor) -> Tensor:
+    """The same for the gradient of a [B, H, L, D] tensor."""
+    return empty_result(tensor, tensor.shape[3])
+
+
+def empty_lse(query: Tensor) -> Tensor:
+    """Uninitialised [B, Hq, Lq], float32 or, for a float64 query, float64."""
+    batch, heads, length, _ = query.shape
+    if query.dtype == torch.float32:
+        return query.new_empty(batch, heads, length)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((batch, heads, length), dtype=dtype)
 
 
 # The computations on real tensors.
 
 
-def compute_forward(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Lq, Dv] in query's layout and lse [B, Hq, Lq]."""
-    check_length_values(problem)
-    engine = dispatch.select(problem, backend)
-    query = problem.query
-    out = _empty_result(query, problem.value.shape[3])
-    lse = _empty_lse(query)
-    engine.forward(problem, out, lse)
-    return out, lse
-
-
-def _forward(*arguments) -> tuple[Tensor, Tensor]:
-    return compute_forward(problem_from_arguments(*arguments[:-1]), arguments[-1])
-
-
-def _forward_output(*arguments) -> Tensor:
-    """out alone, in the time that a second tensor takes less where the engine can do without its lse."""
+def _forward(*arguments, wants_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    """out [B, Hq, Lq, Dv] in query's layout and lse [B, Hq, Lq], which is None if that saves time."""
     problem = problem_from_arguments(*arguments[:-1])
     check_length_values(problem)
     engine = dispatch.select(problem, arguments[-1])
-    out = _empty_result(problem.query, problem.value.shape[3])
-    engine.forward(problem, out, None if engine.LSE_IS_OPTIONAL else _empty_lse(problem.query))
-    return out
-
-
-def _empty_lse(query: Tensor) -> Tensor:
-    batch, heads, length, _ = query.shape
-    if query.dtype == torch.float32:
-        return query.new_empty((batch, heads, length))
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty((batch, heads, length), dtype=dtype)
+    query = problem.query
+    out = empty_result(query, problem.value.shape[3])
+    lse = empty_lse(query) if wants_lse or not engine.LSE_IS_OPTIONAL else None
+    engine.forward(problem, out, lse)
+    return out, lse
 
 
 def _gradients(
@@ -108,28 +103,26 @@ def _gradients(
     lse: Tensor,
     *rest,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    arguments, backend, needs = list(rest[:-5]), rest[-5], rest[-4:]
+    """Those of query, key, value and bias, None where one is not needed."""
+    *arguments, backend, needs_query, needs_key, needs_value, needs_bias = rest
     bias = arguments[_BIAS]
-    if needs[3] and _has_repeated_elements(bias):
+    if needs_bias and _has_repeated_elements(bias):
         # A caller's own expanded view: each of its elements has a gradient of its own.
         arguments[_BIAS] = bias = bias.contiguous()
     problem = problem_from_arguments(*arguments)
     engine = dispatch.select(problem, backend)
-    if grad_out.stride(3) != 1:
-        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+    out, grad_out = with_unit_last_stride(out), with_unit_last_stride(grad_out)
     lse = lse.contiguous()  # vmap over the gradient alone expands it
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    needs_query, needs_key, needs_value, _ = needs
-    grad_query = _empty_gradient(problem.query) if needs_query else None
-    grad_key = _empty_gradient(problem.key) if needs_key else None
-    grad_value = _empty_gradient(problem.value) if needs_value else None
+    grad_query = empty_gradient(problem.query) if needs_query else None
+    grad_key = empty_gradient(problem.key) if needs_key else None
+    grad_value = empty_gradient(problem.value) if needs_value else None
     grad_bias = None
-    if needs[3]:
-        shape = bias_gradient_shape(problem.bias)
-        grad_bias = memory.new_zeros(bias, shape, problem.lse_dtype)
+    if needs_bias:
+        grad_bias = memory.new_zeros(bias, bias_gradient_shape(problem.bias), problem.lse_dtype)
     engine.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
-    if needs[3]:
+    if needs_bias:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
     return grad_query, grad_key, grad_value, grad_bias
 
@@ -138,10 +131,6 @@ def _backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients, an operator's: empty tensors in place of those that are not needed."""
     out = arguments[2]
     return tuple(out.new_empty(0) if gradient is None else gradient for gradient in _gradients(*arguments))
-
-
-def _empty_gradient(tensor: Tensor) -> Tensor:
-    return _empty_result(tensor, tensor.shape[3])
 
 
 def _weights(lse: Tensor, average: bool, *arguments) -> Tensor:
@@ -167,14 +156,14 @@ def _has_repeated_elements(tensor: Tensor) -> bool:
 
 def _fake_forward(*arguments) -> tuple[Tensor, Tensor]:
     query, value = arguments[_QUERY], arguments[_VALUE]
-    return empty_laid_out_like(query, value.shape[3]), _empty_lse(query)
+    return empty_laid_out_like(query, value.shape[3]), empty_lse(query)
 
 
 def _fake_backward(grad_out, grad_lse, out, lse, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments, needs = rest[:-5], rest[-4:]
     bias = arguments[_BIAS]
     grads = [
-        empty_laid_out_like(_with_unit_last_stride(tensor), tensor.shape[3]) if needed else None
+        empty_laid_out_like(_empty_with_unit_last_stride(tensor), tensor.shape[3]) if needed else None
         for tensor, needed in zip((arguments[_QUERY], arguments[_KEY], arguments[_VALUE]), needs, strict=False)
     ]
     grads.append(bias.new_empty(bias.shape) if needs[3] else None)
@@ -198,18 +187,16 @@ def _remember_forward(ctx, inputs, output) -> None:
 def _differentiate_forward(ctx, grad_out, grad_lse):
     *tensors, rng_state, out, lse = ctx.saved_tensors
     *options, backend = ctx.options
-    needs_input_grad = ctx.needs_input_grad
-    needs = [needs_input_grad[index] for index in (_QUERY, _KEY, _VALUE, _BIAS)]
-    grads = [None] * len(needs_input_grad)
+    needs_query, needs_key, needs_value, _, needs_bias, *others = ctx.needs_input_grad
     if grad_out is None:
         if grad_lse is None:
-            return tuple(grads)
+            return (None,) * len(ctx.needs_input_grad)
         grad_out = torch.zeros_like(out)
-    results = _attention_gradients(grad_out, grad_lse, out, lse, *tensors, *options, rng_state, backend, *needs)
-    for index, needed, result in zip((_QUERY, _KEY, _VALUE, _BIAS), needs, results, strict=True):
-        if needed:
-            grads[index] = result
-    return tuple(grads)
+    grad_query, grad_key, grad_value, grad_bias = attention_gradients(
+        *(grad_out, grad_lse, out, lse, *tensors, *options, rng_state, backend),
+        *(needs_query, needs_key, needs_value, needs_bias),
+    )
+    return grad_query, grad_key, grad_value, None, grad_bias, *[None] * len(others)
 
 
 def _remember_backward(ctx, inputs, output) -> None:
@@ -376,38 +363,16 @@ def _map_weights(info, dims, *arguments):
     return result.unflatten(0, (info.batch_size, batch)), 0
 
 
-def _with_unit_last_stride(tensor: Tensor) -> Tensor:
+def _empty_with_unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.new_empty(tensor.shape)
 
 
-def _is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Must a call pass PyTorch's dispatcher, because something other than eager autograd watches it?"""
-    return not (
-        type(query) in PLAIN_TENSORS
-        and type(key) in PLAIN_TENSORS
-        and type(value) in PLAIN_TENSORS
-        and (query.is_cpu or query.is_cuda)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-    )
+def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
-def _is_transformed() -> bool:
-    """Is a functorch transform or forward-mode differentiation at work?"""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Is nothing but eager autograd at work?"""
-    return not (torch.compiler.is_compiling() or _is_transformed() or _is_observed(query, key, value))
-
-
-def _wants_gradient(arguments: tuple) -> bool:
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-
-
-def _register(name: str, signature: str, compute, fake, differentiate, remember, map_rule, first: int):
-    """Register the operator; return the function that calls it. ``first`` is where query stands.
+def _register(name: str, signature: str, compute, fake, differentiate, remember, map_rule, floating: itemgetter):
+    """Register the operator; return the function that calls it. ``floating`` picks its floating tensors.
 
     Eager calls go to an autograd.Function or straight to the computation, which takes a tenth of the
     time of PyTorch's dispatcher for operators in Python. Functorch transforms need such a Function too,
@@ -425,8 +390,7 @@ def _register(name: str, signature: str, compute, fake, differentiate, remember,
     operator = getattr(torch.ops.fastattn, name).default
 
     def compute_or_dispatch(*arguments):
-        watched = _is_observed(*arguments[first : first + 3])
-        return operator(*arguments) if watched else compute(*arguments)
+        return operator(*arguments) if is_observed(floating(arguments)) else compute(*arguments)
 
     def compute_and_remember(ctx, *arguments):
         output = compute(*arguments)
@@ -445,16 +409,19 @@ def _register(name: str, signature: str, compute, fake, differentiate, remember,
     def call(*arguments):
         if torch.compiler.is_compiling():
             return operator(*arguments)
-        if _is_transformed():
+        if is_transformed():
             return transformed.apply(*arguments)
-        if _is_observed(*arguments[first : first + 3]):
+        if is_observed(floating(arguments)):
             return operator(*arguments)
-        if _wants_gradient(arguments):
+        if _wants_gradient(floating(arguments)):
             return eager.apply(*arguments)
         return compute(*arguments)
 
     return call
 
+
+_forward_tensors = itemgetter(*_DIFFERENTIABLE)
+_backward_tensors = itemgetter(0, 1, 2, 3, *(4 + index for index in _DIFFERENTIABLE))
 
 attention_forward = _register(
     "attention_forward",
@@ -464,7 +431,7 @@ attention_forward = _register(
     _differentiate_forward,
     _remember_forward,
     _map_forward,
-    0,
+    _forward_tensors,
 )
 
 
@@ -484,18 +451,21 @@ class _Output(torch.autograd.Function):
 
 def attention_output(*arguments) -> Tensor:
     """out of :func:`attention_forward` for a call that does not want its lse."""
-    if not _is_plain(*arguments[:3]):
+    if not is_eager() or is_observed(_forward_tensors(arguments)):
         return attention_forward(*arguments)[0]
-    if _wants_gradient(arguments):
+    if _wants_gradient(_forward_tensors(arguments)):
         return _Output.apply(*arguments)
-    return _forward_output(*arguments)
+    return _forward(*arguments, wants_lse=False)[0]
 
 
-def _attention_gradients(*arguments) -> tuple[Tensor | None, ...]:
-    """The results of :func:`attention_backward`, where it costs nothing None for those not needed."""
-    if _is_plain(*arguments[4:7]) and not _wants_gradient(arguments):
-        return _gradients(*arguments)
-    return attention_backward(*arguments)
+def attention_gradients(*arguments) -> tuple[Tensor | None, ...]:
+    """The results of :func:`attention_backward`, None for those not needed."""
+    if is_eager():
+        tensors = _backward_tensors(arguments)
+        if not (is_observed(tensors) or _wants_gradient(tensors)):
+            return _gradients(*arguments)
+    results = attention_backward(*arguments)
+    return tuple(result if needed else None for result, needed in zip(results, arguments[-4:], strict=True))
 
 
 attention_backward = _register(
@@ -507,7 +477,7 @@ attention_backward = _register(
     _differentiate_backward,
     _remember_backward,
     _map_backward,
-    4,
+    _backward_tensors,
 )
 attention_weights = _register(
     "attention_weights",
@@ -517,5 +487,5 @@ attention_weights = _register(
     _differentiate_weights,
     _remember_weights,
     _map_weights,
-    2,
+    itemgetter(0, *(2 + index for index in _DIFFERENTIABLE)),
 )

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.eager import PLAIN_TENSORS
+
 #: ``Problem.causal`` values, in the order of the engines' enumeration (0 = none).
 CAUSAL_MODES = (None, "upper_left", "lower_right")
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -144,9 +145,9 @@ def problem_from_arguments(
     if key_lengths is not None and key_lengths.device.type != "cpu":
         key_lengths = key_lengths.clamp(0, keys)
     return Problem(
-        query if query.stride(3) == 1 else _with_unit_last_stride(query),
-        key if key.stride(3) == 1 else _with_unit_last_stride(key),
-        value if value.stride(3) == 1 else _with_unit_last_stride(value),
+        with_unit_last_stride(query),
+        with_unit_last_stride(key),
+        with_unit_last_stride(value),
         1.0 / math.sqrt(head_dim) if scale is None else scale,
         causal,
         window_left,
@@ -421,5 +422,6 @@ def _check_lengths(key_lengths: Tensor | list[int], query: Tensor, keys: int, ba
     return key_lengths.to(device=query.device, dtype=torch.int64).reshape(-1).contiguous()
 
 
-def _with_unit_last_stride(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
+def with_unit_last_stride(tensor: Tensor) -> Tensor:
+    """The 4-D tensor as the engines read it: a copy only where its last stride is not 1."""
+    return tensor if tensor.stride(3) == 1 else tensor.clone(memory_format=torch.contiguous_format)

@@ -346,3 +346,18 @@ def test_asking_for_lse_changes_nothing_else(backend, dtype):
         assert torch.equal(one, other)
     with torch.no_grad():
         assert torch.equal(scaled_dot_product_attention(*leaves, backend=backend), beside)
+
+
+@pytest.mark.parametrize("negated", ["query", "key", "value", "attn_mask", "grad_out"])
+def test_a_lazily_negated_tensor_counts_with_its_sign(negated):
+    """A view of memory that holds the negative values, as x.conj().imag is."""
+    shapes = {"query": (2, 3, 5, 8), "key": (2, 3, 7, 8), "value": (2, 3, 7, 8), "attn_mask": (2, 3, 5, 7)}
+    values = {name: torch.randn(shape) for name, shape in (shapes | {"grad_out": (2, 3, 5, 8)}).items()}
+    given = values | {negated: torch._neg_view(-values[negated])}
+    results = []
+    for tensors in (given, values):
+        leaves = [tensors[name].detach().requires_grad_() for name in shapes]
+        out, lse = scaled_dot_product_attention(*leaves, return_lse=True)
+        results.append((out, lse, *torch.autograd.grad(out, leaves, tensors["grad_out"])))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
