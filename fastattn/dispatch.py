@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
+from torch import Tensor
+
 from fastattn.problem import Problem
 
 #: Every backend by name, the best first.
@@ -89,6 +91,13 @@ def select(problem: Problem, backend: str = "auto") -> ModuleType:
             + " and ".join(refusals)
         )
     return load(name)
+
+
+def select_plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> ModuleType | None:
+    """What :func:`select` would choose for a call of these alone, if it takes them unchecked; None in any doubt."""
+    engine = load("cpu")
+    takes = getattr(engine, "takes_as_they_are", None)
+    return engine if takes is not None and takes(query, key, value, enable_gqa) else None
 
 
 def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, ops
+from fastattn import dispatch, ops, plain
 from fastattn.problem import (
     Arguments,
     check_arguments,
@@ -65,6 +65,11 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what would be right.
     """
+    has_ingredients = not (attn_mask is None and causal is None and window is None and key_lengths is None)
+    if not (has_ingredients or return_lse) and backend == "auto":
+        out = plain.attention(query, key, value, dropout_p, is_causal, scale, enable_gqa)
+        if out is not None:
+            return out
     if backend != "auto":
         dispatch.check_backend_name(backend)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
