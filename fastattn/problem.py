@@ -142,7 +142,7 @@ def problem_from_arguments(
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     score_shape = (batch, heads, queries, keys)
-    if key_lengths is not None and key_lengths.device.type != "cpu":
+    if key_lengths is not None and not key_lengths.is_cpu:
         key_lengths = key_lengths.clamp(0, keys)
     return Problem(
         with_unit_last_stride(query),
@@ -162,7 +162,7 @@ def problem_from_arguments(
 
 def check_length_values(problem: Problem) -> None:
     """Raise ValueError if a key length on the CPU is negative or beyond the keys."""
-    if problem.key_lengths is not None and problem.key_lengths.device.type == "cpu":
+    if problem.key_lengths is not None and problem.key_lengths.is_cpu:
         _check_length_range(problem.key_lengths, problem.key.shape[2])
 
 
@@ -381,7 +381,7 @@ def _check_mask(
         )
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask must be on query's device {query.device}, got {attn_mask.device}")
-    given = list(attn_mask.shape)
+    given = attn_mask.shape
     score_shape = (*batch_shape, query.shape[1], query.shape[2], key.shape[2])
     if not has_heads and attn_mask.dim() == 3:
         attn_mask = attn_mask.unsqueeze(1)  # [N, Lq, Lk] of a call on [N, L, D]
@@ -390,12 +390,11 @@ def _check_mask(
     if len(mask_shape) > rank or any(size not in (1, full) for size, full in zip(mask_shape, score_shape, strict=True)):
         raise ValueError(
             f"attn_mask must broadcast to the scores' shape {list(score_shape)} "
-            f"(batch, heads, queries, keys), got {given}"
+            f"(batch, heads, queries, keys), got {list(given)}"
         )
-    attn_mask = attn_mask[(None,) * (rank - attn_mask.dim())]
     if any(size != 1 for size in mask_shape[:-3]):
-        attn_mask = _flatten_batch(attn_mask, batch_shape)
-    else:
+        attn_mask = _flatten_batch(attn_mask[(None,) * (rank - attn_mask.dim())], batch_shape)
+    elif attn_mask.dim() != 4:
         attn_mask = attn_mask.reshape(1, *mask_shape[-3:])
     if dtype == torch.bool:
         return attn_mask, None
@@ -417,9 +416,12 @@ def _check_lengths(key_lengths: Tensor | list[int], query: Tensor, keys: int, ba
         raise ValueError(
             f"key_lengths must have one length per sequence, shape {list(batch_shape)}, got {list(key_lengths.shape)}"
         )
-    if key_lengths.device.type == "cpu" != query.device.type and not torch.compiler.is_compiling():
+    if key_lengths.is_cpu and not query.is_cpu and not torch.compiler.is_compiling():
         _check_length_range(key_lengths.reshape(-1), keys)  # while looking at them costs nothing
-    return key_lengths.to(device=query.device, dtype=torch.int64).reshape(-1).contiguous()
+    key_lengths = key_lengths.to(query.device, torch.int64)
+    if len(batch_shape) == 1 and key_lengths.is_contiguous():
+        return key_lengths
+    return key_lengths.reshape(-1).contiguous()
 
 
 def with_unit_last_stride(tensor: Tensor) -> Tensor:
