@@ -294,7 +294,8 @@ FUSED_FAULTS = {
         "dq_full = new_barriers(DQ_STAGES, 1)",
     ),
     "the writer frees a part before it is added": ("                publish_stores()\n", ""),
-    "programs take turns in the wrong order": ("turn = key_high - 1 - first // 128", "turn = first // 128 - key_low"),
+    "programs take turns in the wrong order": ("< first // 128 - key_low", "< key_high - 1 - first // 128"),
+    "the writer adds from the first tile on": ("m = count - 1 - i", "m = i"),
     "a turn is never passed": ('gl.atomic_add(counter, 1, sem="release")', "pass"),
     "K overwritten while the other's dQ reads it": (
         '    named_barrier("sync", "8", "256")  # the other',

@@ -6,9 +6,12 @@ writer) adds the result to dQ (fp32, global memory) by TMA while the consumers g
 
     dQ[:, half] = dS K[:, half]
 
-With ``ordered`` the parts of each query tile are added in one fixed order, by a counter per tile, so that the result
-is deterministic.  A program waits for programs with a smaller id only, which are launched before it: it must be
-launched with one work tile per program.  Without it the order, and the last bits of dQ, change from run to run.
+With ``ordered`` the parts of each query tile are added in the order of their keys, by a counter per tile, so that the
+result is deterministic; without, in any order, and the last bits of dQ change from run to run.  A program waits for
+programs with a smaller id only, which are launched before it: it must be launched with one work tile per program.
+Two things keep the waits short.  All go through their queries from the last to the first: under a causal band, the
+keys that most queries see come first, and yet reach each tile before those that follow.  And the same block of
+``section`` heads comes one after the other, so that few programs of a head run at a time.
 """
 
 from triton.experimental import gluon
@@ -39,9 +42,9 @@ from .schedule import keys_of_queries, locate_tile, queries_of_keys
 @gluon.jit
 def work_item(lengths, sizes, OPTIONS: gl.constexpr):
     """The block of keys of this program: (first key, batch, key head, key length, position offset, first query tile,
-    query tiles per head).  Under a causal band the last block comes first: it has least to do before the others."""
-    Lq, Lk, left, right, Hkv, group, blocks, heads = sizes
-    block, batch_head = locate_tile(gl.program_id(0), blocks, heads, 1, OPTIONS.has_right, False)
+    query tiles per head)."""
+    Lq, Lk, left, right, Hkv, group, blocks, heads, section = sizes
+    block, batch_head = locate_tile(gl.program_id(0), blocks, heads, section, False, True)
     first = block * 128
     batch = batch_head // Hkv
     length = sequence_length(lengths, batch, Lk, OPTIONS)
@@ -71,7 +74,7 @@ def consumer(
     k_tiles, v_tiles, kv_full = kv_bufs
     q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty = ring
     ds_tiles, dq_tiles, dq_full, dq_empty = dq_bufs
-    Lq, Lk, left, right, Hkv, group, blocks, heads = sizes
+    Lq, Lk, left, right, Hkv, group, blocks, heads, section = sizes
     M: gl.constexpr = OPTIONS.block_m
     D: gl.constexpr = OPTIONS.head_dim
     STAGES: gl.constexpr = OPTIONS.stages
@@ -94,7 +97,7 @@ def consumer(
             zero_tail(v_all, length - first, CONSUMER, 2)
     dk = gl.zeros([64, D], gl.float32, d_layout)
     dv = gl.zeros([64, D], gl.float32, d_layout)
-    m = 0
+    m = count
     for i in range(0, count * group):
         stage = i % STAGES
         parity = (i // STAGES) & 1
@@ -109,8 +112,8 @@ def consumer(
         mbarrier.wait(do_full.index(stage), parity)
         dp_token = warpgroup_mma(v_tile, do_tile.permute((1, 0)), s_zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s_token])
+        m = gl.where(m == 0, count, m) - 1
         start = (low + m) * M
-        m = gl.where(m + 1 == count, 0, m + 1)
         s = mask_keys(s, start, first, offset, key, left, right, 128, OPTIONS, s_layout)
         p = gl.exp2(s * scale_log2 - lse_tiles.index(stage).load(s_layout))
         hold_order(do_full.index(stage), parity)
@@ -150,13 +153,13 @@ def producer(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scal
     """One warp: K and V, then the queries that see them through the ring."""
     q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc = descriptors
     k_tiles, v_tiles, kv_full = kv_bufs
-    Lq, Lk, left, right, Hkv, group, blocks, heads = sizes
+    Lq, Lk, left, right, Hkv, group, blocks, heads, section = sizes
     first, batch, head, length, offset, low, count = work_item(lengths, sizes, OPTIONS)
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     tma_load(k_desc, [batch, head, first, 0], kv_full, k_tiles.index(0))
     tma_load(v_desc, [batch, head, first, 0], kv_full, v_tiles.index(0))
     stream = (q_desc, do_desc, lse_desc, delta_desc)
-    stream_queries(gl.to_tensor(0), batch, head, low, count, stream, ring, (Hkv, group), OPTIONS)
+    stream_queries(gl.to_tensor(0), batch, head, low, count, stream, ring, (Hkv, group), True, OPTIONS)
 
 
 @gluon.jit
@@ -164,7 +167,7 @@ def writer(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_
     """One warp: adds the consumers' parts of dQ to global memory, in order."""
     q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc = descriptors
     ds_tiles, dq_tiles, dq_full, dq_empty = dq_bufs
-    Lq, Lk, left, right, Hkv, group, blocks, heads = sizes
+    Lq, Lk, left, right, Hkv, group, blocks, heads, section = sizes
     M: gl.constexpr = OPTIONS.block_m
     D: gl.constexpr = OPTIONS.head_dim
     first, batch, head, length, offset, low, count = work_item(lengths, sizes, OPTIONS)
@@ -172,7 +175,8 @@ def writer(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_
     parts = 0
     for member in range(0, group):
         query_head = head * group + member
-        for m in range(0, count):
+        for i in range(0, count):
+            m = count - 1 - i
             start = (low + m) * M
             stage = parts % OPTIONS.dq_stages
             counter = counters + ((batch * Hkv * group + query_head) * tiles + low + m)
@@ -181,10 +185,7 @@ def writer(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_
                 keys, edge, key_low, low_edge, key_high = keys_of_queries(
                     start, (Lq, offset, left, right), length, M, 128, OPTIONS.has_left, OPTIONS.has_right
                 )
-                turn = first // 128 - key_low
-                if OPTIONS.has_right:
-                    turn = key_high - 1 - first // 128
-                while gl.atomic_add(counter, 0, sem="acquire") < turn:
+                while gl.atomic_add(counter, 0, sem="acquire") < first // 128 - key_low:
                     pass
             for half in gl.static_range(2):
                 tma_reduce_add(dq_desc, [batch, query_head, start, D // 2 * half], dq_tiles.index(2 * stage + half))
@@ -197,7 +198,7 @@ def writer(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_
             parts += 1
 
 
-@gluon.jit(do_not_specialize=["Lq", "Lk", "left", "right", "Hkv", "group", "blocks", "heads"])
+@gluon.jit(do_not_specialize=["Lq", "Lk", "left", "right", "Hkv", "group", "blocks", "heads", "section"])
 def gradients(
     q_desc,
     do_desc,
@@ -220,6 +221,7 @@ def gradients(
     group,
     blocks,
     heads,
+    section,
     DS_LAYOUT: gl.constexpr,
     OPTIONS: gl.constexpr,
 ):
@@ -253,7 +255,7 @@ def gradients(
     kv_bufs = (k_tiles, v_tiles, kv_full)
     ring = (q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty)
     dq_bufs = (ds_tiles, dq_tiles, dq_full, dq_empty)
-    sizes = (Lq, Lk, left, right, Hkv, group, blocks, heads)
+    sizes = (Lq, Lk, left, right, Hkv, group, blocks, heads, section)
     gl.warp_specialize(
         [
             (consumer, (0, descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),

@@ -116,7 +116,9 @@ def consumer_1(descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OP
 
 
 @gluon.jit
-def stream_queries(loads, batch, head, low, count, descriptors, ring, heads, OPTIONS: gl.constexpr):
+def stream_queries(
+    loads, batch, head, low, count, descriptors, ring, heads, FROM_LAST: gl.constexpr, OPTIONS: gl.constexpr
+):
     """A producer's: the ``count`` query tiles from ``low`` of every query head of a key head, through the ring.
 
     ``descriptors``: of queries, dO, lse and delta; ``heads`` = (Hkv, group); ``loads``, the tiles loaded before, gives
@@ -130,6 +132,8 @@ def stream_queries(loads, batch, head, low, count, descriptors, ring, heads, OPT
         row = batch * Hkv * group + query_head
         for m in range(0, count):
             start = (low + m) * OPTIONS.block_m
+            if FROM_LAST:
+                start = (low + count - 1 - m) * OPTIONS.block_m
             stage = loads % OPTIONS.stages
             mbarrier.wait(empty.index(stage), ((loads // OPTIONS.stages) & 1) ^ 1)
             mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
@@ -157,7 +161,7 @@ def producer(descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTI
             tma_load(k_desc, [batch, head, first + 64 * c, 0], kv_full.index(c), k_tiles.index(c))
             tma_load(v_desc, [batch, head, first + 64 * c, 0], kv_full.index(c), v_tiles.index(c))
         stream = (q_desc, do_desc, lse_desc, delta_desc)
-        loads = stream_queries(loads, batch, head, low, count, stream, ring, (Hkv, group), OPTIONS)
+        loads = stream_queries(loads, batch, head, low, count, stream, ring, (Hkv, group), False, OPTIONS)
 
 
 @gluon.jit(do_not_specialize=["Lq", "Lk", "left", "right", "Hkv", "group", "blocks", "heads", "section"])

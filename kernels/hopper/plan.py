@@ -42,6 +42,7 @@ class ForwardOptions:
     stages: int
     ping_pong: bool
     overlap: bool
+    maxima_first: bool
     heads_inner: bool
     own_out: bool
     registers: int
@@ -121,6 +122,13 @@ def heads_in_l2(problem) -> int:
     return max(1, L2_BYTES // max(one, 1)) * problem.group_size
 
 
+def key_heads_in_l2(problem) -> int:
+    """Key heads whose queries, dO and dQ (fp32) fit in L2 together."""
+    Lq, D = problem.query.shape[2:]
+    one = problem.group_size * Lq * D * (2 * problem.query.element_size() + 4)
+    return max(1, L2_BYTES // max(one, 1))
+
+
 def forward_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
     """Arguments of :func:`fastattn.kernels.hopper.forward.attention_forward` but tensors and descriptors."""
     batch, heads, Lq, D = problem.query.shape
@@ -150,6 +158,7 @@ def forward_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
         stages=config.stages,
         ping_pong=config.ping_pong,
         overlap=config.overlap,
+        maxima_first=config.maxima_first,
         heads_inner=band.has_right if config.heads_inner is None else config.heads_inner,
         own_out=config.own_out,
         registers=config.registers,
@@ -227,6 +236,7 @@ def fused_plan(problem, band: Band, config) -> Plan:
         "group": problem.group_size,
         "blocks": blocks,
         "heads": batch * heads,
+        "section": min(key_heads_in_l2(problem), batch * heads),
     }
     return Plan(blocks * batch * heads, scalars, options)
 
