@@ -26,7 +26,8 @@ class ForwardConfig:
 
     ``consumers`` warpgroups of 64 queries each (2 or 3); tiles of ``block_n`` keys in a ring of ``stages``.
     The switches: ``ping_pong`` lets one warpgroup at a time issue its products; ``overlap`` keeps P V of the
-    previous tile in flight under the softmax; ``persistent`` launches one program per multiprocessor;
+    previous tile in flight under the softmax; ``maxima_first`` keeps the compiler from starting the exponentials of a
+    thread's first row before it has the maximum of its second; ``persistent`` launches one program per multiprocessor;
     ``heads_inner`` deals tiles longest first over the heads that fit in L2 (None: for causal bands);
     ``own_out`` stages the output in its own shared memory, so that the next tile's queries arrive meanwhile.
     """
@@ -36,6 +37,7 @@ class ForwardConfig:
     stages: int = 2
     ping_pong: bool = True
     overlap: bool = True
+    maxima_first: bool = False
     persistent: bool = True
     heads_inner: bool | None = None
     own_out: bool = True
@@ -94,8 +96,8 @@ class BackwardConfig:
 
 #: (columns of a tile, causal band or window) -> configuration, chosen by prediction (README.md), compiled for sm_90.
 FORWARD = {
-    (64, False): ForwardConfig(consumers=3, stages=3),
-    (64, True): ForwardConfig(consumers=3, stages=3),
+    (64, False): ForwardConfig(consumers=3, stages=3, maxima_first=True),
+    (64, True): ForwardConfig(consumers=3, stages=3, maxima_first=True),
     (128, False): ForwardConfig(),
     (128, True): ForwardConfig(),
     (256, False): ForwardConfig(block_n=64, own_out=False),
@@ -105,11 +107,12 @@ FORWARD = {
 #: What ``benchmarks/gpu.py`` ranks, by columns of a tile.
 FORWARD_CANDIDATES = {
     64: {
-        "128x128": ForwardConfig(stages=3),
+        "128x128": ForwardConfig(stages=3, maxima_first=True),
         "128x128 4 stages": ForwardConfig(stages=4),
-        "192x128": ForwardConfig(consumers=3, stages=3),
-        "192x128 no ping-pong": ForwardConfig(consumers=3, stages=3, ping_pong=False),
-        "192x64": ForwardConfig(consumers=3, block_n=64, stages=4),
+        "192x128": FORWARD[64, False],
+        "192x128 rows as they come": ForwardConfig(consumers=3, stages=3),
+        "192x128 no ping-pong": ForwardConfig(consumers=3, stages=3, ping_pong=False, maxima_first=True),
+        "192x64": ForwardConfig(consumers=3, block_n=64, stages=4, maxima_first=True),
         "128x128 one tile per program": ForwardConfig(stages=3, persistent=False),
         "128x128 no ping-pong": ForwardConfig(stages=3, ping_pong=False),
         "128x128 no overlap": ForwardConfig(stages=3, overlap=False),
@@ -118,6 +121,7 @@ FORWARD_CANDIDATES = {
         "128x128": ForwardConfig(),
         "128x128 no ping-pong": ForwardConfig(ping_pong=False),
         "128x128 no overlap": ForwardConfig(overlap=False),
+        "128x128 maxima first": ForwardConfig(maxima_first=True),
         "128x128 one tile per program": ForwardConfig(persistent=False),
         "128x128 heads outer": ForwardConfig(heads_inner=False),
         "128x128 heads inner": ForwardConfig(heads_inner=True),

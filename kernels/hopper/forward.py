@@ -116,8 +116,8 @@ def step(
     old_max = row_max
     MASKED: gl.constexpr = OPTIONS.has_left or OPTIONS.has_right
     s, row_max, base = raise_maxima(s, old_max, scale, rows, start, i <= edge + low_edge, MASKED, OPTIONS, s_layout)
-    # else ptxas 13.4 leaves the second row's maximum until the first row's exponentials are through
-    hold_order(v_full.index(before), v_parity)
+    if OPTIONS.maxima_first:
+        hold_order(v_full.index(before), v_parity)
     p, quad_sums, alpha = weigh(s, base, old_max, quad_sums, scale)
     if OPTIONS.overlap:
         hold_order(v_full.index(before), v_parity)

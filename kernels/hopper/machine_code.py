@@ -1,37 +1,86 @@
 """Reading disassembled Hopper kernels: their main loops, what runs under a wgmma, and what breaks one in flight."""
 
 import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Disassembly:
+    """A kernel's instructions without their predicates, and where its branches lead."""
+
+    instructions: list[str]
+    branches: dict[int, int]  # index -> target
+    conditional: set[int]  # those of them under a condition
+
+    @classmethod
+    def read(cls, code: str) -> "Disassembly":
+        """From what nvdisasm prints."""
+        instructions, labels, branches, conditional = [], {}, {}, set()
+        for line in code.splitlines():
+            label = re.match(r"\s*(\.L_x_\d+):", line)
+            if label:
+                labels[label[1]] = len(instructions)
+            found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+            if not found:
+                continue
+            text = re.sub(r"^@!?U?P\w+\s+", "", found[1].strip())
+            target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)
+            if target:
+                branches[len(instructions)] = target[1]
+                if text != found[1].strip() or re.match(r"BRA\S* !?UP\d", text):
+                    conditional.add(len(instructions))
+            instructions.append(text)
+        return cls(instructions, {at: labels[label] for at, label in branches.items() if label in labels}, conditional)
+
+    def loops(self) -> list[range]:
+        """The spans that a branch leads back over.
+
+        Not those of a wait's retry: it stands far behind, and an unconditional branch leads from it into a loop.
+        """
+        return [
+            range(target, at + 1)
+            for at, target in self.branches.items()
+            if target <= at and (at in self.conditional or "TRYWAIT" not in self.instructions[at - 2])
+        ]
+
+    def main_loops(self) -> list[range]:
+        """The innermost loops with exponentials and wgmma, in the order of their length."""
+        spans = []
+        for span in self.loops():
+            body = self.instructions[span.start : span.stop]
+            if all(any(text.startswith(name) for text in body) for name in ("HGMMA", "MUFU.EX2")):
+                spans.append(span)
+        found: list[range] = []
+        for span in sorted(spans, key=len):  # an outer loop overlaps a shorter
+            if all(span.stop <= loop.start or loop.stop <= span.start for loop in found):
+                found.append(span)
+        return found
+
+    def executed(self, span: range) -> list[str]:
+        """A span's instructions on the way that takes every branch forward within it: tiles without a mask."""
+        found, at = [], span.start
+        while at < span.stop:
+            found.append(self.instructions[at])
+            target = self.branches.get(at, 0) if at in self.conditional else 0
+            at = target if at < target < span.stop else at + 1
+        return found
+
+    def work_loops(self) -> list[tuple[list[str], list[str], list[str]]]:
+        """What each consumer executes for a work tile: (before, a turn of its main loop, after)."""
+        found = []
+        for inner in self.main_loops():
+            around = [span for span in self.loops() if span.start < inner.start and inner.stop < span.stop]
+            if around:
+                outer = min(around, key=len)
+                pieces = (range(outer.start, inner.start), inner, range(inner.stop, outer.stop))
+                found.append(tuple(self.executed(piece) for piece in pieces))
+        return found
 
 
 def main_loops(code: str) -> list[list[str]]:
-    """The instructions of each consumer's main loop: a disassembly's innermost loops with exponentials and wgmma.
-
-    A loop ends in a branch under a condition; one without leads back from a wait's retry, which stands far behind.
-    """
-    instructions, labels, conditional = [], {}, set()
-    for line in code.splitlines():
-        label = re.match(r"\s*(\.L_x_\d+):", line)
-        if label:
-            labels[label[1]] = len(instructions)
-        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
-        if found:
-            text = re.sub(r"^@!?U?P\w+\s+", "", found[1].strip())
-            if text != found[1].strip() or re.match(r"BRA\S* !?UP\d", text):
-                conditional.add(len(instructions))
-            instructions.append(text)
-    spans = []
-    for at, text in enumerate(instructions):
-        target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)
-        if target and at in conditional and labels.get(target[1], at + 1) <= at:
-            begin = labels[target[1]]
-            body = instructions[begin : at + 1]
-            if all(any(text.startswith(name) for text in body) for name in ("HGMMA", "MUFU.EX2")):
-                spans.append(range(begin, at + 1))
-    loops: list[range] = []
-    for span in sorted(spans, key=len):  # an outer loop overlaps a shorter
-        if all(span.stop <= loop.start or loop.stop <= span.start for loop in loops):
-            loops.append(span)
-    return [[instructions[at] for at in loop] for loop in loops]
+    """The instructions of each consumer's main loop."""
+    read = Disassembly.read(code)
+    return [read.instructions[span.start : span.stop] for span in read.main_loops()]
 
 
 def _groups_left(text: str) -> int | None:

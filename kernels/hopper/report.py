@@ -22,9 +22,10 @@ from fastattn.problem import Problem
 
 from ..offline import SHARED_MEMORY, compiling_for, resources, tool
 from . import configs
+from .cycle_model import TileCycles, tile_cycles
 from .launch import forward
 from .launch_backward import backward
-from .machine_code import exponentials_in_flight, main_loops, overwritten_in_flight
+from .machine_code import Disassembly, exponentials_in_flight, main_loops, overwritten_in_flight
 
 #: ptxas's advisories that it executes wgmma one by one, for want of registers or because of how they are used.
 SERIALIZED = re.compile(r"\((C75(?:0[89]|1[0-4]))\)")
@@ -69,6 +70,7 @@ class Row:
     exponentials: int  # MUFU.EX2
     exponentials_in_flight: int  # of them, issued while a wgmma is outstanding
     loop_instructions: Counter  # by opcode, of the first consumer
+    cycles: TileCycles  # by the model of cycle_model.py
 
 
 def advisories(kernel) -> tuple[str, ...]:
@@ -88,6 +90,9 @@ def read(kernel_name: str, kernel, head_dim: int, mask: str, name: str, config) 
         file.flush()
         code = tool("nvdisasm", "-c", file.name)
     loops = main_loops(code)
+    work = Disassembly.read(code).work_loops()
+    if len(work) != len(loops):  # a kernel with one work tile per program
+        work = [([], loop, []) for loop in loops]
     in_flight = [exponentials_in_flight(loop) for loop in loops]
     everything = [text for loop in loops for text in loop]
     found = resources(kernel)
@@ -106,6 +111,7 @@ def read(kernel_name: str, kernel, head_dim: int, mask: str, name: str, config) 
         exponentials=sum(total for _, total in in_flight),
         exponentials_in_flight=sum(under for under, _ in in_flight),
         loop_instructions=Counter(re.split(r"[\s.]", text)[0] for text in loops[0]),
+        cycles=tile_cycles(work),
     )
 
 
@@ -190,6 +196,7 @@ def line(row: Row) -> str:
         " ".join(row.warnings) or "none",
         row.overwritten,
         f"{row.exponentials_in_flight}/{row.exponentials}",
+        f"{row.cycles.turn:.0f} / {row.cycles.products:.0f}",
         f"{row.loop_instructions.total()}: {mix}",
         "; ".join(broken_rules(row)),
     )
@@ -199,14 +206,15 @@ def line(row: Row) -> str:
 def document(found: list[Row]) -> str:
     """The report as Markdown."""
     heads = ("kernel", "D", "mask", "configuration", "shared KiB", "registers", "spills in loop / all", "advisories")
-    heads += ("overwritten", "EX2 in flight", "instructions", "broken rules")
+    heads += ("overwritten", "EX2 in flight", "cycles / of products", "instructions", "broken rules")
     lines = [
         "# The Hopper kernels as compiled",
         "",
         f"Triton {triton.__version__} with ptxas {get_ptxas(90).version}, bf16, for sm_90; no GPU needed. Of the main",
         "loops of the consumers: the highest register, spill instructions (and spill stores in the whole kernel), the",
         "instructions that overwrite a register of a wgmma in flight, the exponentials that issue under one, and the",
-        "first loop's instructions by opcode. Advisories: ptxas says that it runs wgmma one by one.",
+        "first loop's instructions by opcode; of a turn of all consumers the cycles that kernels/hopper/cycle_model.py",
+        "predicts, and those that its products need. Advisories: ptxas says that it runs wgmma one by one.",
         "",
         "| " + " | ".join(heads) + " |",
         "|" + "---|" * len(heads),
