@@ -94,13 +94,18 @@ def _gradient_buffers(problem, names: tuple[str, ...]) -> dict[str, Tensor]:
 def switches(config) -> list[dict[str, bool]]:
     """The changes to try: every other value of each on/off field, and the two ways to hide the softmax off together.
 
-    None stands for "decided by shape", so that both other values differ from it.
+    None stands for "decided by shape", so that both other values differ from it. What matters to the backward's two
+    sweeps only is changed in them.
     """
+    fused = getattr(config, "fused", None)
     found = []
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if isinstance(value, bool) or "bool" in str(item.type):
-            found += [{item.name: other} for other in (True, False) if other is not value]
+            sweeps = {"fused": False} if fused and item.name not in ("fused", "ordered") else {}
+            found += [sweeps | {item.name: other} for other in (True, False) if other is not value]
+    if fused is False:
+        found = [change for change in found if "ordered" not in change]
     if {"overlap": False} in found and {"ping_pong": False} in found:
         found.append({"overlap": False, "ping_pong": False})
     return found

@@ -13,25 +13,32 @@ from dataclasses import asdict
 
 from gpu_pool import Task
 
-DTYPES = ("bf16", "fp32", "fp16")
+#: By dtype the head dimensions whose tiles' edges are looked at: dtypes differ in little else.
+SHAPED = {"bf16": (64, 96, 128, 192, 256), "fp32": (64, 128), "fp16": (128,)}
+#: Fewer queries the backend may give to the kernels that split the keys.
+FEW_QUERIES = 128
 
 
 def tasks(device: str, backend: str, quick: bool) -> list[Task]:
     """One task per case and dtype: a run that is cut short has seen every case in bf16.
 
-    What is shaped for the Hopper kernels is also run without them, and by them alone, whatever the
-    backend would choose.
+    What is shaped for the Hopper kernels is also run without them, and, where the backend may choose others on
+    Hopper too, by them alone.
     """
     from fastattn.testing import CASES, SMOKE_CASES
 
-    others = ("plain", "hopper") if device == "cuda" else ()
-    shaped = device_cases(quick, tiny=device == "cpu")
+    every = device_cases(quick, tiny=device == "cpu")
     found = []
-    for dtype in DTYPES[:1] if quick else DTYPES:
+    for dtype, head_dims in SHAPED.items():
+        shaped = every if device == "cpu" else [case for case in every if case.head_dim in head_dims]
         for case in (*shaped, *(SMOKE_CASES if quick else CASES)):
             found.append(_task(case, dtype, device, backend))
-        if dtype != "fp32" and not quick:
-            found += [_task(case, dtype, device, engine, "/" + engine) for case in shaped for engine in others]
+        if quick:
+            break
+        if dtype == "bf16" and device == "cuda":
+            found += [_task(case, dtype, device, "plain", "/plain") for case in shaped]
+            few = [case for case in shaped if case.queries < FEW_QUERIES and case.head_dim in (64, 128)]
+            found += [_task(case, dtype, device, "hopper", "/hopper") for case in few]
     return found
 
 

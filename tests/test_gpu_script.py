@@ -202,6 +202,9 @@ def test_dry_run_lists_every_part_within_nine_minutes():
     for part in ("check", "bench", "tune", "ablate", "profile"):
         assert float(lines[part][-1]) > 0
     assert float(lines["in"][-1]) <= 540, "the limits of all parts"
+    for part in ("check", "bench"):
+        estimate, limit = map(float, lines[part][-2:])
+        assert estimate <= limit, f"{part} is planned to be cut short"
 
 
 def test_without_a_gpu_a_run_says_what_can_be_done():
@@ -466,6 +469,10 @@ def test_each_switch_is_flipped_alone():
     assert [change for change in forward if "heads_inner" in change] == [{"heads_inner": True}, {"heads_inner": False}]
     assert not any({"block_n", "stages", "consumers"} & set(change) for change in forward)
     assert {"persistent": False} in switches(BackwardConfig())
+    assert not any("ordered" in change for change in switches(BackwardConfig()))
+    fused = switches(BackwardConfig(fused=True))
+    assert {"fused": False} in fused and {"ordered": False} in fused
+    assert {"fused": False, "persistent": False} in fused and {"persistent": False} not in fused
 
 
 def test_every_prediction_of_the_ablation_is_tested():
@@ -498,4 +505,4 @@ def test_summary_ranks_variants_beside_their_predictions():
     rows.append(row | slower)
     lines = gpu_report.summary({"rows": rows, "ceilings": {}}, ["ablate"]).splitlines()
     assert lines[-2].split() == ["600", "1.000", "chosen", "(default)"]
-    assert lines[-1].split() == ["540", "0.900", "overlap=False", "(predicted", "0.92)"]
+    assert lines[-1].split() == ["540", "0.900", "overlap=False", "(predicted", "0.94)"]
