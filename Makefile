@@ -56,6 +56,7 @@ test-newest-triton: $(NEWEST)/base.stamp
 	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --upgrade --no-deps triton
 	TRITON_INTERPRET=1 PYTHONPATH=. $(NEWEST)/bin/python tests/triton_checks.py
 	$(NEWEST)/bin/python -m fastattn.kernels.compile_report --check
+	$(NEWEST)/bin/python -m fastattn.kernels.hopper.report --check
 
 lint: $(VENV)/packages.stamp
 	$(RUN) -m ruff check .
