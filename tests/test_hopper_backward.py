@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fastattn.kernels.hopper import plan
 from fastattn.kernels.hopper.configs import BACKWARD, BackwardConfig, keys_of_program, tile_columns
 from fastattn.kernels.hopper.plan import LOG2_E, STATISTICS_ROWS, band_of, fused_plan, keys_plan, queries_plan
 from gluon_emulator import Descriptor, EmulationError, Pointer
@@ -179,6 +180,14 @@ def test_every_switch(run, config):
 def test_many_schedules(run, seed):
     config = BackwardConfig(keys_stages=2 + seed % 2, queries_stages=2 + seed % 2)
     check_backward(run, make_case(H=3, Lq=260, Lk=260, causal="upper_left"), config, seed, programs=3)
+
+
+@pytest.mark.parametrize("section", [1, 2])
+def test_fused_programs_of_few_heads_at_a_time(section, monkeypatch):
+    problem = make_case(B=2, H=3, Lq=200, Lk=300, causal="lower_right")
+    monkeypatch.setattr(plan, "L2_BYTES", section * 200 * 64 * 8)
+    assert fused_plan(problem, band_of(problem), SMALL).scalars["section"] == section
+    check_backward("fused", problem, SMALL, section)
 
 
 @pytest.mark.parametrize("run", RUNS)
