@@ -9,6 +9,8 @@ from fastattn import dispatch  # noqa: E402
 from fastattn.backends import triton as backend  # noqa: E402
 from fastattn.kernels import hopper, launch  # noqa: E402
 from fastattn.kernels.hopper import capability  # noqa: E402
+from fastattn.kernels.hopper.launch_backward import chosen_config  # noqa: E402
+from fastattn.kernels.hopper.plan import band_of  # noqa: E402
 from fastattn.problem import Problem  # noqa: E402
 from hopper_cases import make_case  # noqa: E402
 
@@ -172,15 +174,32 @@ def test_sizes_past_32_bits_are_refused():
     assert "padded rows" in reason
 
 
-def test_an_unordered_dq_is_an_explicit_choice_that_determinism_overrules(monkeypatch):
-    from fastattn.kernels.hopper.launch_backward import chosen_config
+def chosen_backward(**shape):
+    problem = make_case(D=128, **shape)
+    return chosen_config(problem, band_of(problem))
 
+
+def test_an_unordered_dq_is_an_explicit_choice_that_determinism_overrules(monkeypatch):
     monkeypatch.delenv("FASTATTN_HOPPER_UNORDERED", raising=False)
-    assert chosen_config(128, False).fused and chosen_config(128, False).ordered
+    assert chosen_backward().fused and chosen_backward().ordered
     monkeypatch.setenv("FASTATTN_HOPPER_UNORDERED", "1")
-    assert not chosen_config(128, False).ordered
+    assert not chosen_backward().ordered
     torch.use_deterministic_algorithms(True)
     try:
-        assert chosen_config(128, False).ordered
+        assert chosen_backward().ordered
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fused"),
+    [
+        ({"H": 2, "Lq": 2048, "Lk": 2048}, True),
+        ({"H": 4, "group": 4, "B": 2, "Lq": 8192, "Lk": 8192}, True),  # 128 programs: nearly all multiprocessors
+        ({"H": 8, "group": 8, "Lq": 1024, "Lk": 1024}, False),  # 8 programs; 64 for dQ
+        ({"H": 2, "Lq": 4096, "Lk": 256}, False),
+    ],
+    ids=str,
+)
+def test_few_key_heads_take_two_sweeps(shape, fused):
+    assert chosen_backward(**shape).fused == fused

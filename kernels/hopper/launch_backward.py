@@ -13,17 +13,19 @@ from .backward_queries import gradients_of_queries
 from .capability import tma_reason
 from .configs import BackwardConfig, backward_config, keys_of_program, tile_columns
 from .launch import compiler_options, multiprocessors, on_device, tile_descriptor, tile_layout, writable
-from .plan import band_of, fused_plan, keys_plan, queries_plan
+from .plan import Band, band_of, fused_is_faster, fused_plan, keys_plan, queries_plan
 from .statistics import row_statistics
 
 
-def chosen_config(head_dim: int, banded: bool) -> BackwardConfig:
+def chosen_config(problem, band: Band) -> BackwardConfig:
     """The configuration for a call; ``FASTATTN_HOPPER_UNORDERED=1`` lets a fused one add dQ's parts in any order.
 
     That is a little faster, but the last bits of dQ change from run to run, so never under
     ``torch.use_deterministic_algorithms``.
     """
-    config = backward_config(head_dim, banded)
+    config = backward_config(problem.query.shape[-1], band.has_left or band.has_right)
+    if config.fused and not fused_is_faster(problem, multiprocessors(problem.query.device)):
+        config = dataclasses.replace(config, fused=False)
     unordered = os.environ.get("FASTATTN_HOPPER_UNORDERED") == "1" and not torch.are_deterministic_algorithms_enabled()
     return dataclasses.replace(config, ordered=False) if unordered else config
 
@@ -134,7 +136,7 @@ def backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_v
     if tma_reason("grad_out", grad_out):
         grad_out = grad_out.contiguous()
     band = band_of(problem)
-    config = config or chosen_config(query.shape[-1], band.has_left or band.has_right)
+    config = config or chosen_config(problem, band)
     lengths = problem.key_lengths if problem.key_lengths is not None else lse
     with on_device(query):
         common = problem, band, config, grad_out, *row_statistics(out, lse, grad_out, grad_lse), lengths

@@ -8,10 +8,11 @@ from .configs import keys_of_program, tile_columns
 LOG2_E = 1.4426950408889634
 #: K and V of the heads in flight at one time should stay in this much of the 50 MB L2.
 L2_BYTES = 32 << 20
-
-
 #: Row statistics of the backward are padded to a multiple of every tile of queries.
 STATISTICS_ROWS = 128
+#: Cycles at D = 128 by cycle_model.py: of 64 queries and 128 keys for all gradients or for dK and dV, and of 128
+#: queries and 128 keys for dQ.
+STEP_CYCLES = {"fused": 3049, "keys": 2048, "queries": 3085}
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,22 @@ def keys_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
     heads, Lk, D = problem.key.shape[1:]
     blocks = math.ceil(Lk / keys_of_program(D))
     return _backward_plan(problem, band, config, multiprocessors, blocks, heads, options, {"Hkv": heads})
+
+
+def fused_is_faster(problem, multiprocessors: int) -> bool:
+    """Whether one sweep for all gradients ends before a sweep for dK and dV and then one for dQ.
+
+    It is, but where few key heads leave multiprocessors idle that the sweep for dQ, with its programs for every
+    query head, would use.
+    """
+    batch, heads, Lq, _ = problem.query.shape
+    key_heads, Lk = problem.key.shape[1:3]
+    key_blocks, query_blocks = math.ceil(Lk / 128), math.ceil(Lq / 128)
+    key_rounds = math.ceil(batch * key_heads * key_blocks / multiprocessors)
+    query_rounds = math.ceil(batch * heads * query_blocks / multiprocessors)
+    more_per_step = STEP_CYCLES["fused"] - STEP_CYCLES["keys"]
+    steps = problem.group_size * math.ceil(Lq / 64)
+    return key_rounds * steps * more_per_step <= query_rounds * key_blocks * STEP_CYCLES["queries"]
 
 
 def fused_plan(problem, band: Band, config) -> Plan:
