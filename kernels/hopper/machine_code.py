@@ -61,7 +61,7 @@ class Disassembly:
         found, at = [], span.start
         while at < span.stop:
             found.append(self.instructions[at])
-            target = self.branches.get(at, 0) if at in self.conditional else 0
+            target = self.branches.get(at, 0)
             at = target if at < target < span.stop else at + 1
         return found
 
