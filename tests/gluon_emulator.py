@@ -10,6 +10,8 @@ machine's asynchrony made explicit and hostile:
 * a tile of shared memory knows, per element, who still uses it: reading a tile whose TMA has not landed,
   refilling one that a wgmma in flight reads, handing generic stores to wgmma or TMA without a proxy fence, and
   storing over a tile that TMA is still storing out are errors;
+* programs run one after the other, so that none may wait for a later one, or together, so that each may meet the
+  others in any order in global memory;
 * mbarriers count arrivals and bytes; too many of either is an error, and so is a program that ends with anything
   in flight.  When nobody can go on, the error tells where each partition waits.
 
@@ -17,7 +19,7 @@ What it does not model: layouts (the compiler checks those), registers (test_hop
 code whether those of a wgmma in flight are overwritten), threads of one partition that run ahead of each other, and
 speed.
 
-:class:`Machine` is one program that runs; gluon_emulator_language.py holds the stand-ins for Triton's modules, and
+:class:`Machine` is what runs; gluon_emulator_language.py holds the stand-ins for Triton's modules, and
 :meth:`Kernels.launch`, which runs a grid.
 """
 
@@ -46,6 +48,7 @@ class Partition:
     number: int
     name: str
     threads: int
+    program: int
     products: list = field(default_factory=list)  # wgmma in flight, oldest first
     stores: int = 0  # TMA stores whose shared memory is still being read
     ready: Callable[[], bool] = lambda: True
@@ -55,7 +58,7 @@ class Partition:
 
 
 class Machine:
-    """One program (CTA): its partitions, its copies in flight, its barriers, and the scheduler.
+    """One program (CTA), or several at a time: partitions, copies in flight, barriers, and the scheduler.
 
     Seeds alternate between two kinds of schedule: a uniformly random one, and one where random priorities hold
     for a while, so that one actor runs as far ahead of the others as the barriers allow.
@@ -70,7 +73,7 @@ class Machine:
         self.partitions: list[Partition] = []
         self.copies: list[Callable[[], None]] = []
         self.memories: list[SharedTile] = []
-        self.named: dict[str, NamedBarrier] = {}
+        self.named: dict[tuple[int, str], NamedBarrier] = {}  # by program and name
         self.error: BaseException | None = None
         self.steps = 0
         self.local = threading.local()
@@ -86,7 +89,7 @@ class Machine:
         """Complete asynchronous work at will, then name the partition that goes on."""
         while True:
             self.steps += 1
-            if self.steps > self.LIMIT:
+            if self.steps > self.LIMIT * (1 + self.partitions[-1].program - self.partitions[0].program):
                 raise EmulationError("no end in sight: livelock")
             actors = [("run", p) for p in self.partitions if not p.done and p.ready()]
             actors += [("product", p) for p in self.partitions if p.products]
@@ -155,12 +158,14 @@ class Machine:
         except BaseException as error:
             self._fail(error)
 
-    def run(self, functions: list[tuple[Callable, tuple, int]]) -> None:
-        """Run (function, arguments, warps) as concurrent partitions to their end."""
-        self.partitions = [Partition(i, f"{i}:{f.__name__}", 32 * warps) for i, (f, _, warps) in enumerate(functions)]
+    def run(self, functions: list[tuple[Callable, tuple, int, int]]) -> None:
+        """Run (function, arguments, warps, program) as concurrent partitions to their end."""
+        self.partitions = [
+            Partition(i, f"{i}:{f.__name__}", 32 * warps, program) for i, (f, _, warps, program) in enumerate(functions)
+        ]
         threads = [
             threading.Thread(target=self._body, args=(p, f, a), daemon=True)
-            for p, (f, a, _) in zip(self.partitions, functions, strict=True)
+            for p, (f, a, _, _) in zip(self.partitions, functions, strict=True)
         ]
         for thread in threads:
             thread.start()
@@ -169,7 +174,7 @@ class Machine:
             thread.join()
         if self.error:
             raise self.error
-        for name, barrier in self.named.items():
+        for (_, name), barrier in self.named.items():
             if barrier.arrived:
                 raise EmulationError(f"named barrier {name} ends with {barrier.arrived} threads waiting")
 

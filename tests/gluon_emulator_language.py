@@ -61,17 +61,28 @@ class Kernels:
 
     def __init__(self):
         self.machine: Machine | None = None
-        self.program, self.programs = (0, 0, 0), (1, 1, 1)
+        self.program, self.programs = 0, 1
+        self.gathered: list | None = None  # the partitions of programs that are to run together
         self.modules = self._stand_ins()
         self.functions: dict = {}
 
-    def launch(self, name: str, programs, arguments: dict, seed: int, warps: int = 4) -> None:
-        """Run every program of a one-dimensional grid, each under its own random schedule."""
-        self.programs, self.warps = (programs, 1, 1), warps
-        for program in range(programs):
-            self.program = (program, 0, 0)
-            self.machine = Machine(2 * (7919 * seed + program) + seed % 2)
+    def launch(
+        self, name: str, programs: int, arguments: dict, seed: int, warps: int = 4, together: bool = False
+    ) -> None:
+        """Run every program of a one-dimensional grid, one after the other, each under its own random schedule, or
+        all ``together`` under one."""
+        self.programs, self.warps = programs, warps
+        self.gathered = [] if together else None
+        for self.program in range(programs):
+            if self.program == 0 or not together:
+                self.machine = Machine(2 * (7919 * seed + self.program) + seed % 2)
             self.functions[name](**arguments)
+        if together:
+            self.machine.run(self.gathered)
+
+    def _program_id(self, axis: int) -> int:
+        partition = self.machine.current
+        return (partition.program if partition else self.program) if axis == 0 else 0
 
     # -- instructions -------------------------------------------------------------------------------
 
@@ -87,7 +98,7 @@ class Kernels:
         elif not found:
             raise EmulationError(f"unknown assembly: {source}")
         for action, name, threads in found:
-            barrier = machine.named.setdefault(name, NamedBarrier())
+            barrier = machine.named.setdefault((partition.program, name), NamedBarrier())
             generation = barrier.arrive(name, machine.current.threads, int(threads))
             waits = action == "sync"
             machine.pause(f"bar.{action} {name}", lambda b=barrier, g=generation, w=waits: not w or b.generation > g)
@@ -203,7 +214,11 @@ class Kernels:
 
     def _warp_specialize(self, functions_and_args, worker_num_warps, worker_num_regs=None):
         warps = [self.warps, *worker_num_warps]
-        self.machine.run([(f, a, w) for (f, a), w in zip(functions_and_args, warps, strict=True)])
+        partitions = [(f, a, w, self.program) for (f, a), w in zip(functions_and_args, warps, strict=True)]
+        if self.gathered is None:
+            self.machine.run(partitions)
+        else:
+            self.gathered += partitions
 
     # -- modules ------------------------------------------------------------------------------------
 
@@ -236,7 +251,7 @@ class Kernels:
         gl.exp2, gl.log2 = torch.exp2, torch.log2
         gl.load, gl.store, gl.atomic_add = self._load, self._store, self._atomic_add
         gl.inline_asm_elementwise, gl.allocate_shared_memory = self._inline_asm, self._allocate
-        gl.program_id, gl.num_programs = lambda axis: self.program[axis], lambda axis: self.programs[axis]
+        gl.program_id, gl.num_programs = self._program_id, lambda axis: self.programs if axis == 0 else 1
         gl.warp_specialize = self._warp_specialize
         return gl
 

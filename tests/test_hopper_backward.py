@@ -81,7 +81,7 @@ def run_queries(problem, config, seed, programs, edits=()):
     return [grad], [expected]
 
 
-def run_fused(problem, config, seed, programs, edits=()):
+def run_fused(problem, config, seed, programs, edits=(), together=False):
     """All gradients of the emulated kernel that adds dQ across programs, and the truth."""
     kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_keys", "backward_fused"], edits)
     expected, grad_out, lse_2, delta = saved(problem)
@@ -105,8 +105,8 @@ def run_fused(problem, config, seed, programs, edits=()):
         "lengths": Pointer(problem.key_lengths if problem.key_lengths is not None else lse_2),
     }
     arguments = {**tensors, **plan.scalars, "DS_LAYOUT": None, "OPTIONS": plan.options}
-    kernels.launch("gradients", plan.programs, arguments, seed)
-    return [(total * problem.scale).to(problem.query.dtype), *grads], expected
+    kernels.launch("gradients", plan.programs, arguments, seed, together=together)
+    return [total * problem.scale, *grads], expected
 
 
 RUNS = {"keys": run_keys, "queries": run_queries, "fused": run_fused}
@@ -180,6 +180,46 @@ def test_every_switch(run, config):
 def test_many_schedules(run, seed):
     config = BackwardConfig(keys_stages=2 + seed % 2, queries_stages=2 + seed % 2)
     check_backward(run, make_case(H=3, Lq=260, Lk=260, causal="upper_left"), config, seed, programs=3)
+
+
+def bits_of_dq(problem, config, edits=()) -> set[bytes]:
+    """What dQ (fp32) comes to under several schedules of programs that run at a time."""
+    found = set()
+    for seed in range(6):
+        grads, expected = run_fused(problem, config, seed, programs=None, edits=edits, together=True)
+        torch.testing.assert_close(grads[0].double(), expected[0], rtol=1e-2, atol=2e-2)
+        found.add(grads[0].numpy().tobytes())
+    return found
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"causal": "upper_left"}, {"window": (150, 100)}, {"B": 2, "lengths": (400, 70)}], ids=str
+)
+def test_the_bits_of_an_ordered_dq_do_not_depend_on_the_schedule(shape):
+    problem = make_case(H=1, Lq=190, Lk=400, dtype=torch.float16, **shape)
+    assert len(bits_of_dq(problem, SMALL)) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "edits"),
+    [
+        (BackwardConfig(ordered=False), []),
+        (
+            SMALL,
+            [
+                ("backward_fused", "                publish_stores()\n", ""),
+                (
+                    "backward_fused",
+                    'gl.atomic_add(counter, 1, sem="release")\n',
+                    'gl.atomic_add(counter, 1, sem="release")\n                publish_stores()\n',
+                ),
+            ],
+        ),
+    ],
+    ids=["unordered", "a turn passed before its part is added"],
+)
+def test_the_bits_of_another_dq_do(config, edits):
+    assert len(bits_of_dq(make_case(H=1, Lq=190, Lk=400, dtype=torch.float16), config, edits)) > 1
 
 
 @pytest.mark.parametrize("section", [1, 2])
