@@ -20,6 +20,7 @@ PREDICTIONS = {
     ("forward", 128, "persistent=False", 8192, None): 0.99,
     ("forward", 128, "persistent=False", 1024, None): 0.92,
     ("forward", 128, "heads_inner=False", 8192, "upper_left"): 0.90,
+    ("forward", 128, "heads_inner=True", 8192, None): 1.00,
     ("forward", 128, "own_out=False", 8192, None): 0.99,
     ("forward", 128, "own_out=False", 1024, None): 0.92,
     ("forward", 128, "128x64", 8192, None): 0.87,
@@ -34,6 +35,9 @@ PREDICTIONS = {
     ("backward", 128, "ordered=False", 8192, None): 1.02,
     ("backward", 128, "fused=False persistent=False", 8192, None): 0.83,
     ("backward", 128, "fused=False heads_inner=False", 8192, "upper_left"): 0.79,
+    ("backward", 128, "fused=False heads_inner=True", 8192, None): 0.86,
+    ("backward", 128, "fused=False keys_own_out=False", 8192, None): 0.85,
+    ("backward", 128, "fused=False queries_own_out=False", 8192, None): 0.85,
     ("backward", 64, "fused=True", 8192, None): 1.05,
 }
 

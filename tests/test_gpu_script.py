@@ -491,6 +491,10 @@ def test_every_prediction_of_the_ablation_is_tested():
         config = chosen[head_dim, causal is not None]
         names = {" ".join(f"{field}={value}" for field, value in change.items()) for change in switches(config)}
         assert variant in names | other_tiles(config, candidates[head_dim]).keys()
+    for direction, (chosen, _) in tables.items():
+        names = {" ".join(f"{field}={value}" for field, value in c.items()) for c in switches(chosen[128, False])}
+        predicted = {key[2] for key in gpu_ablate.PREDICTIONS if key[:2] == (direction, 128)}
+        assert names <= predicted, "a switch without a prediction"
     tiles = other_tiles(configs.FORWARD[128, False], configs.FORWARD_CANDIDATES[128])
     assert tiles.keys() == {"128x64", "192x64"}
 
