@@ -6,8 +6,8 @@
 #include <stdexcept>
 
 #include "isa.h"
-#include "machine.h"
 #include "parallel.h"
+#include "result_memory.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -225,9 +225,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("weights", &weights);
   m.def("additive_forward", &additive_forward);
   m.def("additive_backward", &additive_backward);
-  m.def(
-      "prefer_huge_pages", [](uintptr_t data, size_t bytes) { prefer_huge_pages(address(data), bytes); },
-      "Ask for huge pages under large memory that is about to be written for the first time.");
+  m.def("new_result", &new_result, py::arg("shape"), py::arg("strides"), py::arg("dtype"),
+        "Uninitialised memory for a large result, as a DLPack capsule.");
+  m.def("limit_kept_result_memory", &limit_kept_result_memory,
+        "How many bytes of former results to keep for the next ones.");
+  m.def("kept_result_memory", &kept_result_memory, "How many bytes are kept now.");
   m.def("isa", [] { return engine().name; }, "The instruction set in use.");
   m.def("set_isa", &select_engine,
         "Use an instruction set by name; ValueError if that is not possible here.");

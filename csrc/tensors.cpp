@@ -1,7 +1,11 @@
 #include "tensors.h"
 
 #include <algorithm>
+#include <memory>
+#include <new>
 #include <stdexcept>
+
+#include "result_memory.h"
 
 namespace py = pybind11;
 
@@ -25,6 +29,12 @@ struct Tensor {
   int64_t* shape;
   int64_t* strides;
   uint64_t byte_offset;
+};
+
+struct Managed {
+  Tensor tensor;
+  void* context;
+  void (*release)(Managed*);  // the deleter
 };
 
 struct ExchangeTable {
@@ -157,6 +167,70 @@ bool fit_as_they_are(py::handle query, py::handle key, py::handle value, bool gr
   const bool heads_fit =
       k.shape[1] == v.shape[1] && (q.shape[1] == k.shape[1] || (grouped && q.shape[1] % k.shape[1] == 0));
   return heads_fit && q.shape[3] == k.shape[3] && k.shape[2] == v.shape[2];
+}
+
+namespace {
+
+// What a capsule and then a tensor own.
+struct Result {
+  dlpack::Managed managed{};
+  int64_t shape[4], strides[4];
+  size_t bytes = 0;
+
+  static void release(dlpack::Managed* managed) {
+    auto* const result = static_cast<Result*>(managed->context);
+    give_back_result_memory(managed->tensor.data, result->bytes);
+    delete result;
+  }
+};
+
+// Tensors that take a capsule over rename it.
+constexpr char new_capsule[] = "dltensor";
+
+void release_capsule(PyObject* capsule) {
+  if (!PyCapsule_IsValid(capsule, new_capsule)) return;
+  auto* const managed = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule, new_capsule));
+  managed->release(managed);
+}
+
+size_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+}  // namespace
+
+py::capsule new_result(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                       py::handle dtype) {
+  const std::optional<DType> type = dtype_of(dtype);
+  if (!type || shape.size() > 4 || strides.size() != shape.size())
+    throw std::invalid_argument("a result has a dtype of the engine's and at most four dimensions");
+  auto result = std::make_unique<Result>();
+  int64_t last = 0;
+  for (size_t i = 0; i < shape.size(); i++) {
+    result->shape[i] = shape[i];
+    result->strides[i] = strides[i];
+    last += (shape[i] - 1) * strides[i];
+  }
+  result->bytes = (last + 1) * size_of(*type);
+  void* const data = take_result_memory(result->bytes);
+  if (!data) throw std::bad_alloc();
+  result->managed.tensor = {data,
+                            dlpack::cpu,
+                            0,
+                            static_cast<int32_t>(shape.size()),
+                            *type == DType::bf16 ? dlpack::brain_floating : dlpack::floating,
+                            static_cast<uint8_t>(8 * size_of(*type)),
+                            1,
+                            result->shape,
+                            result->strides,
+                            0};
+  result->managed.context = result.get();
+  result->managed.release = &Result::release;
+  PyObject* const capsule = PyCapsule_New(&result->managed, new_capsule, &release_capsule);
+  if (!capsule) {
+    Result::release(&result.release()->managed);
+    throw py::error_already_set();
+  }
+  result.release();
+  return py::reinterpret_steal<py::capsule>(capsule);
 }
 
 }  // namespace fastattn

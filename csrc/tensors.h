@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "problem.h"
 
@@ -38,5 +39,10 @@ TensorView read_tensor(pybind11::handle tensor);
 // dtype, stored as they are (no lazy negation), and Hkv = Hq or, if grouped, a divisor. False in any doubt,
 // and without an exchange table.
 bool fit_as_they_are(pybind11::handle query, pybind11::handle key, pybind11::handle value, bool grouped);
+
+// Uninitialised result memory (result_memory.h) of up to four dimensions and these strides, in elements, as a
+// DLPack capsule: whoever becomes its owner gives the memory back. Throws std::bad_alloc.
+pybind11::capsule new_result(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                             pybind11::handle dtype);
 
 }  // namespace fastattn

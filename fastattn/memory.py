@@ -1,22 +1,22 @@
-"""Memory for large results on a CPU: huge pages, because small ones take longer to fault in than to fill.
+"""Memory for large results on a CPU: huge pages, kept from one result for the next.
 
-On Linux, where transparent huge pages are on or to be had on request.
+Fresh memory has to be zeroed by the system, and faulted in page by page: a tenth of what attention takes in a
+training step. On Linux, where transparent huge pages are on or to be had on request, results lie on those.
+
+Environment:
+    FASTATTN_KEPT_MIB: how many MiB that results have left are kept at most for later ones; 128 by default, 0
+        gives all memory back to the system at once.
 """
 
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor
 
-try:
-    from fastattn._C import prefer_huge_pages
-except ImportError:
-
-    def prefer_huge_pages(data: int, size: int) -> None:
-        """Without the extension, pages are what they are."""
-
+from fastattn.backends import cpu
 
 HUGE_PAGE = 2 << 20
 #: Results of at least this many bytes are worth it.
@@ -26,23 +26,36 @@ LARGE = HUGE_PAGE
 def new_empty_strided(
     tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``tensor.new_empty_strided(...)`` for dense strides; a large one on a CPU starts on a huge page.
-
-    Its storage begins up to 2 MiB earlier, in addresses that are reserved but never touched.
-    """
+    """``tensor.new_empty_strided(...)`` for dense strides; a large one on a CPU starts on a huge page."""
     dtype = dtype or tensor.dtype
-    size = math.prod(shape) * dtype.itemsize
-    if size < LARGE or tensor.device.type != "cpu":
+    is_large = tensor.device.type == "cpu" and math.prod(shape) * dtype.itemsize >= LARGE
+    if not is_large or cpu.unavailable():
         return tensor.new_empty_strided(shape, strides, dtype=dtype)
-    buffer = tensor.new_empty((size + HUGE_PAGE) // dtype.itemsize, dtype=dtype)
-    first = -buffer.data_ptr() % HUGE_PAGE // dtype.itemsize
-    # Not a view of the buffer: autograd would forbid to change an output in place.
-    result = buffer.new_empty(0).set_(buffer.untyped_storage(), first, shape, strides)
-    prefer_huge_pages(result.data_ptr(), size)
-    return result
+    return cpu.new_result(shape, strides, dtype)
 
 
 def new_zeros(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``tensor.new_zeros(shape, dtype=dtype)``, likewise."""
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return new_empty_strided(tensor, shape, strides, dtype).zero_()
+
+
+def keep_at_most(mebibytes: int) -> None:
+    """Keep no more than this for later results from now on; 0 gives all back to the system."""
+    cpu.keep_results(mebibytes << 20)
+
+
+def kept() -> int:
+    """Bytes that are kept for later results now."""
+    return cpu.kept_results()
+
+
+def _limit_from_environment() -> int:
+    given = os.environ.get("FASTATTN_KEPT_MIB", "128")
+    if not given.isdecimal():
+        raise ValueError(f"FASTATTN_KEPT_MIB must be a whole number of MiB, at least 0, got {given!r}")
+    return int(given)
+
+
+if not cpu.unavailable():
+    keep_at_most(_limit_from_environment())

@@ -1,12 +1,33 @@
-"""Large results lie on huge pages and behave like any tensor."""
+"""Large results lie on huge pages, behave like any tensor, and leave their memory to later ones."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 
 import fastattn
 from fastattn import memory
+from fastattn.backends import cpu
+
+needs_engine = pytest.mark.skipif(cpu.unavailable() is not None, reason="results are kept by the extension")
+
+
+@pytest.fixture
+def nothing_kept():
+    memory.keep_at_most(0)
+    memory.keep_at_most(64)
+    yield
+    memory.keep_at_most(0)
+    memory.keep_at_most(128)
+
+
+def result(mebibytes: int) -> torch.Tensor:
+    return memory.new_empty_strided(torch.empty(0), (mebibytes, 1 << 18), (1 << 18, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -19,8 +40,7 @@ def test_large_memory_starts_on_a_huge_page(size, dtype):
     assert tensor.dtype == dtype
     assert tensor.is_contiguous()
     assert not tensor._is_view()
-    end = tensor.storage_offset() * dtype.itemsize + size
-    assert end <= tensor.untyped_storage().nbytes()
+    assert tensor.untyped_storage().nbytes() >= size
     tensor.fill_(1.0)
     assert tensor.sum(dtype=torch.float64) == tensor.numel()
 
@@ -51,3 +71,108 @@ def test_large_gradients_are_right():
         torch.autograd.grad(out, leaves, cotangent), torch.autograd.grad(expected, leaves, cotangent), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@needs_engine
+def test_memory_of_a_freed_result_serves_the_next(nothing_kept):
+    first = result(8)
+    place = first.data_ptr()
+    view = first[3:]
+    del first
+    assert memory.kept() == 0  # a view still lives
+    del view
+    assert memory.kept() == 8 << 20
+    assert result(16).data_ptr() != place  # too large
+    kept = memory.kept()
+    assert result(2).data_ptr() != place  # would waste three quarters
+    assert result(8).data_ptr() == place
+    assert memory.kept() >= kept
+
+
+@needs_engine
+def test_no_more_is_kept_than_allowed(nothing_kept):
+    blocks = [result(16) for _ in range(6)]
+    places = [block.data_ptr() for block in blocks]
+    while blocks:
+        blocks.pop(0)
+    assert memory.kept() == 64 << 20
+    again = [result(16) for _ in range(4)]
+    assert {block.data_ptr() for block in again} == set(places[2:])  # the oldest are gone
+    del again
+    memory.keep_at_most(40)
+    assert memory.kept() == 32 << 20
+    memory.keep_at_most(0)
+    assert memory.kept() == 0
+    large = result(4)
+    del large
+    assert memory.kept() == 0
+
+
+@needs_engine
+def test_threads_share_what_is_kept(nothing_kept):
+    wrong = []
+
+    def work(mark: float) -> None:
+        for _ in range(200):
+            mine = result(2)
+            mine.fill_(mark)
+            if not bool((mine == mark).all()):
+                wrong.append(mark)
+
+    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert memory.kept() <= 64 << 20
+
+
+@needs_engine
+@pytest.mark.parametrize(("given", "expected"), [("0", "0"), ("4", str(4 << 20)), (None, str(8 << 20))])
+def test_the_environment_says_how_much_is_kept(given, expected):
+    program = """
+import torch
+from fastattn import memory
+block = memory.new_empty_strided(torch.empty(0), (1 << 20,), (1,))
+pair = memory.new_empty_strided(torch.empty(0), (1 << 20,), (1,))
+del block, pair
+print(memory.kept())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "FASTATTN_KEPT_MIB"}
+    if given is not None:
+        environment["FASTATTN_KEPT_MIB"] = given
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == expected
+
+
+@needs_engine
+@pytest.mark.parametrize("given", ["-1", "1.5"])
+def test_a_wrong_environment_is_an_error_that_names_it(given):
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastattn.memory"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"FASTATTN_KEPT_MIB": given},
+    )
+    assert done.returncode != 0
+    assert "FASTATTN_KEPT_MIB must be a whole number of MiB" in done.stderr
+
+
+@needs_engine
+def test_a_forked_child_computes_on_with_what_was_kept(nothing_kept):
+    kept = result(8)
+    kept.fill_(3.0)
+    place = kept.data_ptr()
+    del kept
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # torch's own threads are not in the child
+        mine = result(8)
+        good = mine.data_ptr() == place
+        mine.fill_(5.0)
+        os._exit(0 if good and bool((mine == 5.0).all()) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    again = result(8)
+    assert again.data_ptr() == place
+    assert bool((again == 3.0).all())  # the child's writes are its own

@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fastattn.problem import SUPPORTED_DTYPES, Problem
 
@@ -65,6 +66,21 @@ def set_isa(name: str) -> None:
 def available_isas() -> list[str]:
     """The instruction sets that can be used on this machine, the best first."""
     return _C.available_isas()
+
+
+def new_result(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised, of at most four dimensions, in memory of a former result or in fresh huge pages."""
+    return from_dlpack(_C.new_result(shape, strides, dtype))
+
+
+def keep_results(size: int) -> None:
+    """How many bytes that results leave to keep for later ones, from now on."""
+    _C.limit_kept_result_memory(size)
+
+
+def kept_results() -> int:
+    """How many bytes are kept now."""
+    return _C.kept_result_memory()
 
 
 def forward(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
