@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 Call = Callable[[], object]
 
 #: A sample lasts at least this long; shorter calls are repeated within it.
-SHORTEST_SAMPLE = 2e-3
+SHORTEST_SAMPLE = 20e-3
+#: Calls up to this long run once untimed before each sample: what the peers before them left in the caches and
+#: in the allocator would be a good part of it, and no part of theirs in a loop.
+SHORT_CALL = 50e-3
 ROUNDS = (3, 25)
 #: A peer whose warm-up took more than this many seconds is not timed again in every round.
 SLOW_PEER = 1.5
@@ -37,6 +40,7 @@ class Turns:
     seconds: float
     repeats: int = 1
     rounds: int = 1
+    warms_up: bool = False
     once: dict[str, float] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
     ceilings: list[float] = field(default_factory=list)
@@ -46,24 +50,32 @@ class Turns:
         seconds_of(self.call)
         own = seconds_of(self.call)
         self.repeats = max(1, round(SHORTEST_SAMPLE / own))
-        a_round = own * self.repeats
+        self.warms_up = own < SHORT_CALL
+        calls_a_round = self.repeats + self.warms_up
+        a_round = own * calls_a_round
         for name, peer in self.peers.items():
             first = seconds_of(peer)
             if first > SLOW_PEER:
                 self.once[name] = first
             else:
-                a_round += seconds_of(peer) * self.repeats
+                a_round += seconds_of(peer) * calls_a_round
                 self.samples[name] = []
         fewest, most = ROUNDS if a_round < self.seconds else (2, ROUNDS[1])
         self.rounds = min(max(int(self.seconds / a_round), fewest), most)
 
     def run_peers(self) -> None:
-        if self.ceiling is not None:  # first, so that every peer and the call find the caches alike
-            self.ceilings.append(self.ceiling())
         names = list(self.samples)
         first = len(self.ceilings) % max(1, len(names))  # whoever comes first changes every round
         for name in names[first:] + names[:first]:
+            self._warm_up(self.peers[name])
             self.samples[name].append(seconds_of(self.peers[name], self.repeats))
+        if self.ceiling is not None:
+            self.ceilings.append(self.ceiling())
+        self._warm_up(self.call)
+
+    def _warm_up(self, call: Call) -> None:
+        if self.warms_up:
+            call()
 
     def run_call(self) -> None:
         for _ in range(self.repeats):

@@ -133,7 +133,7 @@ def rate_entries(dtype: torch.dtype, column: int) -> Iterator[Entry]:
         peers = peers_for(workload)
         if dtype == FP32 and not backward and onnx_peer.installed():
             peers += ("onnxruntime",)
-        yield Entry("rate", workload, peers, beside, tuple(targets), seconds=2.0)
+        yield Entry("rate", workload, peers, beside, tuple(targets), seconds=5.0 if backward else 2.0)
 
 
 def ingredient_entries() -> Iterator[Entry]:
