@@ -117,6 +117,7 @@ class Forward {
     int columns;        // vectors with a query in them
     Range any, all;     // keys that some, that every query sees
     bool begun, ready;  // some query, every query has a reference
+    bool has_out;       // `out` has been written
     E* query;           // [key_depth][width]
     S* out;             // [Dv][width]
     S* reference;       // [width]
@@ -256,7 +257,7 @@ class Forward {
     panel.columns = static_cast<int>(ceil_div(panel.queries.size(), V::lanes));
     panel.any = band.seen_by_any(panel.queries);
     panel.all = band.seen_by_all(panel.queries);
-    panel.begun = panel.ready = false;
+    panel.begun = panel.ready = panel.has_out = false;
     const T* query = query_.at(b, h, first);
     if constexpr (depth == 1)
       pack_transposed<V>(query, query_.stride[2], panel.queries.size(), problem_.head_dim, query_factor(),
@@ -266,7 +267,6 @@ class Forward {
       pack_pairs_transposed(query, query_.stride[2], panel.queries.size(), problem_.head_dim, panel.query,
                             width);
 #endif
-    memset(panel.out, 0, problem_.value_dim * width * sizeof(S));
     for (int j = 0; j < columns; j++) {
       // Lanes past the last query have a reference from the start: nothing waits for them.
       const auto real = V::first_lanes(panel.queries.size() - j * V::lanes);
@@ -394,9 +394,16 @@ class Forward {
         S* total = panel.sum + i * width + j * V::lanes;
         V::store(total, V::add(V::load(total), V::load(sum + i * width + j * V::lanes)));
       }
-    gemm_columns<V, AccumulateStairs>(
-        panel.columns, problem_.value_dim, RowsContiguous<E>{keys.value, keys.value_stride},
-        reinterpret_cast<const E*>(work.products), width, depth_end, panel.out, width);
+    const auto sum_values = [&](auto finish) {
+      gemm_columns<V, decltype(finish)>(
+          panel.columns, problem_.value_dim, RowsContiguous<E>{keys.value, keys.value_stride},
+          reinterpret_cast<const E*>(work.products), width, depth_end, panel.out, width);
+    };
+    if (panel.has_out)
+      sum_values(AccumulateStairs());
+    else
+      sum_values(StoreStairs());
+    panel.has_out = true;
   }
 
   Reach band_reach(const Band& band, const Tile& tile, int j) const {
@@ -579,6 +586,7 @@ class Forward {
   }
 
   void finish_panel(const Panel& panel, long b, long h) const {
+    if (!panel.has_out) memset(panel.out, 0, problem_.value_dim * width * sizeof(S));
     alignas(64) S inverse[width];
     alignas(64) S lse[width];
     const auto kept = V::set1(static_cast<S>(1 - problem_.dropout_p));

@@ -99,6 +99,9 @@ struct Accumulate {
     V::store(c, V::add(V::load(c), product));
   }
 };
+struct StoreStairs : Store {
+  static constexpr bool stairs = true;
+};
 struct AccumulateStairs : Accumulate {
   static constexpr bool stairs = true;
 };
