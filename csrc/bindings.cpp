@@ -225,8 +225,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("weights", &weights);
   m.def("additive_forward", &additive_forward);
   m.def("additive_backward", &additive_backward);
-  m.def("new_result", &new_result, py::arg("shape"), py::arg("strides"), py::arg("dtype"),
-        "Uninitialised memory for a large result, as a DLPack capsule.");
+  m.def("makes_results", &makes_results, "Can new_result and new_result_like make tensors of this torch?");
+  m.def("new_result", &new_result, "An uninitialised tensor in memory for large results.");
+  m.def("new_result_like", &new_result_like, "The same, like a contiguous one; None if it is not, or small.");
   m.def("limit_kept_result_memory", &limit_kept_result_memory,
         "How many bytes of former results to keep for the next ones.");
   m.def("kept_result_memory", &kept_result_memory, "How many bytes are kept now.");

@@ -32,9 +32,11 @@ struct Tensor {
 };
 
 struct Managed {
-  Tensor tensor;
+  uint32_t major, minor;
   void* context;
   void (*release)(Managed*);  // the deleter
+  uint64_t flags;
+  Tensor tensor;
 };
 
 struct ExchangeTable {
@@ -42,8 +44,8 @@ struct ExchangeTable {
   const ExchangeTable* older;
   void (*allocate)();
   void (*from_object)();
-  void (*to_object)();
-  int (*read_object)(void* object, Tensor* out);  // borrows; may be null
+  int (*to_object)(Managed* tensor, void** object);  // takes the tensor over
+  int (*read_object)(void* object, Tensor* out);     // borrows; may be null
   void (*work_stream)();
 };
 
@@ -171,7 +173,7 @@ bool fit_as_they_are(py::handle query, py::handle key, py::handle value, bool gr
 
 namespace {
 
-// What a capsule and then a tensor own.
+// What a tensor of result memory owns.
 struct Result {
   dlpack::Managed managed{};
   int64_t shape[4], strides[4];
@@ -184,53 +186,68 @@ struct Result {
   }
 };
 
-// Tensors that take a capsule over rename it.
-constexpr char new_capsule[] = "dltensor";
-
-void release_capsule(PyObject* capsule) {
-  if (!PyCapsule_IsValid(capsule, new_capsule)) return;
-  auto* const managed = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule, new_capsule));
-  managed->release(managed);
-}
-
 size_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-}  // namespace
-
-py::capsule new_result(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
-                       py::handle dtype) {
-  const std::optional<DType> type = dtype_of(dtype);
-  if (!type || shape.size() > 4 || strides.size() != shape.size())
-    throw std::invalid_argument("a result has a dtype of the engine's and at most four dimensions");
+py::object take_result(const int64_t* shape, const int64_t* strides, int rank, DType dtype) {
   auto result = std::make_unique<Result>();
   int64_t last = 0;
-  for (size_t i = 0; i < shape.size(); i++) {
+  for (int i = 0; i < rank; i++) {
     result->shape[i] = shape[i];
     result->strides[i] = strides[i];
     last += (shape[i] - 1) * strides[i];
   }
-  result->bytes = (last + 1) * size_of(*type);
+  result->bytes = (last + 1) * size_of(dtype);
   void* const data = take_result_memory(result->bytes);
   if (!data) throw std::bad_alloc();
-  result->managed.tensor = {data,
-                            dlpack::cpu,
-                            0,
-                            static_cast<int32_t>(shape.size()),
-                            *type == DType::bf16 ? dlpack::brain_floating : dlpack::floating,
-                            static_cast<uint8_t>(8 * size_of(*type)),
-                            1,
-                            result->shape,
-                            result->strides,
-                            0};
-  result->managed.context = result.get();
-  result->managed.release = &Result::release;
-  PyObject* const capsule = PyCapsule_New(&result->managed, new_capsule, &release_capsule);
-  if (!capsule) {
+  dlpack::Managed& managed = result->managed;
+  managed.major = dlpack::major_version;
+  managed.context = result.get();
+  managed.release = &Result::release;
+  managed.tensor = {data,
+                    dlpack::cpu,
+                    0,
+                    rank,
+                    dtype == DType::bf16 ? dlpack::brain_floating : dlpack::floating,
+                    static_cast<uint8_t>(8 * size_of(dtype)),
+                    1,
+                    result->shape,
+                    result->strides,
+                    0};
+  void* object = nullptr;
+  if (torch.table->to_object(&managed, &object)) {
     Result::release(&result.release()->managed);
     throw py::error_already_set();
   }
   result.release();
-  return py::reinterpret_steal<py::capsule>(capsule);
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+}  // namespace
+
+bool makes_results() { return torch.table && torch.table->to_object; }
+
+py::object new_result(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                      py::handle dtype) {
+  const std::optional<DType> type = dtype_of(dtype);
+  if (!makes_results() || !type || shape.size() > 4 || strides.size() != shape.size())
+    throw std::invalid_argument("a result has a dtype of the engine's and at most four dimensions");
+  return take_result(shape.data(), strides.data(), static_cast<int>(shape.size()), *type);
+}
+
+py::object new_result_like(py::handle tensor, int64_t last_size, size_t least_bytes) {
+  if (!makes_results()) return py::none();
+  const TensorView view = read_tensor(tensor);
+  if (view.rank != 4 || !view.dtype) return py::none();
+  int64_t own = 1, count = 1, strides[4];
+  const int64_t shape[4] = {view.shape[0], view.shape[1], view.shape[2], last_size};
+  for (int i = 3; i >= 0; i--) {
+    if (view.stride[i] != own) return py::none();
+    strides[i] = count;
+    own *= view.shape[i];
+    count *= shape[i];
+  }
+  if (count * size_of(*view.dtype) < least_bytes) return py::none();
+  return take_result(shape, strides, 4, *view.dtype);
 }
 
 }  // namespace fastattn

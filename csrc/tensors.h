@@ -40,9 +40,16 @@ TensorView read_tensor(pybind11::handle tensor);
 // and without an exchange table.
 bool fit_as_they_are(pybind11::handle query, pybind11::handle key, pybind11::handle value, bool grouped);
 
-// Uninitialised result memory (result_memory.h) of up to four dimensions and these strides, in elements, as a
-// DLPack capsule: whoever becomes its owner gives the memory back. Throws std::bad_alloc.
-pybind11::capsule new_result(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
-                             pybind11::handle dtype);
+// Whether torch's table makes tensors of memory that is not its own.
+bool makes_results();
+
+// An uninitialised tensor in result memory (result_memory.h), of up to four dimensions and these strides in
+// elements. Throws std::bad_alloc.
+pybind11::object new_result(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                            pybind11::handle dtype);
+
+// The same, contiguous, for a contiguous CPU tensor [B, H, L, D] and another last size; None for any other
+// tensor, and for less than `least_bytes`.
+pybind11::object new_result_like(pybind11::handle tensor, int64_t last_size, size_t least_bytes);
 
 }  // namespace fastattn

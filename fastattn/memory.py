@@ -1,7 +1,8 @@
 """Memory for large results on a CPU: huge pages, kept from one result for the next.
 
 Fresh memory has to be zeroed by the system, and faulted in page by page: a tenth of what attention takes in a
-training step. On Linux, where transparent huge pages are on or to be had on request, results lie on those.
+training step. On Linux, where transparent huge pages are on or to be had on request, results lie on those. All
+this needs torch 2.10 or later; before, torch's allocator serves.
 
 Environment:
     FASTATTN_KEPT_MIB: how many MiB that results have left are kept at most for later ones; 128 by default, 0
@@ -29,9 +30,16 @@ def new_empty_strided(
     """``tensor.new_empty_strided(...)`` for dense strides; a large one on a CPU starts on a huge page."""
     dtype = dtype or tensor.dtype
     is_large = tensor.device.type == "cpu" and math.prod(shape) * dtype.itemsize >= LARGE
-    if not is_large or cpu.unavailable():
+    if not is_large or not cpu.makes_results():
         return tensor.new_empty_strided(shape, strides, dtype=dtype)
     return cpu.new_result(shape, strides, dtype)
+
+
+def new_contiguous(tensor: Tensor, last_size: int) -> Tensor | None:
+    """The same in one call for a contiguous [B, H, L, D] tensor; None for any other, and for a small result."""
+    if not tensor.is_cpu or not cpu.makes_results():
+        return None
+    return cpu.new_result_like(tensor, last_size, LARGE)
 
 
 def new_zeros(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -57,5 +65,5 @@ def _limit_from_environment() -> int:
     return int(given)
 
 
-if not cpu.unavailable():
+if cpu.makes_results():
     keep_at_most(_limit_from_environment())

@@ -64,7 +64,8 @@ def empty_result(tensor: Tensor, last_size: int) -> Tensor:
     """The same for a result that is about to be computed."""
     if last_size == tensor.shape[3] and tensor.is_contiguous() and tensor.numel() < memory.LARGE // 8:
         return torch.empty_like(tensor)
-    return empty_laid_out_like(tensor, last_size, memory.new_empty_strided)
+    large = memory.new_contiguous(tensor, last_size)
+    return empty_laid_out_like(tensor, last_size, memory.new_empty_strided) if large is None else large
 
 
 def empty_gradient(tensor: Tensor) -> Tensor:

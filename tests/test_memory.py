@@ -14,7 +14,9 @@ import fastattn
 from fastattn import memory
 from fastattn.backends import cpu
 
-needs_engine = pytest.mark.skipif(cpu.unavailable() is not None, reason="results are kept by the extension")
+needs_engine = pytest.mark.skipif(
+    not cpu.makes_results(), reason="results are kept by the extension, from torch 2.10 on"
+)
 
 
 @pytest.fixture
@@ -71,6 +73,23 @@ def test_large_gradients_are_right():
         torch.autograd.grad(out, leaves, cotangent), torch.autograd.grad(expected, leaves, cotangent), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("last_size", [64, 80])
+def test_results_of_contiguous_tensors_are_contiguous_in_one_call(dtype, last_size):
+    like = torch.empty(2, 8, 1024, 64, dtype=dtype)
+    tensor = memory.new_contiguous(like, last_size)
+    if not cpu.makes_results():
+        assert tensor is None
+        return
+    expected = torch.empty(2, 8, 1024, last_size, dtype=dtype)
+    assert (tensor.shape, tensor.stride(), tensor.dtype) == (expected.shape, expected.stride(), dtype)
+    assert tensor.data_ptr() % memory.HUGE_PAGE == 0
+    assert memory.new_contiguous(like.transpose(1, 2), last_size) is None
+    assert memory.new_contiguous(like[:, :, ::2], last_size) is None
+    assert memory.new_contiguous(like[:1, :1], last_size) is None  # small
+    assert memory.new_contiguous(like.to("meta"), last_size) is None
 
 
 @needs_engine

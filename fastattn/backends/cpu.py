@@ -6,7 +6,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from fastattn.problem import SUPPORTED_DTYPES, Problem
 
@@ -68,9 +67,20 @@ def available_isas() -> list[str]:
     return _C.available_isas()
 
 
+@cache
+def makes_results() -> bool:
+    """Can results lie in memory that the extension keeps? Not where torch has no table of C functions."""
+    return _C is not None and _C.makes_results()
+
+
 def new_result(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised, of at most four dimensions, in memory of a former result or in fresh huge pages."""
-    return from_dlpack(_C.new_result(shape, strides, dtype))
+    return _C.new_result(shape, strides, dtype)
+
+
+def new_result_like(tensor: Tensor, last_size: int, least_bytes: int) -> Tensor | None:
+    """The same, [B, H, L, last_size], for a contiguous [B, H, L, D]; None for any other, and for a small one."""
+    return _C.new_result_like(tensor, last_size, least_bytes)
 
 
 def keep_results(size: int) -> None:
