@@ -11,9 +11,10 @@ Call = Callable[[], object]
 
 #: A sample lasts at least this long; shorter calls are repeated within it.
 SHORTEST_SAMPLE = 20e-3
-#: Calls up to this long run once untimed before each sample: what the peers before them left in the caches and
-#: in the allocator would be a good part of it, and no part of theirs in a loop.
-SHORT_CALL = 50e-3
+#: Before each sample calls run untimed for about so long, or once: what the peers before them left in the caches and
+#: in the allocator would be a good part of it, and no part of theirs in a loop. Long calls do not.
+WARM_UP = 5e-3
+LONG_CALL = 50e-3
 ROUNDS = (3, 25)
 #: A peer whose warm-up took more than this many seconds is not timed again in every round.
 SLOW_PEER = 1.5
@@ -40,7 +41,7 @@ class Turns:
     seconds: float
     repeats: int = 1
     rounds: int = 1
-    warms_up: bool = False
+    warm_ups: int = 0
     once: dict[str, float] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
     ceilings: list[float] = field(default_factory=list)
@@ -50,8 +51,8 @@ class Turns:
         seconds_of(self.call)
         own = seconds_of(self.call)
         self.repeats = max(1, round(SHORTEST_SAMPLE / own))
-        self.warms_up = own < SHORT_CALL
-        calls_a_round = self.repeats + self.warms_up
+        self.warm_ups = max(1, round(WARM_UP / own)) if own < LONG_CALL else 0
+        calls_a_round = self.repeats + self.warm_ups
         a_round = own * calls_a_round
         for name, peer in self.peers.items():
             first = seconds_of(peer)
@@ -74,7 +75,7 @@ class Turns:
         self._warm_up(self.call)
 
     def _warm_up(self, call: Call) -> None:
-        if self.warms_up:
+        for _ in range(self.warm_ups):
             call()
 
     def run_call(self) -> None:
