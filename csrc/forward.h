@@ -381,7 +381,7 @@ class Forward {
     alignas(64) S sum[depth * width];
     const bool sweeps = (whole || by_bytes) && rules.factor > 0 && problem_.dropout_p == 0;
     if (!sweeps || !sweep(work, panel, keys, rows, rules, sum)) {
-      if (rules.bias || rules.seen) forget_unseen(panel);
+      if (problem_.mask.data || rules.bias) forget_unseen(panel);
       score_all();
       if (!panel.ready || !weigh(panel, weighing, sum)) {
         if (panel.ready) score_all();
@@ -453,8 +453,8 @@ class Forward {
       const bool extras = rules.bias || rules.seen;
       if (!(extras ? run(std::true_type()) : run(std::false_type()))) return false;
       panel.begun = panel.ready = true;
-      // A reference that was taken from keys out of sight can also be too high.
-      return !sums_overflow(sum, columns) && !(extras && sums_vanish(sum));
+      // A reference that was taken from keys out of sight, of this block or one before, can also be too high.
+      return !sums_overflow(sum, columns) && !((extras || problem_.mask.data) && sums_vanish(sum));
     }
     return false;
   }

@@ -118,6 +118,19 @@ def test_hidden_keys_that_score_far_from_the_others(dtype, factor, place):
     check(query, key, value, attn_mask=bias.to(dtype))
 
 
+@pytest.mark.parametrize("first", [128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_query_that_sees_nothing_of_the_first_blocks_but_all_of_the_others(dtype, first):
+    """The blocks that it sees need no mask, and what it could not see scored hundreds more."""
+    query, key, value = inputs(dtype)
+    key, value = key[:, :, :512], value[:, :, :512]
+    query[..., 0] = 16.0
+    key[:, :, :first, 0] = 100.0
+    mask = torch.ones(QUERIES, 512, dtype=torch.bool)
+    mask[::5, :first] = False
+    check(query, key, value, attn_mask=mask)
+
+
 @pytest.mark.parametrize("low", [-1e4, -1e9, -1e38])
 def test_biases_that_hide_without_forbidding(low):
     mask = torch.rand(QUERIES, KEYS, generator=torch.Generator().manual_seed(1)) < 0.7
