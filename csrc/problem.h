@@ -50,7 +50,7 @@ struct Problem {
   double dropout_p = 0;
   uint64_t dropout_seed = 0, dropout_offset = 0;
 
-  int64_t group() const { return query_heads / kv_heads; }
+  int64_t group() const { return kv_heads ? query_heads / kv_heads : 0; }
   int64_t key_length(int64_t b) const { return key_lengths ? key_lengths[b] : keys; }
 };
 

@@ -55,7 +55,7 @@ class Problem(NamedTuple):
     @property
     def group_size(self) -> int:
         """Query heads per key/value head."""
-        return self.query.shape[1] // self.key.shape[1]
+        return self.query.shape[1] // max(1, self.key.shape[1])
 
     @property
     def lse_dtype(self) -> torch.dtype:

@@ -208,7 +208,7 @@ def _without_unattended(rows: Tensor, problem: Problem) -> Tensor:
         return rows
     attended = allowed(problem).any(dim=-2)  # [B or 1, Hq or 1, Lk]
     if attended.shape[1] != 1:
-        attended = attended.unflatten(1, (-1, problem.group_size)).any(dim=2)
+        attended = attended.unflatten(1, (problem.key.shape[1], problem.group_size)).any(dim=2)
     return rows.masked_fill(~attended.unsqueeze(-1), 0.0)
 
 
@@ -221,4 +221,4 @@ def _sum_over_group(grad: Tensor, problem: Problem) -> Tensor:
     """[B, Hq, Lk, *] -> [B, Hkv, Lk, *], the transpose of :func:`_per_query_head`."""
     if problem.group_size == 1:
         return grad
-    return grad.unflatten(1, (-1, problem.group_size)).sum(dim=2)
+    return grad.unflatten(1, (problem.key.shape[1], problem.group_size)).sum(dim=2)

@@ -224,6 +224,20 @@ def test_no_dropout_draws_nothing():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(5, 7, dtype=torch.bool)], ids=["plain", "masked"])
+@pytest.mark.parametrize("kv_heads", [0, 2])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_query_heads(backend, queries, kv_heads, mask):
+    query, key, value = tensors((2, 0, queries, 8), (2, kv_heads, 7, 8), (2, kv_heads, 7, 6), requires_grad=True)
+    mask = mask if mask is None else mask[:queries]
+    out, lse = scaled_dot_product_attention(query, key, value, mask, enable_gqa=True, backend=backend, return_lse=True)
+    assert out.shape == (2, 0, queries, 6)
+    assert lse.shape == (2, 0, queries)
+    for gradient, leaf in zip(torch.autograd.grad(out.sum(), (query, key, value)), (query, key, value), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
 def test_nan_in_padding_changes_nothing():
     query, key, value = tensors((2, 2, 9, 8), (2, 2, 20, 8), (2, 2, 20, 8))
     lengths = torch.tensor([13, 20])
