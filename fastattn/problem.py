@@ -21,6 +21,9 @@ CAUSAL_MODES = (None, "upper_left", "lower_right")
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
+#: A window of this size is open: no sequence is so long, and sums of positions and windows stay far from 2^63.
+OPEN_WINDOW = 1 << 60
+
 
 class Problem(NamedTuple):
     """A validated attention problem. csrc/bindings.cpp reads its fields in this order.
@@ -348,7 +351,8 @@ def _check_window(window: tuple[int | None, int | None]) -> tuple[int | None, in
             raise TypeError(f"window's {side} must be an int or None (open), got {size!r}")
         if size < 0:
             raise ValueError(f"window's {side} must be at least 0, or None for open, got {size}")
-    return window[0], window[1]
+    left, right = (None if size is None or size >= OPEN_WINDOW else size for size in window)
+    return left, right
 
 
 def _check_dropout(dropout_p: float) -> float:

@@ -238,6 +238,16 @@ def test_no_query_heads(backend, queries, kv_heads, mask):
         assert torch.equal(gradient, torch.zeros_like(leaf))
 
 
+@pytest.mark.parametrize("size", [1 << 30, sys.maxsize, 1 << 70])
+@pytest.mark.parametrize("causal", [None, "upper_left", "lower_right"])
+def test_a_window_wider_than_any_sequence_is_open(causal, size):
+    query, key, value = tensors((1, 2, 20, 8), (1, 2, 30, 8), (1, 2, 30, 8))
+    for side, window in (("left", (size, 3)), ("right", (3, size)), ("both", (size, size))):
+        expected = tuple(None if width == size else width for width in window)
+        out = scaled_dot_product_attention(query, key, value, causal=causal, window=window)
+        assert torch.equal(out, scaled_dot_product_attention(query, key, value, causal=causal, window=expected)), side
+
+
 def test_nan_in_padding_changes_nothing():
     query, key, value = tensors((2, 2, 9, 8), (2, 2, 20, 8), (2, 2, 20, 8))
     lengths = torch.tensor([13, 20])
