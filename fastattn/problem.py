@@ -248,6 +248,7 @@ def _is_canonical(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and dtype in SUPPORTED_DTYPES
         and key.dtype == dtype == value.dtype
         and key.device == device == value.device
+        and query.layout is key.layout is value.layout is torch.strided
     )
 
 
@@ -261,6 +262,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
                 f"{name} must be [..., heads, length, head_dim], [batch, length, head_dim] or "
                 f"[length, head_dim], got shape {list(tensor.shape)}"
             )
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} must be dense, of layout torch.strided, got {tensor.layout}")
     dtype, device = query.dtype, query.device
     if dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {dtype}")

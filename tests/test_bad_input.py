@@ -25,6 +25,8 @@ BAD = [
     ({"key": zeros(2, 4, 7, 8, dtype=torch.float16)}, TypeError, ["key", "float16", "float32"]),
     ({"value": zeros(2, 4, 7, 8, dtype=torch.float64)}, TypeError, ["value", "float64", "float32"]),
     ({"key": zeros(2, 4, 7, 8, device="meta")}, ValueError, ["key", "meta", "cpu"]),
+    ({"query": zeros(2, 4, 5, 8).to_sparse()}, TypeError, ["query", "sparse_coo", "strided"]),
+    ({"value": zeros(2, 4, 7, 8).to_mkldnn()}, TypeError, ["value", "mkldnn", "strided"]),
     ({"key": zeros(2, 4, 7, 6)}, ValueError, ["key", "head_dim 8", "[2, 4, 7, 6]"]),
     ({"value": zeros(2, 4, 6, 8)}, ValueError, ["value", "length 7", "[2, 4, 6, 8]"]),
     ({"query": zeros(2, 4, 5, 0), "key": zeros(2, 4, 7, 0)}, ValueError, ["query", "head_dim", "at least 1"]),
