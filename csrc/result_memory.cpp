@@ -61,8 +61,9 @@ class Kept {
         best = i;
     return best < 0 ? Block{nullptr, 0} : remove(best);
   }
-  // Removes the oldest into `dropped` until `bytes` more fit; returns how many.
+  // Removes the oldest into `dropped` until `bytes` more fit, unless they never will; returns how many.
   int make_room(size_t bytes, Block* dropped) {
+    if (bytes > limit_) return 0;
     int n = 0;
     while (count_ && (bytes_ + bytes > limit_ || count_ == most)) dropped[n++] = remove(0);
     return n;

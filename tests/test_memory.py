@@ -128,6 +128,15 @@ def test_no_more_is_kept_than_allowed(nothing_kept):
 
 
 @needs_engine
+def test_a_result_larger_than_all_that_is_kept_leaves_the_others_in_place(nothing_kept):
+    small = result(16)
+    del small
+    large = result(80)
+    del large
+    assert memory.kept() == 16 << 20
+
+
+@needs_engine
 def test_threads_share_what_is_kept(nothing_kept):
     wrong = []
 
