@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 
 #include "isa.h"
@@ -46,6 +48,17 @@ Tensor4<uint8_t> read_tensor4(py::handle tensor) {
 }
 
 void* read_data(py::handle tensor) { return tensor.is_none() ? nullptr : read_tensor(tensor).data; }
+
+// What the backward is given of the forward may be another tensor than the forward wrote: hooks for saved
+// tensors return what they like.
+TensorView read_saved(py::handle tensor, DType dtype, std::initializer_list<int64_t> shape) {
+  if (tensor.is_none()) return {};
+  const TensorView view = read_tensor(tensor);
+  if (view.dtype != dtype || !std::equal(shape.begin(), shape.end(), view.shape, view.shape + view.rank))
+    throw std::invalid_argument(
+        "a saved or incoming tensor of the backward has not the forward's shape and dtype");
+  return view;
+}
 
 DType engine_dtype(const TensorView& tensor) {
   if (!tensor.dtype) throw std::invalid_argument("the engine does not compute in this dtype");
@@ -124,10 +137,18 @@ void backward(const py::tuple& problem_fields, py::handle out, py::handle lse, p
               py::handle grad_bias, int threads) {
   const Problem problem = read_problem(problem_fields);
   BackwardArgs args;
-  args.out = read_tensor4(out).as<const uint8_t>();
-  args.lse = read_data(lse);
-  args.grad_out = read_tensor4(grad_out).as<const uint8_t>();
-  args.grad_lse = read_data(grad_lse);
+  const auto read_output = [&](py::handle tensor) {
+    const auto shape = {problem.batch, problem.query_heads, problem.queries, problem.value_dim};
+    return read_saved(tensor, problem.dtype, shape).as_tensor4().as<const uint8_t>();
+  };
+  const auto read_statistic = [&](py::handle tensor) {
+    const DType dtype = problem.dtype == DType::f64 ? DType::f64 : DType::f32;
+    return read_saved(tensor, dtype, {problem.batch, problem.query_heads, problem.queries}).data;
+  };
+  args.out = read_output(out);
+  args.lse = read_statistic(lse);
+  args.grad_out = read_output(grad_out);
+  args.grad_lse = read_statistic(grad_lse);
   args.grad_query = read_tensor4(grad_query);
   args.grad_key = read_tensor4(grad_key);
   args.grad_value = read_tensor4(grad_value);

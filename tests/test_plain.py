@@ -315,6 +315,25 @@ def test_hooks_see_five_saved_tensors_and_may_return_others(general_calls):
             torch.testing.assert_close(actual, truth)
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.double, lambda saved: saved[..., :1]], ids=["dtype", "shape"])
+@pytest.mark.parametrize("place", [3, 4], ids=["out", "lse"])
+def test_a_saved_tensor_that_comes_back_as_another_is_refused(place, change):
+    packed = []
+
+    def pack(tensor):
+        packed.append(tensor.detach())
+        return len(packed) - 1
+
+    def unpack(index):
+        return change(packed[index]) if index == place else packed[index]
+
+    leaves, grad_out = leaves_and_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        out = scaled_dot_product_attention(*leaves)
+    with pytest.raises(ValueError, match="forward's shape and dtype"):
+        torch.autograd.grad(out, leaves, grad_out)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(use_reentrant):
     leaves, grad_out = leaves_and_grad()
