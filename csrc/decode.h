@@ -9,6 +9,7 @@
 #include "mask.h"
 #include "pack.h"
 #include "parallel.h"
+#include "prefetch.h"
 #include "scratch.h"
 #include "softmax.h"
 
@@ -30,6 +31,9 @@ class Decode {
   static constexpr bool scales_query = sizeof(S) == 4;
 #endif
   static constexpr long block_keys = 64;  // per step: fits the L1 cache beside the queries
+  // Keys and values of this size come from memory; from a cache, fetching them ahead costs more than it
+  // gains.
+  static constexpr long beyond_caches = 32L << 20;
 
  public:
   // With at most half a vector of queries, lanes along the queries would mostly idle.
@@ -43,7 +47,9 @@ class Decode {
         rows_(problem.group() * problem.queries),
         record_(problem.value_dim + 2),
         chunk_keys_(choose_chunk(problem)),
-        chunks_(max(1L, ceil_div(problem.keys, chunk_keys_))) {}
+        chunks_(max(1L, ceil_div(problem.keys, chunk_keys_))),
+        fetches_ahead_(beyond_caches <= static_cast<long>(sizeof(T)) * problem.batch * problem.kv_heads *
+                                            problem.keys * (problem.head_dim + problem.value_dim)) {}
 
   void run(int threads) const {
     const long heads = problem_.batch * problem_.kv_heads;
@@ -109,16 +115,28 @@ class Decode {
     const T *k = key.at(b, kv_head, keys.begin), *v = value.at(b, kv_head, keys.begin);
     const long padded = round_up(problem_.head_dim, W), count = keys.size();
     S* const weight = work.weight;
+    // The processor's own prefetchers begin anew with each block of keys or values: the rows of one come
+    // while those of the block before it are read.
+    RowsToCome values, next_keys;
+    if (fetches_ahead_) {
+      values = rows_to_come(value, b, kv_head, keys.begin, problem_.value_dim);
+      next_keys = rows_to_come(key, b, kv_head, keys.end, problem_.head_dim);
+    }
     in_groups([&](auto group, long r) {
-      score<decltype(group)::value>(work.query + r * padded, k, key.stride[2], count,
-                                    weight + r * block_keys);
+      score<decltype(group)::value>(work.query + r * padded, k, key.stride[2], count, weight + r * block_keys,
+                                    r == 0 ? values : RowsToCome());
     });
     for (long r = 0; r < rows_; r++)
       weigh(b, head_of(kv_head, r), query_of(r), keys, band, weight + r * block_keys, records + r * record_);
     in_groups([&](auto group, long r) {
       accumulate<decltype(group)::value>(weight + r * block_keys, v, value.stride[2], count,
-                                         records + r * record_ + 2);
+                                         records + r * record_ + 2, r == 0 ? next_keys : RowsToCome());
     });
+  }
+
+  static RowsToCome rows_to_come(const Tensor4<const T>& tensor, long b, long h, long first, long columns) {
+    constexpr long size = sizeof(T);
+    return {tensor.at(b, h, first), tensor.stride[2] * size, columns * size};
   }
 
   // Rows are taken four at a time, which share each load (and widening) of a key or value.
@@ -132,13 +150,14 @@ class Decode {
 
   // scores[row][count] = keys . query[row], W keys at a time: W sums across lanes are one transpose.
   template <int rows>
-  void score(const S* query, const T* keys, long stride, long count, S* scores) const {
+  void score(const S* query, const T* keys, long stride, long count, S* scores, RowsToCome next) const {
     const long padded = round_up(problem_.head_dim, W), whole = problem_.head_dim / W * W;
     const long rest = problem_.head_dim - whole;
     for (long first = 0; first < count; first += W) {
       vector products[rows][W];
       for (int i = 0; i < W; i++) {
         const T* key = keys + min(first + i, count - 1) * stride;
+        next.fetch(first + i);
         vector sum[rows];
         UNROLL for (int r = 0; r < rows; r++) sum[r] = V::zero();
         for (long d = 0; d < whole; d += W) {
@@ -252,23 +271,25 @@ class Decode {
   // out[row][Dv] += weights[row] . values. A weight of 0 in all rows skips its value, which may be NaN in
   // padding.
   template <int rows>
-  void accumulate(const S* weights, const T* values, long stride, long count, S* out) const {
+  void accumulate(const S* weights, const T* values, long stride, long count, S* out, RowsToCome next) const {
     constexpr int most = rows == 1 ? 8 : 16 / rows;
     long d = 0;
+    const auto next_once = [&] { return d == 0 ? next : RowsToCome(); };
     for (; d + most * W <= problem_.value_dim; d += most * W)
-      accumulate_columns<rows, most>(weights, values + d, stride, count, out + d, most * W);
+      accumulate_columns<rows, most>(weights, values + d, stride, count, out + d, most * W, next_once());
     for (; d < problem_.value_dim; d += W)
       accumulate_columns<rows, 1>(weights, values + d, stride, count, out + d,
-                                  min<long>(W, problem_.value_dim - d));
+                                  min<long>(W, problem_.value_dim - d), next_once());
   }
   template <int rows, int vectors>
-  void accumulate_columns(const S* weights, const T* values, long stride, long count, S* out,
-                          long width) const {
+  void accumulate_columns(const S* weights, const T* values, long stride, long count, S* out, long width,
+                          RowsToCome next) const {
     vector sum[rows][vectors];
     const bool whole = width == vectors * W;  // else one vector, in part
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < vectors; j++) sum[r][j] =
         whole ? V::load(out + r * record_ + j * W) : V::load(out + r * record_, width);
     for (long k = 0; k < count; k++) {
+      next.fetch(k);
       vector p[rows];
       bool any = false;
       UNROLL for (int r = 0; r < rows; r++) {
@@ -325,6 +346,7 @@ class Decode {
   const ForwardOutput& output_;
   const S query_scale_, score_factor_;
   const long rows_, record_, chunk_keys_, chunks_;
+  const bool fetches_ahead_;
 };
 
 }  // namespace FASTATTN_ISA_NAMESPACE

@@ -9,6 +9,8 @@
 #include <memory>
 #include <new>
 
+#include "result_memory.h"
+
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
@@ -38,11 +40,23 @@ class FlushDenormals {
 
 }  // namespace
 
-AlignedBuffer::AlignedBuffer(size_t bytes) : data_(nullptr) {
-  if (bytes && posix_memalign(&data_, kCacheLine, bytes)) throw std::bad_alloc();
+AlignedBuffer::AlignedBuffer(size_t bytes) : data_(nullptr), pooled_(0) {
+  constexpr size_t large = size_t{2} << 20;
+  if (bytes >= large) {
+    data_ = take_result_memory(bytes);
+    pooled_ = bytes;
+  } else if (bytes && posix_memalign(&data_, kCacheLine, bytes)) {
+    data_ = nullptr;
+  }
+  if (bytes && !data_) throw std::bad_alloc();
 }
 
-AlignedBuffer::~AlignedBuffer() { std::free(data_); }
+AlignedBuffer::~AlignedBuffer() {
+  if (pooled_)
+    give_back_result_memory(data_, pooled_);
+  else
+    std::free(data_);
+}
 
 void order_heaviest_first(const int64_t* work, int64_t count, int64_t* order) {
   for (int64_t i = 0; i < count; ++i) order[i] = i;

@@ -33,7 +33,8 @@ void parallel_for(int64_t items, int threads, size_t scratch_bytes, Body&& body)
 // Fills order with 0 .. count - 1 by falling work; equal work keeps its order.
 void order_heaviest_first(const int64_t* work, int64_t count, int64_t* order);
 
-// Memory aligned to cache lines that frees itself; throws std::bad_alloc.
+// Memory aligned to cache lines that frees itself, a large block for the next one (result_memory.h); throws
+// std::bad_alloc.
 class AlignedBuffer {
  public:
   explicit AlignedBuffer(size_t bytes);
@@ -44,6 +45,7 @@ class AlignedBuffer {
 
  private:
   void* data_;
+  size_t pooled_;  // bytes, 0 for a small block
 };
 
 }  // namespace fastattn

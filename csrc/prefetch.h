@@ -46,6 +46,16 @@ class Upcoming {
   long row_ = 0, lines_at_once_ = 0;
 };
 
+// Rows to come, each brought into the cache while an earlier one is read; none by default.
+struct RowsToCome {
+  const void* data = nullptr;
+  long stride = 0, size = 0;  // in bytes
+  INLINE void fetch(long row) const {
+    const char* const bytes = static_cast<const char*>(data) + row * stride;
+    for (long line = 0; line < size; line += 64) __builtin_prefetch(bytes + line);
+  }
+};
+
 // What the next block of keys and what the next work item begins with.
 struct Ahead {
   Upcoming block, item;

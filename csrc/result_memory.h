@@ -1,5 +1,6 @@
 // Memory for large results. The system hands out pages that it has to zero first, 0.2 ms a MiB in a virtual
-// machine: a tenth of a training step's attention. So blocks that results leave are kept for the next ones.
+// machine: a tenth of a training step's attention. So blocks that results and large scratch leave are kept
+// for the next ones.
 #pragma once
 
 #include <cstddef>
