@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,3 +172,12 @@ def test_what_the_engine_cannot_read_is_an_error(table):
             cpu._C.forward(problem[:-1], out, lse, 1)
     finally:
         cpu._C.use_torch(torch, EXCHANGE_TABLE)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("isa", "flags"), [("portable", ()), ("avx2", ("-mavx2", "-mfma", "-mf16c"))])
+def test_the_micro_benchmark_fits_the_kernels(isa, flags):
+    source = Path(__file__).parents[1] / "csrc" / "bench" / f"parts_{isa}.cpp"
+    command = ["c++", "-std=c++17", "-fopenmp", "-fsyntax-only", "-w", *flags, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

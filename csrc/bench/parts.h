@@ -74,24 +74,62 @@ double output_part() {
   return 2.0 * bench_length * bench_dim * o.width;
 }
 
-// The backward's first two products, with what becomes of them in the same registers: P = exp2(S - lse) and
-// dS = P (dP - delta).
+// S^T and P^T, in one sweep where the instruction set has that.
+template <class V, int degree>
+double sweep_part() {
+  if constexpr (V::rows_beside_products == 0) {
+    softmax_part<V, degree>();
+    return scores_part<V>();
+  } else {
+    auto& o = Operands<V>::get();
+    using E = typename V::element;
+    alignas(64) typename V::scalar reference[Operands<V>::width] = {}, sums[V::depth * Operands<V>::width];
+    Ahead ahead;
+    for (long k = 0; k < bench_length; k += bench_keys) {
+      WeightSweep<V, degree, false> sweep(o.weight_data(), 1, sums, {nullptr, nullptr}, ahead);
+      sweep.run(bench_keys, DepthContiguous<E>{o.block(k), bench_dim / V::depth}, o.panel_data(),
+                bench_dim / V::depth, reference, true);
+    }
+    return 2.0 * bench_length * bench_dim * o.width;
+  }
+}
+
+// The backward's first two products, with what becomes of them beside the next tile's or, without sweeps, in
+// the same registers: P = exp2(S - lse) and dS = P (dP - delta).
 template <class V>
 double weights_part() {
   auto& o = Operands<V>::get();
-  for (long k = 0; k < bench_length; k += bench_keys)
-    weights_product<V>(bench_keys, DepthContiguous<typename V::element>{o.block(k), bench_dim / V::depth},
-                       o.panel_data(), bench_dim / V::depth, o.sum_data(), 1, {o.score_data(), o.width});
-  return 2.0 * bench_length * bench_dim * o.width;
+  using E = typename V::element;
+  constexpr long keys = bench_keys / V::tile_rows * V::tile_rows, depth = bench_dim / V::depth;
+  const Block<typename V::scalar> weights{o.score_data(), o.width};
+  for (long k = 0; k < bench_length; k += bench_keys) {
+    const DepthContiguous<E> rows{o.block(k), depth};
+    if (Sweep<V>::fits(keys, depth))
+      sweep_panel<V>(keys, rows, o.panel_data(), depth,
+                     WeightsWork<V, false>{o.sum_data(), o.sum_data(), 1, weights});
+    else
+      weights_product<V, V::tile_vectors, false>(keys, rows, o.panel_data(), depth, o.sum_data(),
+                                                 o.sum_data(), 1, weights);
+  }
+  return 2.0 * bench_length / bench_keys * keys * bench_dim * o.width;
 }
 template <class V>
 double score_gradients_part() {
   auto& o = Operands<V>::get();
-  for (long k = 0; k < bench_length; k += bench_keys)
-    gradients_product<V>(bench_keys, DepthContiguous<typename V::element>{o.block(k), bench_dim / V::depth},
-                         o.panel_data(), bench_dim / V::depth, o.sum_data(), {o.score_data(), o.width},
-                         {o.score_data(), o.width});
-  return 2.0 * bench_length * bench_dim * o.width;
+  using E = typename V::element;
+  using Out = Block<typename V::scalar>;
+  constexpr long keys = bench_keys / V::tile_rows * V::tile_rows, depth = bench_dim / V::depth;
+  const Out weights{o.score_data(), o.width};
+  for (long k = 0; k < bench_length; k += bench_keys) {
+    const DepthContiguous<E> rows{o.block(k), depth};
+    if (Sweep<V>::fits(keys, depth))
+      sweep_panel<V>(keys, rows, o.panel_data(), depth,
+                     GradientsWork<V, Out>{o.sum_data(), weights, weights});
+    else
+      gradients_product<V, V::tile_vectors>(keys, rows, o.panel_data(), depth, o.sum_data(), weights,
+                                            weights);
+  }
+  return 2.0 * bench_length / bench_keys * keys * bench_dim * o.width;
 }
 
 // dV += P^T dO and dK += dS^T Q: rows of weights against rows of a block; head dimension across the lanes.
@@ -129,9 +167,10 @@ template <class V, int degree>
 constexpr Part all_parts[] = {
     {"S = Q K^T  (and dP = dO V^T)", scores_part<V>},
     {"exp and row sums", softmax_part<V, degree>},
+    {"S, P and row sums, as in a call", sweep_part<V, degree>},
     {"O = P V", output_part<V>},
-    {"P = exp(S - lse), fused", weights_part<V>},
-    {"dS = P (dP - delta), fused", score_gradients_part<V>},
+    {"S and P = exp(S - lse)", weights_part<V>},
+    {"dP and dS = P (dP - delta)", score_gradients_part<V>},
     {"dV = P^T dO (and dK = dS^T Q)", key_gradient_part<V>},
     {"dQ = dS K", query_gradient_part<V>},
 };
