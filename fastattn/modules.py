@@ -137,13 +137,13 @@ class MultiHeadAttention(nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
         )
         rng_state = draw_rng_state_for(arguments)
+        if not need_weights:
+            heads = ops.attention_output(*arguments, rng_state, self.backend)
+            return self.out_proj(self._merge_heads(heads, is_batched)), None
         heads, lse = ops.attention_forward(*arguments, rng_state, self.backend)
-        weights = None
-        if need_weights:
-            weights = ops.attention_weights(lse.detach(), average_attn_weights, *arguments, rng_state, self.backend).to(
-                heads.dtype
-            )
-            weights = weights if is_batched else weights.squeeze(0)
+        weights = ops.attention_weights(lse.detach(), average_attn_weights, *arguments, rng_state, self.backend)
+        weights = weights.to(heads.dtype)
+        weights = weights if is_batched else weights.squeeze(0)
         return self.out_proj(self._merge_heads(heads, is_batched)), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> tuple[Tensor, Tensor, Tensor]:
