@@ -71,6 +71,17 @@ Causal read_causal(py::handle mode) {
   return upper ? Causal::upper_left : Causal::lower_right;
 }
 
+// Checked already by whoever makes a problem, but not if the operators are called by hand.
+void check_fit(const TensorView& query, const TensorView& key, const TensorView& value) {
+  const bool is_alike = query.dtype == key.dtype && query.dtype == value.dtype &&
+                        query.shape[0] == key.shape[0] && query.shape[0] == value.shape[0] &&
+                        key.shape[1] == value.shape[1] && key.shape[2] == value.shape[2] &&
+                        query.shape[3] == key.shape[3];
+  const int64_t kv_heads = key.shape[1];
+  if (!is_alike || (kv_heads ? query.shape[1] % kv_heads : query.shape[1]))
+    throw std::invalid_argument("query, key and value do not fit one another");
+}
+
 // A fastattn.problem.Problem, whose fields are read in their order.
 Problem read_problem(const py::tuple& fields) {
   if (fields.size() != 12) throw std::invalid_argument("malformed problem");
@@ -85,6 +96,7 @@ Problem read_problem(const py::tuple& fields) {
   const TensorView value = read_tensor(next());
   Problem p;
   p.dtype = engine_dtype(query);
+  check_fit(query, key, value);
   p.batch = query.shape[0];
   p.query_heads = query.shape[1];
   p.queries = query.shape[2];
@@ -99,7 +111,12 @@ Problem read_problem(const py::tuple& fields) {
   p.causal = read_causal(next());
   p.window_left = next_window();
   p.window_right = next_window();
-  p.key_lengths = static_cast<const int64_t*>(read_data(next()));
+  if (const py::handle lengths = next(); !lengths.is_none()) {
+    const TensorView view = read_tensor(lengths);
+    if (view.rank != 1 || view.shape[0] != p.batch)
+      throw std::invalid_argument("key_lengths must have one length per sequence");
+    p.key_lengths = static_cast<const int64_t*>(view.data);
+  }
   p.mask = read_tensor4(next()).as<const uint8_t>();
   const py::handle bias = next();
   if (!bias.is_none()) {

@@ -164,8 +164,10 @@ def problem_from_arguments(
 
 
 def check_length_values(problem: Problem) -> None:
-    """Raise ValueError if a key length on the CPU is negative or beyond the keys."""
+    """Raise ValueError if a key length on the CPU is negative or beyond the keys, or is not int64."""
     if problem.key_lengths is not None and problem.key_lengths.is_cpu:
+        if problem.key_lengths.dtype != torch.int64:  # from an operator called by hand: an engine reads 64 bits
+            raise ValueError(f"key_lengths of an operator must be int64, got {problem.key_lengths.dtype}")
         _check_length_range(problem.key_lengths, problem.key.shape[2])
 
 

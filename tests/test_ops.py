@@ -8,7 +8,8 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from fastattn import scaled_dot_product_attention
-from fastattn.problem import check_arguments
+from fastattn.backends import cpu
+from fastattn.problem import Arguments, check_arguments
 
 
 def tensors(*shapes, dtype=torch.float64, requires_grad=False):
@@ -195,6 +196,28 @@ def test_per_sample_gradients_of_a_module():
         module(sample, sample, sample)[0].square().sum().backward()
         for name, parameter in module.named_parameters():
             torch.testing.assert_close(mapped[name][index], parameter.grad)
+
+
+MISFITS = {
+    "key's dtype": ("key", torch.randn(2, 2, 6, 3)),
+    "value's length": ("value", torch.randn(2, 2, 5, 4).double()),
+    "value's heads": ("value", torch.randn(2, 1, 6, 4).double()),
+    "more key heads": ("query", torch.randn(2, 1, 5, 3).double()),
+    "batches": ("query", torch.randn(3, 2, 5, 3).double()),
+    "head_dims": ("query", torch.randn(2, 2, 5, 4).double()),
+    "too few lengths": ("key_lengths", torch.tensor([3])),
+    "short lengths": ("key_lengths", torch.tensor([3, 3], dtype=torch.int32)),
+}
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="the engine checks what the operators were given")
+@pytest.mark.parametrize("name", MISFITS)
+def test_an_operator_called_by_hand_reads_nothing_that_does_not_fit(name):
+    field, misfit = MISFITS[name]
+    *arguments, rng_state, backend = operator_arguments(requires_grad=False)
+    arguments = Arguments(*arguments)._replace(**{field: misfit})
+    with pytest.raises(ValueError, match="fit one another|one length per sequence|int64"):
+        torch.ops.fastattn.attention_forward(*arguments, rng_state, backend)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
