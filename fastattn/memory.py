@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -50,7 +51,9 @@ def new_zeros(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
 
 def keep_at_most(mebibytes: int) -> None:
     """Keep no more than this for later results from now on; 0 gives all back to the system."""
-    cpu.keep_results(mebibytes << 20)
+    if mebibytes < 0:
+        raise ValueError(f"mebibytes must be at least 0, got {mebibytes}")
+    cpu.keep_results(min(mebibytes << 20, sys.maxsize))
 
 
 def kept() -> int:

@@ -128,6 +128,17 @@ def test_no_more_is_kept_than_allowed(nothing_kept):
 
 
 @needs_engine
+def test_any_limit_of_at_least_zero_will_do(nothing_kept):
+    memory.keep_at_most(1 << 60)
+    block = result(4)
+    del block
+    assert memory.kept() == 4 << 20
+    with pytest.raises(ValueError, match="mebibytes must be at least 0, got -1"):
+        memory.keep_at_most(-1)
+    assert memory.kept() == 4 << 20
+
+
+@needs_engine
 def test_a_result_larger_than_all_that_is_kept_leaves_the_others_in_place(nothing_kept):
     small = result(16)
     del small
