@@ -454,15 +454,16 @@ class Forward {
       if (!(extras ? run(std::true_type()) : run(std::false_type()))) return false;
       panel.begun = panel.ready = true;
       // A reference that was taken from keys out of sight, of this block or one before, can also be too high.
-      return !sums_overflow(sum, columns) && !((extras || problem_.mask.data) && sums_vanish(sum));
+      return !sums_overflow(sum, columns) && !((extras || problem_.mask.data) && sums_vanish(panel, sum));
     }
     return false;
   }
-  bool sums_vanish(const S* sum) const {
+  // Not for a query with weights of a fair size from blocks before.
+  bool sums_vanish(const Panel& panel, const S* sum) const {
     bool low = false;
     for (int j = 0; j < width; j += V::lanes) {
-      const auto s = V::load(sum + j);
-      low = low || V::any(V::both(V::greater(s, V::zero()), V::greater(V::set1(vanishing_sum), s)));
+      const auto s = V::load(sum + j), total = V::add(V::load(panel.sum + j), s);
+      low = low || V::any(V::both(V::greater(s, V::zero()), V::greater(V::set1(vanishing_sum), total)));
     }
     return low;
   }
