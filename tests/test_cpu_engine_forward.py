@@ -117,12 +117,15 @@ def test_padding_does_not_leak(queries, dtype, value, form, isa):
 def test_row_of_lowest_bias_is_the_mean(queries, dtype, isa):
     problem = Case("lowest", queries=queries, keys=150, head_dim=16).make(dtype=dtype)
     bias = torch.full((2, 2, queries, 150), torch.finfo(dtype).min, dtype=dtype)
-    out = run_backend(cpu, problem._replace(bias=bias))["out"]
-    if dtype in (torch.float32, torch.float64):
-        mean = problem.value.double().mean(2, keepdim=True).expand_as(out)
-        torch.testing.assert_close(out.double(), mean, atol=1e-5, rtol=0)
+    biased = problem._replace(bias=bias)
+    out = run_backend(cpu, biased)["out"].double()
+    if dtype == torch.float16:
+        # Its lowest bias leaves scores apart, but for what float32 rounds them by: 2^-8 of 65504 in log2 units.
+        torch.testing.assert_close(out, run_reference(biased)["out"], atol=5e-3, rtol=0)
     else:
-        assert out.isfinite().all()
+        mean = problem.value.double().mean(2, keepdim=True).expand_as(out)
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-9}[dtype]
+        torch.testing.assert_close(out, mean, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("growth", (0.0, 3.0, -3.0))
