@@ -8,6 +8,7 @@
 
 #include "backward.h"
 #include "backward_tile.h"
+#include "few_queries.h"
 #include "parallel.h"
 
 namespace fastattn {
@@ -41,6 +42,7 @@ struct BackwardPlan {
   // Scores in log2 units are score_factor * K (query_scale * Q)^T, multiplied as in the forward: an lse is
   // the sum of scores so rounded.
   S query_scale, score_factor;
+  bool as_decoded;  // scores are those of Decode
   long grad_bias_stride[4];
 
   BackwardPlan(const Problem& p, const BackwardArgs& a) : problem(p), args(a) {
@@ -63,6 +65,7 @@ struct BackwardPlan {
     const S scale_log2 = static_cast<S>(p.scale * log2_e);
     query_scale = scales_query ? scale_log2 : 1;
     score_factor = scales_query ? 1 : scale_log2;
+    as_decoded = V::depth == 1 && is_few<V>(p.queries);
     const long size[4] = {p.batch, p.query_heads, p.queries, p.keys};
     long stride = 1;
     for (int i = 3; i >= 0; i--) {

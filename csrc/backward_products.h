@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "backward_tile.h"
+#include "few_queries.h"
 #include "sweep.h"
 
 namespace fastattn {
@@ -62,6 +63,18 @@ void weights_product(long keys, A a, const typename V::element* panel, long dept
       V::template exp2_each<degree>(sum[i]);
       UNROLL for (int j = 0; j < vectors; j++) V::store(weights.row(row + i) + j * V::lanes, sum[i][j]);
     }
+  });
+}
+
+// The same for one vector of queries whose scores Decode has summed.
+template <class V, bool corrected>
+void few_weights_product(long keys, DepthContiguous<typename V::element> a, const typename V::element* panel,
+                         long depth, const typename V::scalar* shift, const typename V::scalar* correction,
+                         typename V::scalar factor, Block<typename V::scalar> weights) {
+  few_queries_product<V>(keys, a, panel, panel_width<V>, depth, [&](long key, typename V::vector x) {
+    x = V::fma(x, V::set1(factor), V::load(shift));
+    if constexpr (corrected) x = V::add(x, V::load(correction));
+    V::store(weights.row(key), V::template exp2<5>(x));
   });
 }
 

@@ -116,12 +116,19 @@ class LargeShifts {
     else if (biased)
       load_bias<F, float>(problem_, tile, work.bias);
     const long rows = tile.keys.size(), elements = ceil_div(problem_.head_dim, depth);
-    gemm_columns<V, Store>(V::tile_vectors, rows, keys_of(tile, work), work.query, width, elements,
-                           work.products, width);
+    const auto keys = keys_of(tile, work);
+    const int columns = static_cast<int>(ceil_div(tile.queries.size(), V::lanes));
+    const auto score_all = [&] {
+      if constexpr (depth == 1)
+        if (plan_.as_decoded)
+          return few_queries_scores<V>(rows, keys, work.query, width, elements, work.products, width);
+      gemm_columns<V, Store>(columns, rows, keys, work.query, width, elements, work.products, width);
+    };
+    score_all();
 
     constexpr int degree = depth == 2 ? 3 : 5;
     const auto factor = V::set1(plan_.score_factor), none = V::set1(-Limits<S>::infinity);
-    for (long q = 0; q < width; q += V::lanes) {
+    for (long q = 0; q < columns * V::lanes; q += V::lanes) {
       // score - reference, rounded as the tiles round it; -inf where the query may not attend.
       const auto score = [&](long k, typename V::vector shift) {
         auto x = V::load(work.products + k * width + q);

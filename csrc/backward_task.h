@@ -354,6 +354,10 @@ class BackwardTask {
     if (kind == TileKind::full && !has_bias) {
       const auto product = [&](auto corrected) {
         constexpr bool is_corrected = decltype(corrected)::value;
+        if constexpr (depth == 1)
+          if (plan_.as_decoded)
+            return few_weights_product<V, is_corrected>(count, key_columns, query_panel, dim, shift,
+                                                        correction, plan_.score_factor, scores);
         const long swept = swept_keys(queries, count, dim);
         if (swept)
           sweep_panel<V>(swept, key_columns, query_panel, dim,
@@ -372,7 +376,7 @@ class BackwardTask {
     } else {
       const uint8_t* allowed = kind == TileKind::mixed ? work_.allowed : nullptr;
       if (has_bias) read_bias(where);
-      seen_product(band, where, key_columns, query_panel, dim, scores);
+      score_product(band, where, key_columns, query_panel, dim, scores);
       if (has_bias && allowed)
         weights_of<V, true, true>(scores, count, shift, correction, plan_.score_factor, work_.bias, allowed);
       else if (has_bias)
@@ -432,6 +436,14 @@ class BackwardTask {
   static long swept_keys(Range queries, long count, long dim) {
     const bool full = queries.size() > width - V::lanes;
     return full && Sweep<V>::fits(count, dim) ? Sweep<V>::whole_tiles(count) : 0;
+  }
+
+  void score_product(const Band& band, const Tile& where, DepthContiguous<E> a, const E* panel, long count,
+                     Block<S> out) {
+    if constexpr (depth == 1)
+      if (plan_.as_decoded)
+        return few_queries_scores<V>(where.keys.size(), a, panel, width, count, out.data, out.stride);
+    seen_product(band, where, a, panel, count, out);
   }
 
   // C[keys][panel] = A B for a tile that the band may cut: groups of keys skip the vectors of queries that

@@ -6,6 +6,7 @@
 // shape asks for and not the threads; the chunks' results are merged in order.
 #pragma once
 
+#include "few_queries.h"
 #include "mask.h"
 #include "pack.h"
 #include "parallel.h"
@@ -36,8 +37,7 @@ class Decode {
   static constexpr long beyond_caches = 32L << 20;
 
  public:
-  // With at most half a vector of queries, lanes along the queries would mostly idle.
-  static bool suits(const Problem& problem) { return problem.queries <= max(1, W / 2); }
+  static bool suits(const Problem& problem) { return is_few<V>(problem.queries); }
 
   Decode(const Problem& problem, const ForwardOutput& output)
       : problem_(problem),
@@ -148,7 +148,8 @@ class Decode {
     if (r < rows_) function(std::integral_constant<int, 1>(), r);
   }
 
-  // scores[row][count] = keys . query[row], W keys at a time: W sums across lanes are one transpose.
+  // scores[row][count] = keys . query[row], W keys at a time: W sums across lanes are one transpose. The
+  // backward adds in the same order (few_queries.h).
   template <int rows>
   void score(const S* query, const T* keys, long stride, long count, S* scores, RowsToCome next) const {
     const long padded = round_up(problem_.head_dim, W), whole = problem_.head_dim / W * W;

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastattn.backends import cpu
-from fastattn.problem import bias_gradient_shape
+from fastattn.problem import bias_gradient_shape, make_problem
 from fastattn.testing import (
     CASES,
     GRADIENTS,
@@ -43,6 +43,9 @@ LARGE_SCORE_CASES = (
     Case("mask", queries=70, keys=130, mask="full", masked_rows=True, key_lengths=(130, 100)),
     Case("bias", queries=70, keys=130, bias="per_head", masked_rows=True, window=(64, 8)),
     Case("dropout", queries=70, keys=130, dropout_p=0.2),
+    Case("few_causal", queries=3, keys=20, head_dim=65, causal="upper_left", seed=1),
+    Case("few_mask", queries=3, keys=20, head_dim=65, causal="upper_left", mask="full", seed=1),
+    Case("few_bias", queries=3, keys=130, head_dim=65, causal="upper_left", bias="per_head", seed=1),
 )
 
 
@@ -82,6 +85,43 @@ def test_large_scores_within_budget(case, dtype, isa):
     references = run_reference(*given), run_reference(*given, dtype=None)
     assert results["lse"][results["lse"].isfinite()].abs().max() > 16
     assert_within_budget({name: results[name] for name in results if "grad" in name}, given[0], *references, given[1])
+
+
+FORMS = {"plain": None, "mask": torch.arange(90) % 7 > 0, "bias": torch.zeros(90)}
+
+
+@pytest.mark.parametrize("queries", (1, 3, 8, 40))
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_add_up_to_one_where_no_lse_is_large(form, queries, isa):
+    """The backward must round scores as the forward did, whose sum of weights an lse is.
+
+    Against a loss of sum(out), grad_value of a key is the sum of its weights.
+    """
+    query = torch.full((1, 1, queries, 65), 1.1)
+    key = torch.linspace(0.1, 0.16, 65).expand(1, 1, 90, 65)
+    problem = make_problem(query, key, torch.ones(1, 1, 90, 1), attn_mask=FORMS[form], scale=1.0)
+    results = run_backend(cpu, problem, torch.ones(1, 1, queries, 1))
+    assert results["lse"].abs().max() < 16
+    total = results["grad_value"].double().sum()
+    torch.testing.assert_close(total, torch.full_like(total, queries), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("queries", (1, 3, 8, 40))
+@pytest.mark.parametrize("form", FORMS)
+def test_score_gradients_add_up_to_zero_where_scores_are_large(form, queries, isa):
+    """Weights of the backward and `out` must come of the same scores, however coarse those are.
+
+    A component that all keys share moves no weight: its gradient of a query is 0.
+    """
+    generator = torch.Generator().manual_seed(queries)
+    query, key, value, grad_out = (
+        torch.randn(1, 2, length, 64, generator=generator) / 8 for length in (queries, 90, 90, queries)
+    )
+    query[..., 0], key[..., 0] = 30.0, 30.0
+    problem = make_problem(query, key, value, attn_mask=FORMS[form], scale=1.0)
+    results = run_backend(cpu, problem, grad_out)
+    assert results["lse"].min() > 850
+    assert (results["grad_query"][..., 0] / 30).abs().max() < 1e-7
 
 
 def _gradients(problem, out, lse, grad_out, grad_lse, wanted):
