@@ -19,13 +19,14 @@ inline void pack_transposed(const T* rows, long row_stride, long row_count, long
     const long count = min<long>(W, row_count - row);
     for (long d = 0; d < depth; d += W) {
       const long width = min<long>(W, depth - d);
-      typename V::vector block[W];
       const T* source = rows + row * row_stride + d;
       typename V::scalar* target = panel + d * panel_stride + row;
       if (count == W && width == W) {
+        typename V::vector block[W];
         V::load_transposed(source, row_stride, block);
         UNROLL for (int i = 0; i < W; i++) V::store(target + i * panel_stride, V::mul(block[i], f));
       } else {
+        typename V::vector block[W];
         for (int i = 0; i < W; i++)
           block[i] = i < count ? V::load(source + i * row_stride, width) : V::zero();
         V::transpose(block);
@@ -44,22 +45,42 @@ inline void unpack_transposed(const typename V::scalar* panel, long panel_stride
   for (long row = 0; row < row_count; row += W) {
     const long count = min<long>(W, row_count - row);
     const auto f = V::load(factor + row);
-    for (long d = 0; d < depth; d += W) {
+    const auto scaled = [&](long d) { return V::mul(V::load(panel + d * panel_stride + row), f); };
+    T* const target = rows + row * row_stride;
+    long d = 0;
+    if constexpr (V::depth == 2 && sizeof(T) == 2) {
+      // Two of a row at a time: half of the shuffles.
+      const auto transposed_pairs = [&](auto store) {
+        typename V::vector block[W];
+        UNROLL for (int i = 0; i < W; i++) block[i] = V::pair(scaled(d + 2 * i), scaled(d + 2 * i + 1));
+        V::transpose(block);
+        UNROLL for (int i = 0; i < W; i++) store(i, block[i]);
+      };
+      const auto pairs_at = [&](int i) {
+        return reinterpret_cast<typename V::element*>(target + i * row_stride + d);
+      };
+      for (; d + 2 * W <= depth; d += 2 * W) {
+        if (count == W)
+          transposed_pairs([&](int i, auto x) { V::store(pairs_at(i), x); });
+        else
+          transposed_pairs([&](int i, auto x) {
+            if (i < count) V::store(pairs_at(i), x);
+          });
+      }
+    }
+    for (; d < depth; d += W) {
       const long width = min<long>(W, depth - d);
       typename V::vector block[W];
-      const typename V::scalar* source = panel + d * panel_stride + row;
-      if (width == W) {
-        UNROLL for (int i = 0; i < W; i++) block[i] = V::mul(V::load(source + i * panel_stride), f);
-      } else {
-        UNROLL for (int i = 0; i < W; i++) block[i] =
-            i < width ? V::mul(V::load(source + i * panel_stride), f) : V::zero();
-      }
-      V::transpose(block);
-      T* target = rows + row * row_stride + d;
       if (count == W && width == W) {
-        UNROLL for (int i = 0; i < W; i++) V::store(target + i * row_stride, block[i]);
+        UNROLL for (int i = 0; i < W; i++) block[i] = scaled(d + i);
+        V::transpose(block);
+        UNROLL for (int i = 0; i < W; i++) V::store(target + i * row_stride + d, block[i]);
       } else {
-        for (int i = 0; i < count; i++) V::store(target + i * row_stride, block[i], width);
+        // An array of its own, which may lie in memory: the other one stays in registers.
+        typename V::vector part[W];
+        for (int i = 0; i < W; i++) part[i] = i < width ? scaled(d + i) : V::zero();
+        V::transpose(part);
+        for (int i = 0; i < count; i++) V::store(target + i * row_stride + d, part[i], width);
       }
     }
   }
@@ -111,15 +132,20 @@ inline void interleave_row_pairs(const bf16* rows, long row_stride, long row_cou
   for (long row = 0; row < row_count; row += 2) {
     const bf16 *first = rows + row * row_stride, *second = first + (row + 1 < row_count ? row_stride : 0);
     uint32_t* out = target + row / 2 * target_stride;
-    for (long d = 0; d < width; d += 32) {
-      const long count = min(32L, width - d);
-      const __mmask32 mask = count == 32 ? ~0u : (1u << count) - 1;
-      const __m512i a = _mm512_maskz_loadu_epi16(mask, first + d);
-      const __m512i b = _mm512_maskz_loadu_epi16(row + 1 < row_count ? mask : 0, second + d);
-      const __m512i low = _mm512_permutex2var_epi16(a, low_index, b);
-      const __m512i high = _mm512_permutex2var_epi16(a, high_index, b);
-      _mm512_mask_storeu_epi32(out + d, F32::first_lanes(count), low);
-      if (count > 16) _mm512_mask_storeu_epi32(out + d + 16, F32::first_lanes(count - 16), high);
+    const auto merge = [&](__m512i a, __m512i b, long d, long count) {
+      _mm512_mask_storeu_epi32(out + d, F32::first_lanes(count), _mm512_permutex2var_epi16(a, low_index, b));
+      if (count > 16)
+        _mm512_mask_storeu_epi32(out + d + 16, F32::first_lanes(count - 16),
+                                 _mm512_permutex2var_epi16(a, high_index, b));
+    };
+    long d = 0;
+    if (row + 1 < row_count)
+      for (; d + 32 <= width; d += 32)
+        merge(_mm512_loadu_si512(first + d), _mm512_loadu_si512(second + d), d, 32);
+    for (; d < width; d += 32) {
+      const __mmask32 mask = width - d >= 32 ? ~0u : (1u << (width - d)) - 1;
+      merge(_mm512_maskz_loadu_epi16(mask, first + d),
+            _mm512_maskz_loadu_epi16(row + 1 < row_count ? mask : 0, second + d), d, min(32L, width - d));
     }
   }
 }

@@ -67,7 +67,7 @@ struct F32 {
 
   INLINE static mask greater(vector a, vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   INLINE static mask not_less_equal(vector a, vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
-  INLINE static mask lanes_from(long n) { return ~first_lanes(n); }
+  INLINE static mask lanes_from(long n) { return 0xffffu << clamp(n, 0, lanes); }
   INLINE static mask nonzero(const uint8_t* p) {
     return _mm_test_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-1));
   }
@@ -127,28 +127,7 @@ struct F32 {
     }
   }
 
-  // r[j] lane i = row i of p, element j. Rows enter as quarters that are already in their lane, so that half
-  // of the shuffles are left, and four rows at a time are all that registers hold.
-  INLINE static void load_transposed(const float* p, long stride, vector (&r)[lanes]) {
-    UNROLL for (int c = 0; c < 4; c++) {
-      vector t[4];
-      UNROLL for (int i = 0; i < 4; i++) {
-        const float* q = p + i * stride + 4 * c;
-        t[i] = _mm512_castps128_ps512(_mm_loadu_ps(q));
-        t[i] = _mm512_insertf32x4(t[i], _mm_loadu_ps(q + 4 * stride), 1);
-        t[i] = _mm512_insertf32x4(t[i], _mm_loadu_ps(q + 8 * stride), 2);
-        t[i] = _mm512_insertf32x4(t[i], _mm_loadu_ps(q + 12 * stride), 3);
-      }
-      const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(t[0], t[1]));
-      const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(t[0], t[1]));
-      const __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(t[2], t[3]));
-      const __m512d e = _mm512_castps_pd(_mm512_unpackhi_ps(t[2], t[3]));
-      r[4 * c] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, d));
-      r[4 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, d));
-      r[4 * c + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));
-      r[4 * c + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
-    }
-  }
+  // r[j] lane i = row i of p, element j.
   template <class T>
   INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
     UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
@@ -212,7 +191,7 @@ struct F64 {
 
   INLINE static mask greater(vector a, vector b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
   INLINE static mask not_less_equal(vector a, vector b) { return _mm512_cmp_pd_mask(a, b, _CMP_NLE_UQ); }
-  INLINE static mask lanes_from(long n) { return ~first_lanes(n); }
+  INLINE static mask lanes_from(long n) { return 0xffu << clamp(n, 0, lanes); }
   INLINE static mask nonzero(const uint8_t* p) {
     return _mm_test_epi8_mask(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-1));
   }

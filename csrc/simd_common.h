@@ -24,6 +24,7 @@ template <class T>
 INLINE constexpr T max(T a, T b) {
   return a < b ? b : a;
 }
+INLINE constexpr long clamp(long n, long least, long most) { return max(least, min(n, most)); }
 INLINE constexpr long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 INLINE constexpr long ceil_div(long n, long divisor) { return (n + divisor - 1) / divisor; }
 
