@@ -319,14 +319,13 @@ class Forward {
     const long begin = pairs_before(seen.begin);
     Range full = intersect(seen, panel.all);
     full.begin = pairs_before(full.begin + depth - 1);
-    if (full.end < seen.end) full.end = pairs_before(full.end);
-    if (problem_.mask.data || problem_.bias.data || full.size() < least_full_keys) {
+    if (problem_.mask.data || problem_.bias.data ||
+        full.size() < (begin < full.begin ? least_full_keys : 1)) {
       attend_to({begin, seen.end});
     } else {
-      // Keys that all queries see need no mask, and their weights are computed beside the products.
+      // From a key that all queries see on, weights are computed beside the products.
       attend_to({begin, full.begin});
-      attend_to(full);
-      attend_to({full.end, seen.end});
+      attend_to({full.begin, seen.end});
     }
   }
 
@@ -379,9 +378,12 @@ class Forward {
     };
     const Weighing weighing{work.products, rules.remaining_factor(), rows, depth_end, work.kept};
     alignas(64) S sum[depth * width];
-    const bool sweeps = (whole || by_bytes) && rules.factor > 0 && problem_.dropout_p == 0;
-    if (!sweeps || !sweep(work, panel, keys, rows, rules, sum)) {
-      if (problem_.mask.data || rules.bias) forget_unseen(panel);
+    // A band's edge on the right alone: the first query sees the first keys, each next one a key more.
+    const bool stairs = !whole && !by_bytes && !rules.bias && panel.all.begin <= tile.keys.begin &&
+                        tile.keys.begin < panel.all.end;
+    const bool sweeps = (whole || by_bytes || stairs) && rules.factor > 0 && problem_.dropout_p == 0;
+    if (!sweeps || !sweep(work, panel, keys, rows, rules, stairs ? reach : nullptr, sum)) {
+      if (problem_.mask.data || rules.bias || stairs) forget_unseen(panel);
       score_all();
       if (!panel.ready || !weigh(panel, weighing, sum)) {
         if (panel.ready) score_all();
@@ -435,7 +437,7 @@ class Forward {
   // P^T and its sums in one sweep; false, with P^T of no use, if that needs more care: too few keys, or
   // scores far from the reference or not finite.
   bool sweep(Workspace& work, Panel& panel, const KeyBlock<V>& keys, long rows, const ScoreRules<V>& rules,
-             S* sum) const {
+             const Reach* stairs, S* sum) const {
     if constexpr (V::rows_beside_products > 0) {
       if (panel.columns < columns || (panel.begun && !panel.ready)) return false;
       if (panel.ready) {
@@ -447,14 +449,21 @@ class Forward {
       const auto run = [&](auto has_extras) {
         WeightSweep<V, degree, decltype(has_extras)::value> sweep(
             reinterpret_cast<E*>(work.products), rules.factor, sum, {rules.bias, rules.seen}, work.ahead);
-        return sweep.run(rows, DepthContiguous<E>{keys.key, keys.key_stride}, panel.query, key_depth_,
-                         panel.reference, panel.ready);
+        const DepthContiguous<E> key{keys.key, keys.key_stride};
+        if constexpr (!decltype(has_extras)::value)
+          if (stairs) {
+            typename Sweep<V>::Stairs steps{stairs[0].full_end, {}};
+            for (int j = 0; j < columns; j++) steps.end[j] = stairs[j].end;
+            return sweep.run(steps, key, panel.query, key_depth_, panel.reference, panel.ready);
+          }
+        return sweep.run(rows, key, panel.query, key_depth_, panel.reference, panel.ready);
       };
       const bool extras = rules.bias || rules.seen;
       if (!(extras ? run(std::true_type()) : run(std::false_type()))) return false;
       panel.begun = panel.ready = true;
       // A reference that was taken from keys out of sight, of this block or one before, can also be too high.
-      return !sums_overflow(sum, columns) && !((extras || problem_.mask.data) && sums_vanish(panel, sum));
+      const bool chosen_blindly = extras || stairs || problem_.mask.data;
+      return !sums_overflow(sum, columns) && !(chosen_blindly && sums_vanish(panel, sum));
     }
     return false;
   }

@@ -69,16 +69,16 @@ INLINE void multiply(typename V::vector (&c)[rows][vectors], A a, const typename
 }
 
 // The same with a depth known at compile time, and no loop.
-template <class V, int rows, int vectors, int depth, class A>
+template <class V, int rows, int vectors, int depth, int first = 0, class A>
 INLINE void multiply_steps(typename V::vector (&c)[rows][vectors], A a, const typename V::element* b,
                            long b_stride) {
   const typename A::template Cursor<rows> cursor(a);
   UNROLL for (int k = 0; k < depth; k++) {
     typename V::vector column[vectors];
-    UNROLL for (int j = 0; j < vectors; j++) column[j] = V::load(b + k * b_stride + j * V::lanes);
+    UNROLL for (int j = first; j < vectors; j++) column[j] = V::load(b + k * b_stride + j * V::lanes);
     UNROLL for (int i = 0; i < rows; i++) {
       const typename V::vector x = V::broadcast(cursor.at(i, k));
-      UNROLL for (int j = 0; j < vectors; j++) c[i][j] = V::multiply_add(x, column[j], c[i][j]);
+      UNROLL for (int j = first; j < vectors; j++) c[i][j] = V::multiply_add(x, column[j], c[i][j]);
     }
   }
 }

@@ -6,6 +6,8 @@
 // beside them: in epilogues and passes of their own they are as slow as anything else.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm.h"
 
 namespace fastattn {
@@ -30,6 +32,17 @@ class Sweep {
   // The rows that `run` covers where the work does not take tiles of fewer rows.
   static long whole_tiles(long count) { return count / rows * rows; }
 
+  // How far down C each column of vectors is wanted: to `end` [vectors], which never decreases and ends with
+  // the count of rows; all of them in the first `level` rows, at least one.
+  struct Stairs {
+    long level, end[vectors];
+    INLINE int first_column(long row) const {
+      int first = 0;
+      while (end[first] <= row) first++;
+      return first;
+    }
+  };
+
   // C [count][width] = A [count][depth] B [depth][width]. `work` has
   //
   //   bool begin(const S* product)          [tile_rows][width], the first tile; false ends the run at once
@@ -40,18 +53,31 @@ class Sweep {
   //   takes_part_tiles                      whether rows past the last whole tile are wanted too
   template <class Work>
   bool run(long count, DepthContiguous<E> a, const E* b, long depth, Work& work) {
-    if (depth >= 5 * units) return run<5>(count, a, b, depth, work);
-    if (depth >= 2 * units) return run<2>(count, a, b, depth, work);
-    return run<1>(count, a, b, depth, work);
+    return choose_steps(depth,
+                        [&](auto steps) { return run<decltype(steps)::value>(count, a, b, depth, work); });
+  }
+
+  // The same down stairs; in tiles that reach past the level rows `work` has `edge_unit` in the place of
+  // `unit`.
+  template <class Work>
+  bool run(const Stairs& stairs, DepthContiguous<E> a, const E* b, long depth, Work& work) {
+    return choose_steps(depth,
+                        [&](auto steps) { return run<decltype(steps)::value>(stairs, a, b, depth, work); });
   }
 
  private:
+  // Steps of depth between two units of work.
+  template <class F>
+  static bool choose_steps(long depth, F run) {
+    if (depth >= 5 * units) return run(std::integral_constant<int, 5>());
+    if (depth >= 2 * units) return run(std::integral_constant<int, 2>());
+    return run(std::integral_constant<int, 1>());
+  }
+
   template <int steps, class Work>
   bool run(long count, DepthContiguous<E> a, const E* b, long depth, Work& work) {
-    tile<rows, 0>(a, b, depth, 0, work);
-    if (!work.begin(products(0))) return false;
-    long row = rows;
-    for (; row + rows <= count; row += rows) tile<rows, steps>(a.rows_from(row), b, depth, row, work);
+    if (!level_tiles<steps>(count, a, b, depth, work)) return false;
+    const long row = whole_tiles(count);
     long pending = row - rows, end = row;
     if constexpr (Work::takes_part_tiles) {
       end = count;
@@ -68,6 +94,45 @@ class Sweep {
           work.template unit<1>(products(pending) + j, pending, j);
       }
     }
+    return true;
+  }
+
+  template <int steps, class Work>
+  bool run(const Stairs& stairs, DepthContiguous<E> a, const E* b, long depth, Work& work) {
+    const long count = stairs.end[vectors - 1];
+    if (!level_tiles<steps>(stairs.level, a, b, depth, work)) return false;
+    long row = max<long>(rows, whole_tiles(stairs.level));
+    const S* pending = products(row - rows);
+    int first = 0;  // column of the pending tile
+    for (; row < count; row += rows) {
+      // The last tile repeats rows of the one before, instead of having fewer.
+      const long from = min(row, count - rows);
+      const int next = stairs.first_column(row);
+      for (; first < next; first++)
+        for (int i = 0; i < rows; i += unit_rows)
+          work.template edge_unit<unit_rows>(pending + i * width + first * V::lanes, row - rows + i,
+                                             first * V::lanes);
+      edge_tile<0, steps>(first, a.rows_from(from), b, depth, pending, row, work);
+      pending = products(row) + (row - from) * width;
+    }
+    for (row -= rows; row < count; row += unit_rows, pending += unit_rows * width)
+      for (int j = first * V::lanes; j < width; j += V::lanes) {
+        if (row + unit_rows <= count)
+          work.template edge_unit<unit_rows>(pending + j, row, j);
+        else
+          work.template edge_unit<1>(pending + j, row, j);
+      }
+    return true;
+  }
+
+  // The whole tiles among the first `count` rows, or the first tile. Not inlined: one copy for all.
+  template <int steps, class Work>
+  __attribute__((noinline)) bool level_tiles(long count, DepthContiguous<E> a, const E* b, long depth,
+                                             Work& work) {
+    tile<rows, 0>(a, b, depth, 0, work);
+    if (!work.begin(products(0))) return false;
+    for (long row = rows; row + rows <= count; row += rows)
+      tile<rows, steps>(a.rows_from(row), b, depth, row, work);
     return true;
   }
 
@@ -103,6 +168,33 @@ class Sweep {
       else
         last_tile<count - 1, steps>(left, a, b, depth, row, work);
     }
+  }
+
+  // A tile of the columns from `first` on, to be found as the rows from `row` on, and the work on the
+  // `pending` rows before them. It runs once or twice per panel: its code, loops where tile() is unrolled,
+  // must not take tile()'s place in the level 1 cache for instructions.
+  template <int column, int steps, class Work>
+  INLINE void edge_tile(int first, DepthContiguous<E> a, const E* b, long depth, const S* pending, long row,
+                        Work& work) {
+    if constexpr (column + 1 < vectors)
+      if (column < first) return edge_tile<column + 1, steps>(first, a, b, depth, pending, row, work);
+    constexpr int steps_here = steps * vectors / (vectors - column);
+    typename V::vector sum[rows][vectors];
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = column; j < vectors; j++) sum[i][j] = V::zero();
+    work.between();
+    long k = 0;
+    for (int i = 0; i < rows; i += unit_rows) {
+      UNROLL for (int j = 0; j < vectors; j++) fetch_ahead(a, depth, i, j);
+      _Pragma("GCC unroll 1") for (int j = column; j < vectors; j++) {
+        multiply_steps<V, rows, vectors, steps_here, column>(sum, a.depth_from(k), b + k * width, width);
+        k += steps_here;
+        work.template edge_unit<unit_rows>(pending + i * width + j * V::lanes, row - rows + i, j * V::lanes);
+      }
+    }
+    multiply<V, rows, vectors, column>(sum, a.depth_from(k), b + k * width, width, depth - k);
+    S* const out = products(row);
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = column; j < vectors; j++)
+        V::store(out + i * width + j * V::lanes, sum[i][j]);
   }
 
   // A unit's share of the rows of a tile to come. They lie in the level 2 cache, and the core's window is

@@ -80,15 +80,28 @@ class WeightSweep {
   // Returns false, with the weights of no use, if the references are unfit. `reference` [width] is chosen
   // from the first tile unless it is `ready`: integers near the largest score of that tile.
   bool run(long keys, DepthContiguous<E> a, const E* panel, long depth, S* reference, bool ready) {
-    if (!Sweep<V>::fits(keys, depth) || (ready && !exponents_.set(reference))) return false;
-    for (int j = 0; j < V::depth * width; j += V::lanes) V::store(sums_ + j, V::zero());
-    reference_ = ready ? nullptr : reference;
-    return sweep_.run(keys, a, panel, depth, *this);
+    return prepare(keys, depth, reference, ready) && sweep_.run(keys, a, panel, depth, *this);
+  }
+
+  // The same where the last queries see all keys, and the first one the level ones, each one key more than
+  // the one before it. The reference is chosen as if all were seen.
+  bool run(const typename Sweep<V>::Stairs& keys, DepthContiguous<E> a, const E* panel, long depth,
+           S* reference, bool ready) {
+    level_ = keys.level;
+    return prepare(keys.end[V::tile_vectors - 1], depth, reference, ready) &&
+           sweep_.run(keys, a, panel, depth, *this);
   }
 
  private:
   friend class Sweep<V>;
   static constexpr bool takes_part_tiles = true;
+
+  bool prepare(long keys, long depth, S* reference, bool ready) {
+    if (!Sweep<V>::fits(keys, depth) || (ready && !exponents_.set(reference))) return false;
+    for (int j = 0; j < V::depth * width; j += V::lanes) V::store(sums_ + j, V::zero());
+    reference_ = ready ? nullptr : reference;
+    return true;
+  }
 
   INLINE void between() { ahead_.fetch_some(); }
 
@@ -110,6 +123,15 @@ class WeightSweep {
 
   template <int n>
   INLINE void unit(const S* product, long key, int at) {
+    weigh<n, false>(product, key, at);
+  }
+  template <int n>
+  INLINE void edge_unit(const S* product, long key, int at) {
+    weigh<n, true>(product, key, at);
+  }
+
+  template <int n, bool on_edge>
+  INLINE void weigh(const S* product, long key, int at) {
     typename V::vector x[n];
     UNROLL for (int i = 0; i < n; i++) x[i] = score(product + i * width, key + i, at);
     exp2_beside_products<V, degree>(x, exponents_.low + at, exponents_.high + at, exponents_.shift + at);
@@ -117,6 +139,9 @@ class WeightSweep {
       if (extras_.seen)
         UNROLL for (int i = 0; i < n; i++) x[i] =
             V::zero_unless(V::nonzero(extras_.seen + (key + i) * width + at), x[i]);
+    if constexpr (on_edge)
+      UNROLL for (int i = 0; i < n; i++) x[i] =
+          V::zero_unless(V::lanes_from(key + i - level_ + 1 - at), x[i]);
     auto sum = x[0];
     if constexpr (n == 2) sum = V::add(sum, x[1]);
     S* const sums = sums_ + at;
@@ -146,6 +171,7 @@ class WeightSweep {
   const Extras<V> extras_;
   Ahead& ahead_;
   S* reference_ = nullptr;  // to be chosen
+  long level_ = 0;          // keys that the panel's first query sees
   Exponents<V> exponents_;
 };
 

@@ -137,3 +137,38 @@ def test_biases_that_hide_without_forbidding(low):
     mask[::5, :200] = False
     mask[::7] = False
     check(*inputs(torch.float32), attn_mask=torch.zeros(QUERIES, KEYS).masked_fill(~mask, low))
+
+
+@pytest.mark.parametrize("more_keys", [0, 1, 2, 5, 6, 7, 15, 16, 17, 63, 64, 65, 119, 190])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_band_edge_anywhere_in_a_block(dtype, more_keys):
+    """The first query sees one key more than ``more_keys``, each next one a key more."""
+    query, key, value = (x[:, :, : QUERIES + more_keys] for x in inputs(dtype))
+    check(query, key, value, causal="lower_right")
+    check(query, key, value, window=(None, more_keys))
+    check(query, key, value, window=(70, more_keys))
+    check(query, key, value, window=(None, more_keys), key_lengths=torch.tensor([QUERIES + more_keys // 2]))
+
+
+@pytest.mark.parametrize("place", [1, 5, 64, 70, 127, 128])
+@pytest.mark.parametrize("factor", [20.0, -20.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_key_that_scores_far_from_the_others_and_that_only_later_queries_see(dtype, factor, place):
+    query, key, value = (x[:, :, :QUERIES] for x in inputs(dtype))
+    query[..., 0] = 6.0
+    key[:, :, place, 0] = 6.0 * factor
+    check(query, key, value, causal="upper_left")
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [1, 5, 64, 70, 127])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_that_are_not_finite_do_not_reach_queries_before_them(dtype, place, number):
+    query, key, value = (x[:, :, :QUERIES] for x in inputs(dtype))
+    expected = run_backend(cpu, make_problem(query, key, value, causal="upper_left"))["out"]
+    key[:, :, place] = number
+    results = run_backend(cpu, make_problem(query, key, value, causal="upper_left"))["out"]
+    assert results[:, :, place:].isnan().any()
+    # The reference may have been chosen otherwise: an exponential's error more.
+    error = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(results[:, :, :place], expected[:, :, :place], rtol=error, atol=error)
