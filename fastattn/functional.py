@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, ops, plain
+from fastattn.checks import check_flag
 from fastattn.problem import (
     Arguments,
     check_arguments,
@@ -66,12 +67,13 @@ def scaled_dot_product_attention(
         TypeError, ValueError: naming the argument, what was given and what would be right.
     """
     has_ingredients = not (attn_mask is None and causal is None and window is None and key_lengths is None)
-    if not (has_ingredients or return_lse) and backend == "auto":
+    if not has_ingredients and return_lse is False and backend == "auto":
         out = plain.attention(query, key, value, dropout_p, is_causal, scale, enable_gqa)
         if out is not None:
             return out
     if backend != "auto":
         dispatch.check_backend_name(backend)
+    check_flag("return_lse", return_lse)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     arguments = check_arguments(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal, window, key_lengths
@@ -105,6 +107,7 @@ def explain(
     ``reasons``, for each other backend a list of why it does not run. Computes nothing.
     """
     dispatch.check_backend_name(backend)
+    check_flag("return_lse", return_lse)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     arguments = check_arguments(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal, window, key_lengths

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import dispatch, ops
+from fastattn.checks import check_dense, check_flag, check_module_sizes, shown
 from fastattn.functional import draw_rng_state_for
 from fastattn.masks import combine_masks
 from fastattn.problem import Arguments
@@ -52,12 +53,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         *,
         backend: str = "auto",
     ) -> None:
-        if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads != 0:
-            raise ValueError(
-                f"embed_dim must be a positive multiple of num_heads, got embed_dim={embed_dim}, num_heads={num_heads}"
-            )
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
+        check_module_sizes(embed_dim, num_heads, dropout)
         dispatch.check_backend_name(backend)
         super().__init__(
             embed_dim,
@@ -117,6 +113,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
             unbatched without N), or None.
         """
         self._check(query, key, value, key_padding_mask, attn_mask)
+        check_flag("is_causal", is_causal)
+        for name, flag in (("need_weights", need_weights), ("average_attn_weights", average_attn_weights)):
+            if isinstance(flag, Tensor):  # a mask in the place of another argument
+                raise TypeError(f"{name} must be a bool, got {shown(flag)}")
         is_batched = query.dim() == 3
         query, key, value = self._project(query, key, value, is_batched)
         if not is_batched and key_padding_mask is not None:
@@ -207,16 +207,20 @@ class MultiHeadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
     ) -> None:
         """Raise TypeError or ValueError for inputs that do not fit the module or one another."""
-        rank = query.dim()
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if query.is_nested or key.is_nested or value.is_nested:
             raise TypeError(
                 "query, key and value must not be nested tensors; for an nn.TransformerEncoder, "
                 "fastattn.convert(model) turns off its conversion to them"
             )
+        rank = query.dim()
         if rank not in (2, 3):
             raise ValueError(f"query must be 3-D, or 2-D where it is unbatched, got shape {list(query.shape)}")
         sizes = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
         for (name, size), tensor in zip(sizes.items(), (query, key, value), strict=True):
+            check_dense(name, tensor)
             if tensor.dim() != rank:
                 raise ValueError(f"{name} must be {rank}-D like query, got shape {list(tensor.shape)}")
             if tensor.shape[-1] != size:
@@ -307,6 +311,7 @@ class SelfAttention(MultiHeadAttention):
 def _check_mask_type(name: str, mask: Tensor, query: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+    check_dense(name, mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{name} must be bool (True = masked out) or float (added), got {mask.dtype}")
     if mask.device != query.device:

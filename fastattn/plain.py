@@ -35,7 +35,9 @@ def attention(
     """
     if not is_eager() or _is_any_autocast_enabled() or type(dropout_p) is not float or dropout_p != 0.0:
         return None
-    engine = dispatch.select_plain(query, key, value, bool(enable_gqa))
+    if type(is_causal) is not bool or type(enable_gqa) is not bool:
+        return None
+    engine = dispatch.select_plain(query, key, value, enable_gqa)
     if engine is None:
         return None
     if scale is None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.checks import check_dense, check_dropout, check_flag, check_scale, check_window
 from fastattn.eager import PLAIN_TENSORS
 
 #: ``Problem.causal`` values, in the order of the engines' enumeration (0 = none).
@@ -21,8 +22,10 @@ CAUSAL_MODES = (None, "upper_left", "lower_right")
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-#: A window of this size is open: no sequence is so long, and sums of positions and windows stay far from 2^63.
-OPEN_WINDOW = 1 << 60
+#: For those who come with sequences of different lengths in a nested tensor.
+PAD_ADVICE = (
+    ": pad it, torch.nested.to_padded_tensor(tensor, 0.0), and give each sequence's number of keys as key_lengths"
+)
 
 
 class Problem(NamedTuple):
@@ -196,6 +199,8 @@ def check_arguments(
     key_lengths: Tensor | list[int] | None,
 ) -> Arguments:
     """Check everything that can be checked without reading data; bring the tensors to 4-D."""
+    check_flag("is_causal", is_causal)
+    check_flag("enable_gqa", enable_gqa)
     has_heads = True
     if _is_canonical(query, key, value):
         batch_shape = (query.shape[0],)
@@ -216,11 +221,11 @@ def check_arguments(
             )
     if causal is not None and causal not in CAUSAL_MODES:
         raise ValueError(f"causal must be None, 'upper_left' or 'lower_right', got {causal!r}")
-    window_left, window_right = (None, None) if window is None else _check_window(window)
+    window_left, window_right = (None, None) if window is None else check_window(window)
     if type(dropout_p) is not float or not 0.0 <= dropout_p < 1.0:
-        dropout_p = _check_dropout(dropout_p)
+        dropout_p = check_dropout(dropout_p)
     if scale is not None:
-        scale = _check_scale(scale)
+        scale = check_scale(scale)
     bias = None
     if attn_mask is not None:
         attn_mask, bias = _check_mask(attn_mask, query, key, batch_shape, has_heads)
@@ -234,6 +239,8 @@ def check_arguments(
 def _is_canonical(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """The common case, decided in little time: 4-D, equal batches and heads, nothing to complain about."""
     if type(query) not in PLAIN_TENSORS or type(key) not in PLAIN_TENSORS or type(value) not in PLAIN_TENSORS:
+        return False
+    if query.is_nested or key.is_nested or value.is_nested:
         return False
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
     if not len(query_shape) == len(key_shape) == len(value_shape) == 4:
@@ -259,13 +266,12 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor, PAD_ADVICE)
         if tensor.dim() < 2:
             raise ValueError(
                 f"{name} must be [..., heads, length, head_dim], [batch, length, head_dim] or "
                 f"[length, head_dim], got shape {list(tensor.shape)}"
             )
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name} must be dense, of layout torch.strided, got {tensor.layout}")
     dtype, device = query.dtype, query.device
     if dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {dtype}")
@@ -346,42 +352,13 @@ def _match_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
     return query, key, value
 
 
-def _check_window(window: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window must be a pair (left, right) of ints or None, got {window!r}")
-    for side, size in zip(("left", "right"), window, strict=True):
-        if size is None:
-            continue
-        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-            raise TypeError(f"window's {side} must be an int or None (open), got {size!r}")
-        if size < 0:
-            raise ValueError(f"window's {side} must be at least 0, or None for open, got {size}")
-    left, right = (None if size is None or size >= OPEN_WINDOW else size for size in window)
-    return left, right
-
-
-def _check_dropout(dropout_p: float) -> float:
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float, torch.SymFloat)):
-        raise TypeError(f"dropout_p must be a float, got {dropout_p!r}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
-    return float(dropout_p)
-
-
-def _check_scale(scale: float) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"scale must be a float or None (1 / sqrt(head_dim)), got {scale!r}")
-    if isinstance(scale, float) and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    return scale if isinstance(scale, torch.SymFloat) else float(scale)
-
-
 def _check_mask(
     attn_mask: Tensor, query: Tensor, key: Tensor, batch_shape: tuple[int, ...], has_heads: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(bool mask, bias): one of them, 4-D, sizes 1 where it broadcasts."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
+    check_dense("attn_mask", attn_mask)
     dtype = attn_mask.dtype
     if dtype not in (torch.bool, torch.float32, query.dtype):
         raise TypeError(
@@ -419,11 +396,16 @@ def _check_lengths(key_lengths: Tensor | list[int], query: Tensor, keys: int, ba
             key_lengths = torch.tensor(key_lengths)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"key_lengths must be an integer tensor or a list of ints, got {key_lengths!r}") from None
+    check_dense("key_lengths", key_lengths)
     if key_lengths.dtype not in INTEGER_DTYPES and key_lengths.numel() > 0:
         raise TypeError(f"key_lengths must be integers, got {key_lengths.dtype}")
     if tuple(key_lengths.shape) != tuple(batch_shape):
         raise ValueError(
             f"key_lengths must have one length per sequence, shape {list(batch_shape)}, got {list(key_lengths.shape)}"
+        )
+    if key_lengths.device.type == "meta" != query.device.type:
+        raise ValueError(
+            f"key_lengths must be on query's device {query.device} or on the CPU, got {key_lengths.device}"
         )
     if key_lengths.is_cpu and not query.is_cpu and not torch.compiler.is_compiling():
         _check_length_range(key_lengths.reshape(-1), keys)  # while looking at them costs nothing

@@ -15,6 +15,9 @@ def zeros(*shape, **options):
 
 GOOD = {"query": zeros(2, 4, 5, 8), "key": zeros(2, 4, 7, 8), "value": zeros(2, 4, 7, 8)}
 
+NESTED = torch.nested.nested_tensor([zeros(4, 7, 8), zeros(4, 7, 8)])
+JAGGED = torch.nested.nested_tensor([zeros(4, 7, 8), zeros(3, 7, 8)], layout=torch.jagged)
+
 #: (what to change, the exception, words that the message holds)
 BAD = [
     ({"query": [[0.0]]}, TypeError, ["query", "Tensor", "list"]),
@@ -27,6 +30,13 @@ BAD = [
     ({"key": zeros(2, 4, 7, 8, device="meta")}, ValueError, ["key", "meta", "cpu"]),
     ({"query": zeros(2, 4, 5, 8).to_sparse()}, TypeError, ["query", "sparse_coo", "strided"]),
     ({"value": zeros(2, 4, 7, 8).to_mkldnn()}, TypeError, ["value", "mkldnn", "strided"]),
+    (
+        {"query": NESTED, "key": NESTED, "value": NESTED},
+        TypeError,
+        ["query", "nested", "to_padded_tensor", "key_lengths"],
+    ),
+    ({"value": NESTED}, TypeError, ["value", "nested", "strided"]),
+    ({"key": JAGGED}, TypeError, ["key", "nested", "strided"]),
     ({"key": zeros(2, 4, 7, 6)}, ValueError, ["key", "head_dim 8", "[2, 4, 7, 6]"]),
     ({"value": zeros(2, 4, 6, 8)}, ValueError, ["value", "length 7", "[2, 4, 6, 8]"]),
     ({"query": zeros(2, 4, 5, 0), "key": zeros(2, 4, 7, 0)}, ValueError, ["query", "head_dim", "at least 1"]),
@@ -42,6 +52,9 @@ BAD = [
     ({"attn_mask": zeros(3, 1, 5, 7)}, ValueError, ["attn_mask", "[2, 4, 5, 7]", "[3, 1, 5, 7]"]),
     ({"attn_mask": zeros(1, 2, 4, 5, 7)}, ValueError, ["attn_mask", "[2, 4, 5, 7]", "[1, 2, 4, 5, 7]"]),
     ({"attn_mask": zeros(5, 7, device="meta")}, ValueError, ["attn_mask", "cpu", "meta"]),
+    ({"attn_mask": zeros(5, 7).to_sparse()}, TypeError, ["attn_mask", "sparse_coo", "strided"]),
+    ({"attn_mask": zeros(5, 7).to_mkldnn()}, TypeError, ["attn_mask", "mkldnn", "strided"]),
+    ({"attn_mask": NESTED}, TypeError, ["attn_mask", "nested", "strided"]),
     (
         {"query": zeros(2, 1, 5, 8), "key": zeros(2, 1, 7, 8), "value": zeros(2, 1, 7, 8), "attn_mask": zeros(2, 5, 7)},
         ValueError,
@@ -51,8 +64,20 @@ BAD = [
     ({"dropout_p": 1.0}, ValueError, ["dropout_p", "1.0", "less than 1"]),
     ({"dropout_p": -0.1}, ValueError, ["dropout_p", "-0.1", "at least 0"]),
     ({"dropout_p": "0.1"}, TypeError, ["dropout_p", "'0.1'", "float"]),
+    ({"dropout_p": torch.tensor([0.1, 0.2])}, TypeError, ["dropout_p", "a tensor of torch.float32", "float"]),
+    ({"dropout_p": 10**5000}, ValueError, ["dropout_p", "an int of 16610 bits", "less than 1"]),
     ({"scale": float("nan")}, ValueError, ["scale", "nan", "finite"]),
     ({"scale": "1"}, TypeError, ["scale", "'1'", "float"]),
+    ({"scale": 10**400}, ValueError, ["scale", "an int of 1329 bits", "finite"]),
+    ({"scale": -(10**5000)}, ValueError, ["scale", "an int of 16610 bits", "finite"]),
+    ({"scale": torch.tensor([0.5, 0.5])}, TypeError, ["scale", "a tensor of torch.float32", "float"]),
+    ({"is_causal": torch.tensor([True, False])}, TypeError, ["is_causal", "a tensor of torch.bool", "a bool"]),
+    ({"is_causal": torch.tensor(1)}, TypeError, ["is_causal", "a tensor of torch.int64", "a bool"]),
+    ({"is_causal": "no"}, TypeError, ["is_causal", "'no'", "a bool"]),
+    ({"is_causal": None}, TypeError, ["is_causal", "None", "a bool"]),
+    ({"enable_gqa": torch.tensor([True, False])}, TypeError, ["enable_gqa", "a tensor of torch.bool", "a bool"]),
+    ({"enable_gqa": "no"}, TypeError, ["enable_gqa", "'no'", "a bool"]),
+    ({"return_lse": torch.tensor([True, False])}, TypeError, ["return_lse", "a tensor of torch.bool", "a bool"]),
     ({"causal": "left"}, ValueError, ["causal", "'left'", "'upper_left'", "'lower_right'"]),
     ({"causal": True}, ValueError, ["causal", "True", "'upper_left'", "'lower_right'"]),
     ({"causal": "lower_right", "is_causal": True}, ValueError, ["is_causal", "'lower_right'", "upper_left"]),
@@ -60,11 +85,17 @@ BAD = [
     ({"window": (1, 2, 3)}, TypeError, ["window", "(left, right)", "(1, 2, 3)"]),
     ({"window": (-1, 0)}, ValueError, ["window", "left", "None", "-1"]),
     ({"window": (0, 1.5)}, TypeError, ["window", "right", "int", "1.5"]),
+    ({"window": (torch.tensor(1), 0)}, TypeError, ["window", "left", "int", "a tensor of torch.int64"]),
+    ({"window": torch.tensor([1, 2])}, TypeError, ["window", "(left, right)", "a tensor of torch.int64"]),
+    ({"window": (0, -(10**5000))}, ValueError, ["window", "right", "at least 0", "an int of 16610 bits"]),
     ({"key_lengths": torch.tensor([7, 8])}, ValueError, ["key_lengths", "7", "[7, 8]"]),
     ({"key_lengths": torch.tensor([-1, 7])}, ValueError, ["key_lengths", "between 0", "[-1, 7]"]),
     ({"key_lengths": torch.tensor([7])}, ValueError, ["key_lengths", "[2]", "[1]"]),
     ({"key_lengths": torch.tensor([7.0, 7.0])}, TypeError, ["key_lengths", "float32", "integers"]),
     ({"key_lengths": "long"}, TypeError, ["key_lengths", "'long'", "ints"]),
+    ({"key_lengths": torch.tensor([7, 7], device="meta")}, ValueError, ["key_lengths", "cpu", "meta"]),
+    ({"key_lengths": torch.tensor([7, 7]).to_sparse()}, TypeError, ["key_lengths", "sparse_coo", "strided"]),
+    ({"key_lengths": NESTED}, TypeError, ["key_lengths", "nested", "strided"]),
     ({"backend": "cuda"}, ValueError, ["backend", "'cuda'", "'triton'"]),
 ]
 
@@ -78,6 +109,15 @@ def test_wrong_arguments_are_named(change, exception, words, function):
         function(**(GOOD | change))
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "exception", "words"), [case for case in BAD if case[0].keys() & {"scale", "is_causal"}]
+)
+def test_the_short_way_of_equal_shapes_skips_no_check(change, exception, words):
+    test_wrong_arguments_are_named(
+        change | dict.fromkeys(("query", "key", "value"), GOOD["key"]), exception, words, scaled_dot_product_attention
+    )
 
 
 def test_lengths_on_the_cpu_are_checked_for_tensors_elsewhere():
@@ -99,14 +139,17 @@ BAD_MODULES = [
     ({"embed_dim": 10, "num_heads": 3}, ["embed_dim", "multiple", "10", "3"]),
     ({"embed_dim": 0, "num_heads": 1}, ["embed_dim", "positive"]),
     ({"embed_dim": 8, "num_heads": 0}, ["num_heads", "0"]),
+    ({"embed_dim": 8.0, "num_heads": 2}, ["embed_dim", "an int", "8.0"]),
+    ({"embed_dim": 8, "num_heads": "2"}, ["num_heads", "an int", "'2'"]),
     ({"embed_dim": 8, "num_heads": 2, "dropout": 1.5}, ["dropout", "1.5"]),
+    ({"embed_dim": 8, "num_heads": 2, "dropout": torch.zeros(2)}, ["dropout", "a tensor of torch.float32", "a float"]),
     ({"embed_dim": 8, "num_heads": 2, "backend": "x"}, ["backend", "'x'"]),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD_MODULES)
 def test_wrong_module_arguments_are_named(arguments, words):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((TypeError, ValueError)) as caught:
         fastattn.MultiHeadAttention(**arguments)
     for word in words:
         assert word in str(caught.value)
@@ -123,6 +166,15 @@ BAD_CALLS = [
     ({"attn_mask": zeros(5, 6)}, ValueError, ["attn_mask", "[5, 7]", "[8, 5, 7]", "[2, 4, 5, 7]", "[5, 6]"]),
     ({"attn_mask": zeros(2, 5, 7)}, ValueError, ["attn_mask", "[8, 5, 7]", "[2, 5, 7]"]),
     ({"attn_mask": zeros(5, 7, dtype=torch.int32)}, TypeError, ["attn_mask", "bool", "int32"]),
+    ({"query": [1.0]}, TypeError, ["query", "Tensor", "list"]),
+    ({"value": None}, TypeError, ["value", "Tensor", "NoneType"]),
+    ({"key": zeros(2, 7, 8).to_sparse()}, TypeError, ["key", "sparse_coo", "strided"]),
+    ({"attn_mask": zeros(5, 7).to_sparse()}, TypeError, ["attn_mask", "sparse_coo", "strided"]),
+    ({"key_padding_mask": NESTED}, TypeError, ["key_padding_mask", "nested", "strided"]),
+    ({"is_causal": torch.tensor([True, False])}, TypeError, ["is_causal", "a tensor of torch.bool", "a bool"]),
+    ({"is_causal": "no"}, TypeError, ["is_causal", "'no'", "a bool"]),
+    ({"need_weights": zeros(5, 7)}, TypeError, ["need_weights", "a tensor of torch.float32", "a bool"]),
+    ({"average_attn_weights": zeros(5, 7)}, TypeError, ["average_attn_weights", "a tensor", "a bool"]),
 ]
 
 
