@@ -18,6 +18,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fastattn.backends import additive_cpu, additive_tiles, additive_triton
+from fastattn.checks import check_dense
+from fastattn.problem import INTEGER_DTYPES
 
 
 def additive_attention(
@@ -103,8 +105,16 @@ def _call(query, key, value, weight, key_lengths, key_mask):
 
 def _checked_mask(query, key, value, weight, key_lengths, key_mask):
     """Validate the call; the mask of the keys, bool ``[B, Lk]``, or None."""
-    inputs = {"query": (query, 3), "key": (key, 3), "value": (value, 3), "weight": (weight, 1)}
-    for name, (tensor, dims) in inputs.items():
+    inputs = {"query": query, "key": key, "value": value, "weight": weight}
+    masks = {"key_lengths": key_lengths, "key_mask": key_mask}
+    for name, tensor in (inputs | {name: mask for name, mask in masks.items() if mask is not None}).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+    for name, tensor in inputs.items():
+        dims = 1 if name == "weight" else 3
         if tensor.dim() != dims:
             raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -119,7 +129,7 @@ def _checked_mask(query, key, value, weight, key_lengths, key_mask):
         given = f"{key_mask.dtype} {tuple(key_mask.shape)}"
         raise ValueError(f"key_mask must be bool {(batch, length)}, got {given}")
     if key_lengths is not None:
-        if key_lengths.shape != (batch,) or key_lengths.is_floating_point():
+        if key_lengths.shape != (batch,) or key_lengths.dtype not in INTEGER_DTYPES:
             given = f"{key_lengths.dtype} {tuple(key_lengths.shape)}"
             raise ValueError(f"key_lengths must be int [{batch}], got {given}")
         valid = torch.arange(length, device=key.device) < key_lengths[:, None]

@@ -213,6 +213,11 @@ def test_module_projects_and_masks():
         ({"value": torch.ones(2, 5, 2, dtype=torch.long)}, TypeError, "value must be floating point"),
         ({"key_lengths": torch.tensor([1.0, 2.0])}, ValueError, r"key_lengths must be int \[2\]"),
         ({"key_mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"key_mask must be bool \(2, 5\)"),
+        ({"query": [[0.0]]}, TypeError, "query must be a torch.Tensor, got list"),
+        ({"key_lengths": [5, 5]}, TypeError, "key_lengths must be a torch.Tensor, got list"),
+        ({"key_lengths": torch.tensor([True, True])}, ValueError, r"key_lengths must be int \[2\], got torch.bool"),
+        ({"key_mask": torch.ones(2, 5, device="meta")}, ValueError, "key_mask must be on query's device cpu, got meta"),
+        ({"value": torch.randn(2, 5, 2).to_sparse()}, TypeError, "value must be dense, .* got torch.sparse_coo"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):
