@@ -108,7 +108,7 @@ class Forward {
   void run(int threads) const {
     parallel_for(problem_.batch * problem_.query_heads * blocks_, threads,
                  Workspace(*this, ScratchLayout()).bytes,
-                 [this](int64_t item, void* scratch) { run_item(item, scratch); });
+                 [this](Item item, void* scratch) { run_item(item.index, item.next, scratch); });
   }
 
  private:
@@ -170,7 +170,7 @@ class Forward {
     return static_cast<int>(min(panels, max(1L, ceil_div(problem_.queries, width))));
   }
 
-  void run_item(long item, void* scratch) const {
+  void run_item(long item, long next, void* scratch) const {
     const long head_index = item / blocks_, b = head_index / problem_.query_heads,
                h = head_index % problem_.query_heads;
     // Later queries see more keys when causal: heaviest first within a head, heads in turn for the cache.
@@ -191,7 +191,7 @@ class Forward {
       const long steps = ceil_div(keys.size(), block_keys_);
       const long step = min(block_keys_, round_up(ceil_div(keys.size(), steps), 2));
       const long tiles = swept_tiles(work, panels, keys, steps);
-      work.ahead.item = after_item(item, b, h, first);
+      work.ahead.item = after_item(next, b, h, first);
       work.ahead.item.share_among(tiles ? tiles : panels * steps);
       for (long begin = keys.begin; begin < keys.end; begin += step) {
         const Range range{begin, min(begin + step, keys.end)};
@@ -232,12 +232,12 @@ class Forward {
   }
 
   // What this item writes at its end, and what the next one begins with.
-  Upcoming after_item(long item, long b, long h, long first) const {
+  Upcoming after_item(long next, long b, long h, long first) const {
     Upcoming result;
     const long rows = panels_per_item_ * width;
     const auto queries = [&](long begin) { return Range{begin, min(begin + rows, problem_.queries)}; };
     add_rows(result, output_.out.template as<T>(), b, h, queries(first), problem_.value_dim, true);
-    const long next = item + 1, head_index = next / blocks_;
+    const long head_index = next / blocks_;
     if (head_index < problem_.batch * problem_.query_heads) {
       const long nb = head_index / problem_.query_heads, nh = head_index % problem_.query_heads;
       const Range keys{0, min(block_keys_, problem_.key_length(nb))};

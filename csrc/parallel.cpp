@@ -94,9 +94,47 @@ class Scratch {
 
 thread_local Scratch::Kept Scratch::kept_;
 
+// A thread's own items. Neighbouring ones share operands, and those of the last call may still be in its
+// cache; who has no more of his own takes the last ones of the others.
+class alignas(kCacheLine) Share {
+ public:
+  static constexpr int64_t most_items = int64_t{1} << 31;
+
+  void set(int64_t begin, int64_t end) { range_.store(pack(begin, end), std::memory_order_relaxed); }
+  // `next` is what the owner finds at the front then, -1 for nothing.
+  bool take_first(int64_t* item, int64_t* next) {
+    return take([&](int64_t begin, int64_t end) {
+      *item = begin;
+      *next = begin + 1 < end ? begin + 1 : -1;
+      return pack(begin + 1, end);
+    });
+  }
+  bool take_last(int64_t* item) {
+    return take([&](int64_t begin, int64_t end) {
+      *item = end - 1;
+      return pack(begin, end - 1);
+    });
+  }
+
+ private:
+  static uint64_t pack(int64_t begin, int64_t end) {
+    return static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(end);
+  }
+  template <class F>
+  bool take(F rest) {
+    uint64_t range = range_.load(std::memory_order_relaxed);
+    for (;;) {
+      const auto begin = static_cast<int64_t>(range >> 32), end = static_cast<int64_t>(range & 0xffffffff);
+      if (begin >= end) return false;
+      if (range_.compare_exchange_weak(range, rest(begin, end), std::memory_order_relaxed)) return true;
+    }
+  }
+  std::atomic<uint64_t> range_{0};
+};
+
 }  // namespace
 
-void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, int64_t, void*),
+void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, Item, void*),
                void* context) {
   if (items <= 0) return;
   int team = static_cast<int>(std::min<int64_t>(std::max(threads, 1), items));
@@ -107,16 +145,24 @@ void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(vo
 
   if (team == 1) {
     const FlushDenormals flush;
-    for (int64_t item = 0; item < items; ++item) body(context, item, base);
+    for (int64_t item = 0; item < items; ++item) body(context, {item, item + 1}, base);
     return;
   }
-  std::atomic<int64_t> next{0};
+  const std::unique_ptr<Share[]> shares(new Share[team]);
+  for (int64_t first = 0; first < items; first += Share::most_items) {
+    const int64_t count = std::min(items - first, Share::most_items);
+    for (int i = 0; i < team; ++i) shares[i].set(count * i / team, count * (i + 1) / team);
 #pragma omp parallel num_threads(team)
-  {
-    const FlushDenormals flush;
-    char* const mine = base ? base + block * static_cast<size_t>(omp_get_thread_num()) : nullptr;
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
-      body(context, item, mine);
+    {
+      const FlushDenormals flush;
+      const int self = omp_get_thread_num();
+      char* const mine = base ? base + block * static_cast<size_t>(self) : nullptr;
+      int64_t item, next;
+      while (shares[self].take_first(&item, &next))
+        body(context, {first + item, next < 0 ? items : first + next}, mine);
+      for (int k = 1; k < team; ++k)
+        while (shares[(self + k) % team].take_last(&item)) body(context, {first + item, items}, mine);
+    }
   }
 }
 

@@ -12,13 +12,19 @@
 
 namespace fastattn {
 
+// A piece of work, and the one that the same thread takes next: the number of items if that is not known yet.
+struct Item {
+  int64_t index, next;
+  operator int64_t() const { return index; }
+};
+
 // Calls body(context, item, scratch) for every item in [0, items) on at most `threads` threads.
 //
 // scratch is a cache-line-aligned block of scratch_bytes, private to the thread and not initialised.
 // All memory is allocated before the team starts: std::bad_alloc leaves from here, in the calling
 // thread.  body must not throw.  Runs serially inside another parallel region and in a child process
 // forked from one that had loaded this library: the runtime's worker threads do not survive fork().
-void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, int64_t, void*),
+void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, Item, void*),
                void* context);
 
 template <class Body>
@@ -26,7 +32,7 @@ void parallel_for(int64_t items, int threads, size_t scratch_bytes, Body&& body)
   using Function = std::remove_reference_t<Body>;
   run_items(
       items, threads, scratch_bytes,
-      [](void* context, int64_t item, void* scratch) { (*static_cast<Function*>(context))(item, scratch); },
+      [](void* context, Item item, void* scratch) { (*static_cast<Function*>(context))(item, scratch); },
       const_cast<void*>(static_cast<const void*>(std::addressof(body))));
 }
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from fastattn.backends import cpu
-from fastattn.testing import Case, run_backend
+from fastattn.problem import make_problem
+from fastattn.testing import Case, run_backend, run_reference
 
 if cpu.unavailable():
     pytest.skip(cpu.unavailable(), allow_module_level=True)
@@ -54,6 +55,23 @@ def test_bitwise_equal_over_thread_counts(case, dtype, isa, threads):
         assert torch.equal(actual["out"], expected["out"]) and torch.equal(actual["lse"], expected["lse"])
 
 
+@pytest.mark.parametrize("heavy", [0, 3, 5])
+def test_no_item_is_left_out_however_uneven(heavy, threads):
+    """One sequence holds nearly all of the work: the threads that are done with theirs take from its heads."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(6, 5, 300, 16, generator=generator) for _ in range(3))
+    lengths = torch.full((6,), 2)
+    lengths[heavy] = 300
+    problem = make_problem(query, key, value, key_lengths=lengths)
+    expected = run_reference(problem)["out"]
+    for count in (1, 2, 3, 4, 7, 31) * 5:
+        threads(count)
+        out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:3], torch.nan)
+        cpu.forward(problem, out, lse)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+        assert lse.isfinite().all()
+
+
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -69,7 +87,8 @@ def test_child_forked_after_a_parallel_region_does_not_hang():
     run = _python("""
 import os, numpy, torch
 from fastattn.backends import cpu
-from fastattn.testing import Case, run_backend
+from fastattn.problem import make_problem
+from fastattn.testing import Case, run_backend, run_reference
 torch.set_num_threads(2)
 problem = Case("fork", queries=300).make()
 expected = run_backend(cpu, problem)["out"].numpy()
