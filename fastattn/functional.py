@@ -66,9 +66,8 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what would be right.
     """
-    has_ingredients = not (attn_mask is None and causal is None and window is None and key_lengths is None)
-    if not has_ingredients and return_lse is False and backend == "auto":
-        out = plain.attention(query, key, value, dropout_p, is_causal, scale, enable_gqa)
+    if causal is None and window is None and return_lse is False and backend == "auto":
+        out = plain.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths)
         if out is not None:
             return out
     if backend != "auto":

@@ -1,4 +1,4 @@
-"""The plain call: query, key and value that an engine takes as they are, and nothing that asks for more.
+"""The plain call: tensors that an engine takes as they are, and nothing that asks for more.
 
 It gives what :func:`fastattn.ops.attention_output` gives. Less is looked at on the way, where a call on a
 tiny input spends most of its time.
@@ -16,22 +16,26 @@ from torch._C import _is_any_autocast_enabled
 from fastattn import dispatch
 from fastattn.eager import is_eager, is_ordinary
 from fastattn.ops import attention_gradients, empty_gradient, empty_lse, empty_result
-from fastattn.problem import Problem
+from fastattn.problem import Problem, check_length_values, check_lengths
 
 
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    key_lengths: Tensor | list[int] | None,
 ) -> Tensor | None:
     """out [B, Hq, Lq, Dv] of a plain call, differentiable; None if the call is not one.
 
-    A plain call has no dropout, is eager, outside autocast, and on tensors that fit one another without a change.
-    All others, those with wrong arguments included, have to go the general way.
+    A plain call has no dropout and no mask that needs a gradient, is eager, outside autocast, and on tensors that
+    fit one another without a change. All others, those with wrong arguments included, have to go the general way.
+
+    Raises TypeError or ValueError for ``key_lengths`` that are wrong, as the general way does.
     """
     if not is_eager() or _is_any_autocast_enabled() or type(dropout_p) is not float or dropout_p != 0.0:
         return None
@@ -44,23 +48,58 @@ def attention(
         scale = 1.0 / math.sqrt(query.shape[3])
     elif type(scale) is not float or not math.isfinite(scale):
         return None
-    causal = "upper_left" if is_causal else None
+    if key_lengths is not None:
+        key_lengths = check_lengths(key_lengths, query, key.shape[2], query.shape[:1])
+    problem = _problem(query, key, value, attn_mask, key_lengths, scale, "upper_left" if is_causal else None)
+    if problem is None:
+        return None
+    if key_lengths is not None:
+        check_length_values(problem)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _differentiable(engine, query, key, value, scale, causal)
+        return _differentiable(engine, query, key, value, attn_mask, problem)
     out = empty_result(query, value.shape[3])
-    engine.forward(Problem(query, key, value, scale, causal), out, None)
+    engine.forward(problem, out, None)
     return out
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+    causal: str | None,
+) -> Problem | None:
+    """The problem of a plain call; None if its mask is not plain: one that has to be looked at or converted."""
+    if mask is None:
+        return Problem(query, key, value, scale, causal, None, None, key_lengths)
+    if not is_ordinary(mask) or not mask.is_cpu or (mask.requires_grad and torch.is_grad_enabled()):
+        return None
+    dtype = mask.dtype
+    if dtype is not torch.bool and dtype is not query.dtype:
+        return None
+    batch, heads, queries, _ = query.shape
+    try:
+        mask = mask.expand(batch, heads, queries, key.shape[2])
+    except RuntimeError:
+        return None
+    allowed, bias = (mask, None) if dtype is torch.bool else (None, mask)
+    return Problem(query, key, value, scale, causal, None, None, key_lengths, allowed, bias)
 
 
 class _Attention(torch.autograd.Function):
     """out of a plain call and its gradients, which need not be plain themselves."""
 
     @staticmethod
-    def forward(ctx, engine: ModuleType, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: str | None):
+    def forward(
+        ctx, engine: ModuleType, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, problem: Problem
+    ):
         out, lse = empty_result(query, value.shape[3]), empty_lse(query)
-        engine.forward(Problem(query, key, value, scale, causal), out, lse)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.options = scale, causal
+        engine.forward(problem, out, lse)
+        # The mask as it was given: hooks may copy what is saved, and would copy an expanded one in full.
+        ctx.save_for_backward(query, key, value, out, lse, mask, problem.key_lengths)
+        ctx.options = problem.scale, problem.causal
         ctx.set_materialize_grads(False)
         return out
 
@@ -68,10 +107,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor | None):
         if grad_out is None:
             return (None,) * 6
-        query, key, value, out, lse = ctx.saved_tensors
         _, *needs, _, _ = ctx.needs_input_grad
-        grads = _gradients(grad_out, out, lse, query, key, value, *ctx.options, *needs)
-        return None, *grads, None, None
+        return None, *_gradients(grad_out, *ctx.saved_tensors, *ctx.options, *needs), None, None
 
 
 #: The apply() of Python takes care of functorch's tensors, which no plain call has.
@@ -80,11 +117,13 @@ _differentiable = super(torch.autograd.Function, _Attention).apply
 
 def _gradients(
     grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
     scale: float,
     causal: str | None,
     needs_query: bool,
@@ -92,17 +131,21 @@ def _gradients(
     needs_value: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of query, key and value, None where one is not needed."""
-    engine = None
+    engine = problem = None
     # Hooks may return saved tensors in another form.
     as_engines_read = grad_out.stride(3) == 1 == out.stride(3) and lse.is_contiguous()
     if as_engines_read and is_ordinary(grad_out) and is_eager() and not torch.is_grad_enabled():
         engine = dispatch.select_plain(query, key, value, True)
-    if engine is None:
-        arguments = (query, key, value, None, None, None, scale, causal, None, None, 0.0, None, "auto")
+    if engine is not None:
+        problem = _problem(query, key, value, mask, key_lengths, scale, causal)
+    if problem is None:
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.dim())]
+        masks = (mask, None) if mask is None or mask.dtype == torch.bool else (None, mask)
+        arguments = (query, key, value, *masks, key_lengths, scale, causal, None, None, 0.0, None, "auto")
         return attention_gradients(grad_out, None, out, lse, *arguments, needs_query, needs_key, needs_value, False)[:3]
     grad_query = empty_gradient(query) if needs_query else None
     grad_key = empty_gradient(key) if needs_key else None
     grad_value = empty_gradient(value) if needs_value else None
-    problem = Problem(query, key, value, scale, causal)
     engine.backward(problem, out, lse, grad_out, None, grad_query, grad_key, grad_value, None)
     return grad_query, grad_key, grad_value

@@ -230,7 +230,7 @@ def check_arguments(
     if attn_mask is not None:
         attn_mask, bias = _check_mask(attn_mask, query, key, batch_shape, has_heads)
     if key_lengths is not None:
-        key_lengths = _check_lengths(key_lengths, query, key.shape[2], batch_shape)
+        key_lengths = check_lengths(key_lengths, query, key.shape[2], batch_shape)
     return Arguments(
         query, key, value, attn_mask, bias, key_lengths, scale, causal, window_left, window_right, dropout_p
     )
@@ -389,8 +389,8 @@ def _check_mask(
     return None, attn_mask
 
 
-def _check_lengths(key_lengths: Tensor | list[int], query: Tensor, keys: int, batch_shape: tuple[int, ...]) -> Tensor:
-    """int64 [B] on query's device."""
+def check_lengths(key_lengths: Tensor | list[int], query: Tensor, keys: int, batch_shape: tuple[int, ...]) -> Tensor:
+    """int64 [B] on query's device. Values on a CPU are left to :func:`check_length_values`."""
     if not isinstance(key_lengths, Tensor):
         try:
             key_lengths = torch.tensor(key_lengths)

@@ -22,21 +22,43 @@ def tensors(*shapes, dtype=torch.float32, requires_grad=False):
     return tuple(torch.randn(shape, dtype=dtype, requires_grad=requires_grad) for shape in shapes)
 
 
-def attention(query, key, value, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    return plain.attention(query, key, value, dropout_p, is_causal, scale, enable_gqa)
+def attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    key_lengths=None,
+):
+    return plain.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths)
 
 
-def general_attention(query, key, value, is_causal=False, scale=None, enable_gqa=False):
-    arguments = check_arguments(query, key, value, None, 0.0, is_causal, scale, enable_gqa, None, None, None)
-    return ops.attention_output(*arguments, None, "auto")
+def general_attention(
+    query, key, value, attn_mask=None, is_causal=False, scale=None, enable_gqa=False, key_lengths=None
+):
+    options = (0.0, is_causal, scale, enable_gqa, None, None, key_lengths)
+    return ops.attention_output(*check_arguments(query, key, value, attn_mask, *options), None, "auto")
 
 
-def dense(query, key, value, is_causal=False, scale=None):
+def dense(query, key, value, attn_mask=None, is_causal=False, scale=None, key_lengths=None):
     """Independent of fastattn, in float64."""
     query, key, value = query.double(), key.double(), value.double()
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+    mask = torch.zeros(query.shape[0], 1, query.shape[2], key.shape[2], dtype=torch.float64)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        mask = mask.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        mask = mask + attn_mask.double()
+    if is_causal:
+        mask = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), -torch.inf)
+    if key_lengths is not None:
+        padding = torch.arange(key.shape[2]) >= torch.as_tensor(key_lengths)[:, None, None, None]
+        mask = mask.masked_fill(padding, -torch.inf)
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
 
 
 @pytest.fixture
@@ -53,6 +75,11 @@ def general_calls(monkeypatch):
     return seen
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+PLAIN = torch.randn(2, 4, 6, 8)
 SHAPES = {
     "tiny": ((1, 8, 16, 64), (1, 8, 16, 64), (1, 8, 16, 64)),
     "one query": ((2, 4, 1, 32), (2, 4, 64, 32), (2, 4, 64, 32)),
@@ -91,6 +118,96 @@ def test_plain_calls_equal_general_ones(name, dtype, layout, options, general_ca
         torch.testing.assert_close(one, other.to(dtype), rtol=0.0, atol=256 * torch.finfo(dtype).eps)
 
 
+def first_key_open(*shape):
+    """A random bool mask under which every query may attend to the first key."""
+    mask = torch.rand(shape) < 0.5
+    mask[..., 0] = True
+    return mask
+
+
+#: Masks of a plain call on SHAPES["odd"], (2, 3, 17, 33) scores.
+MASKS = {
+    "bool": lambda dtype: {"attn_mask": first_key_open(17, 33)},
+    "bool of each head": lambda dtype: {"attn_mask": first_key_open(3, 17, 33)},
+    "bool of each sequence's keys": lambda dtype: {"attn_mask": first_key_open(2, 1, 1, 33)},
+    "bool in another order": lambda dtype: {"attn_mask": first_key_open(33, 17).mT | first_key_open(17, 33)},
+    "bias": lambda dtype: {"attn_mask": torch.randn(17, 33, dtype=dtype)},
+    "bias of each score": lambda dtype: {"attn_mask": torch.randn(2, 3, 17, 33, dtype=dtype)},
+    "one bias": lambda dtype: {"attn_mask": torch.randn((), dtype=dtype)},
+    "bias of a parameter's copy": lambda dtype: {
+        "attn_mask": torch.nn.Parameter(torch.randn(3, 1, 33).to(dtype)).detach()
+    },
+    "lengths": lambda dtype: {"key_lengths": torch.tensor([33, 5])},
+    "lengths in 32 bits": lambda dtype: {"key_lengths": torch.tensor([1, 33], dtype=torch.int32)},
+    "a list of lengths": lambda dtype: {"key_lengths": [17, 16]},
+    "all": lambda dtype: {"attn_mask": first_key_open(17, 33), "key_lengths": [20, 9], "is_causal": True},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_plain_calls_with_masks_equal_general_ones(name, dtype, general_calls):
+    torch.manual_seed(0)
+    options = MASKS[name](dtype)
+    leaves = tensors(*SHAPES["odd"], dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        out = scaled_dot_product_attention(*leaves, **options)
+    differentiable = scaled_dot_product_attention(*leaves, **options)
+    grad_out = torch.randn_like(out)
+    grads = torch.autograd.grad(differentiable, leaves, grad_out)
+    assert general_calls == []
+
+    expected = general_attention(*leaves, **options)
+    assert torch.equal(out, expected)
+    assert torch.equal(differentiable, expected)
+    truth = dense(*leaves, **options)
+    torch.testing.assert_close(out.double(), truth, rtol=0.0, atol=32 * torch.finfo(dtype).eps)
+    exact = torch.autograd.grad(truth, leaves, grad_out.double())
+    for one, other, true in zip(grads, torch.autograd.grad(expected, leaves, grad_out), exact, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, true.to(dtype), rtol=0.0, atol=256 * torch.finfo(dtype).eps)
+
+
+#: Masks that are general, on PLAIN, and still give what torch gives.
+GENERAL_MASKS = {
+    "float32 for float16": (torch.float16, torch.randn(6, 6)),
+    "float32 for float64": (torch.float64, torch.randn(6, 6)),
+    "lazily negated": (torch.float32, torch._neg_view(torch.randn(6, 6))),
+    "a subclass": (torch.float32, torch.randn(6, 6).as_subclass(Subclass)),
+    "zeros that are not stored": (torch.float32, torch._efficientzerotensor((6, 6))),
+}
+
+
+@pytest.mark.parametrize("name", GENERAL_MASKS)
+def test_masks_that_have_to_be_looked_at_are_not_plain_and_right(name):
+    dtype, mask = GENERAL_MASKS[name]
+    inputs = (PLAIN.to(dtype),) * 3
+    assert attention(*inputs, mask) is None
+    actual = scaled_dot_product_attention(*inputs, mask).as_subclass(torch.Tensor)
+    expected = dense(*inputs, mask.as_subclass(torch.Tensor).clone())
+    torch.testing.assert_close(actual.double(), expected, rtol=0.0, atol=16 * torch.finfo(dtype).eps)
+
+
+def test_a_bias_that_needs_a_gradient_gets_one():
+    inputs, bias = tensors(*SHAPES["odd"]), torch.randn(17, 33, requires_grad=True)
+    assert attention(*inputs, bias) is None
+    (grad,) = torch.autograd.grad(scaled_dot_product_attention(*inputs, bias).sum(), bias)
+    (expected,) = torch.autograd.grad(dense(*inputs, bias).sum(), bias)
+    torch.testing.assert_close(grad, expected, rtol=0.0, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(attention(*inputs, bias), scaled_dot_product_attention(*inputs, bias.detach()))
+
+
+def test_queries_that_may_attend_to_nothing():
+    leaves = tensors(*SHAPES["odd"], requires_grad=True)
+    mask = torch.ones(17, 33, dtype=torch.bool)
+    mask[3] = False
+    out = scaled_dot_product_attention(*leaves, mask, key_lengths=[33, 0])
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert (out[1] == 0).all() and (out[:, :, 3] == 0).all() and (out[0, :, :3] != 0).all()
+    assert (grads[0][:, :, 3] == 0).all() and all((grad[1] == 0).all() for grad in grads)
+
+
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
 def test_only_the_gradients_that_are_needed(needed, general_calls):
     inputs = [tensor.requires_grad_(need) for tensor, need in zip(tensors(*SHAPES["odd"]), needed, strict=True)]
@@ -103,11 +220,6 @@ def test_only_the_gradients_that_are_needed(needed, general_calls):
         assert not scaled_dot_product_attention(*inputs).requires_grad
 
 
-class Subclass(torch.Tensor):
-    pass
-
-
-PLAIN = torch.randn(2, 4, 6, 8)
 #: What is not plain: changes of a plain call, which must still give what torch gives.
 ODD = {
     "a subclass": {"key": PLAIN.as_subclass(Subclass)},
@@ -156,6 +268,16 @@ WRONG = {
     "a bool for dropout": {"dropout_p": False},
     "an infinite scale": {"scale": float("inf")},
     "a word for scale": {"scale": "1"},
+    "a word for is_causal": {"is_causal": "no"},
+    "a tensor for enable_gqa": {"enable_gqa": torch.tensor([True, False])},
+    "a mask that does not broadcast": {"attn_mask": torch.ones(6, 5, dtype=torch.bool)},
+    "a mask of five dimensions": {"attn_mask": torch.ones(1, 2, 4, 6, 6, dtype=torch.bool)},
+    "an integer mask": {"attn_mask": torch.ones(6, 6, dtype=torch.int64)},
+    "a bias in another dtype": {"attn_mask": torch.zeros(6, 6, dtype=torch.float64)},
+    "a list for a mask": {"attn_mask": [[True]]},
+    "a mask elsewhere": {"attn_mask": torch.ones(6, 6, dtype=torch.bool, device="meta")},
+    "a sparse mask": {"attn_mask": torch.ones(6, 6).to_sparse()},
+    "a nested mask": {"attn_mask": torch.nested.nested_tensor([torch.ones(6), torch.ones(6)])},
 }
 
 
@@ -165,6 +287,17 @@ def test_wrong_calls_are_not_plain(name):
     assert attention(**call) is None
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         scaled_dot_product_attention(**call)
+
+
+def test_wrong_lengths_are_refused_on_the_short_way_too():
+    for lengths, words in (
+        ([7, 1], "between 0"),
+        ([-1, 1], "between 0"),
+        ([1], "one length"),
+        ([1.0, 2.0], "integers"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            attention(PLAIN, PLAIN, PLAIN, key_lengths=lengths)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -228,6 +361,40 @@ def test_a_change_of_a_saved_tensor_is_detected():
             out.backward(grad_out)
 
 
+@pytest.mark.parametrize("changed", ["attn_mask", "key_lengths"])
+def test_a_change_of_a_saved_mask_is_detected(changed):
+    leaves, grad_out = leaves_and_grad()
+    masks = {"attn_mask": first_key_open(17, 33), "key_lengths": torch.tensor([33, 4])}
+    out = scaled_dot_product_attention(*leaves, **masks)
+    masks[changed].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(grad_out)
+
+
+def test_hooks_see_the_masks_as_given_and_may_return_others(general_calls):
+    leaves, grad_out = leaves_and_grad()
+    for mask in (first_key_open(17, 33), torch.randn(3, 1, 33)):
+        expected = torch.autograd.grad(dense(*leaves, mask, key_lengths=[33, 4]), leaves, grad_out.double())
+        packed = []
+
+        def pack(tensor, packed=packed):
+            packed.append(tuple(tensor.shape))
+            return tensor.detach()
+
+        def negate_lazily(tensor, mask=mask):
+            is_bias = tensor.shape == mask.shape and tensor.is_floating_point()
+            return torch._neg_view(-tensor) if is_bias else tensor
+
+        for unpack in (torch.clone, negate_lazily):
+            packed.clear()
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                out = scaled_dot_product_attention(*leaves, mask, key_lengths=torch.tensor([33, 4]))
+            assert packed == [*SHAPES["odd"], (2, 3, 17, 7), (2, 3, 17), tuple(mask.shape), (2,)]
+            for actual, truth in zip(torch.autograd.grad(out, leaves, grad_out), expected, strict=True):
+                torch.testing.assert_close(actual, truth.float(), rtol=0.0, atol=1e-5)
+    assert general_calls == ["attention_gradients"]  # of the lazily negated bias
+
+
 def test_the_graph_can_be_kept_and_is_freed():
     leaves, grad_out = leaves_and_grad()
     out = scaled_dot_product_attention(*leaves)
@@ -268,10 +435,17 @@ def test_odd_gradients_of_out(name, general_calls):
     assert general_calls == ["attention_gradients"]
 
 
-def test_second_derivatives():
+@pytest.mark.parametrize(
+    "masks", [{}, {"attn_mask": first_key_open(17, 33), "key_lengths": [33, 4]}], ids=["", "masks"]
+)
+def test_second_derivatives(masks):
     leaves, _ = leaves_and_grad(torch.float64)
-    assert torch.autograd.gradcheck(scaled_dot_product_attention, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(scaled_dot_product_attention, leaves, fast_mode=True)
+
+    def call(*leaves):
+        return scaled_dot_product_attention(*leaves, **masks)
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
 def test_a_mode_around_the_backward_sees_its_operator():
