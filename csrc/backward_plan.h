@@ -25,9 +25,9 @@ template <class V>
 struct BackwardPlan {
   using S = typename V::scalar;
   static constexpr long width = panel_width<V>;
-  // What is read again and again stays in a 32 KB L1 (fp32, D = 64): a panel of Q^T or dO^T, rows of Q or dO
-  // (16 KB each), the block's keys (24 KB). P, dS and the block's dK and dV (24 KB each) lie in L2.
-  static constexpr long block_queries = max(64L, width), block_keys = 96;
+  // What is read again and again stays in a 32 KB L1 (D = 64): a panel of Q^T or dO^T, rows of Q or dO (16 KB
+  // each), the block's keys (24 KB). P, dS and the block's dK and dV (24 KB each, of pairs 48 KB) lie in L2.
+  static constexpr long block_queries = max(64L * V::depth, width), block_keys = 96 * V::depth;
   static constexpr long enough_items = 16, least_chunk = 512;
 
   const Problem& problem;

@@ -253,7 +253,10 @@ class BackwardTask {
     if (args_.grad_key.data)
       accumulate_keys(band, whole, queries, used_keys, gradients(used.begin), query_rows_, plan_.dim_padded,
                       grad_key_);
-    if (args_.grad_query.data) accumulate_queries(band, whole, queries, used_keys, used);
+    if (!args_.grad_query.data) return;
+    const long step = guards_keys_ ? width : block_queries;
+    for (long q = queries.begin; q < queries.end; q += step)
+      accumulate_queries(band, whole, {q, min(queries.end, q + step)}, used_keys, used);
   }
 
   // dV += P^T dO or dK += dS^T Q: a holds the block's rows from the first used key on. Where the band cuts
@@ -274,12 +277,13 @@ class BackwardTask {
     }
   }
 
-  // dQ += dS K.
+  // dQ += dS K, for some or all queries of a block.
   void accumulate_queries(const Band& band, bool whole, Range queries, Range keys, Range used) {
     const long first = keys.begin - keys_.begin, dim = plan_.dim_padded;
-    const Rows<E> block = guards_keys_ ? finite_key_rows(first, used, queries.size())
+    const long column = queries.begin % block_queries;
+    const Rows<E> block = guards_keys_ ? finite_key_rows(first, used, column, queries.size())
                                        : Rows<E>{key_rows_.row(first / depth), key_rows_.stride};
-    const E* a = gradient_columns(used.begin);
+    const E* a = gradient_columns(used.begin) + column;
     const long group = whole ? queries.size() : V::tile_rows;
     for (long q = queries.begin; q < queries.end; q += group) {
       const Range rows{q, min(queries.end, q + group)};
@@ -535,12 +539,13 @@ class BackwardTask {
       return work_.products + row * block_queries;
   }
 
-  // The block's keys, zero in place of those that no query of the block attends to.
-  Rows<E> finite_key_rows(long key, Range used, long queries) {
+  // The block's keys, zero in place of those that none of the queries from `column` on attends to.
+  Rows<E> finite_key_rows(long key, Range used, long column, long queries) {
     const long dim = plan_.dim_padded, rows = used.size();
     for (long k = 0; k < rows; k++) {
       bool dead = true;
-      for (long q = 0; q < ceil_div(queries, depth); q++) dead &= is_zero(weights(used.begin + k)[q]);
+      for (long q = 0; q < ceil_div(queries, depth); q++)
+        dead &= is_zero(weights(used.begin + k)[column / depth + q]);
       E* out = work_.block_key_rows + k / depth * dim;
       const E* source = key_rows_.row((key + k) / depth);
       for (long c = 0; c < dim; c++) {
