@@ -28,13 +28,15 @@ struct BackwardPlan {
   // What is read again and again stays in a 32 KB L1 (D = 64): a panel of Q^T or dO^T, rows of Q or dO (16 KB
   // each), the block's keys (24 KB). P, dS and the block's dK and dV (24 KB each, of pairs 48 KB) lie in L2.
   static constexpr long block_queries = max(64L * V::depth, width), block_keys = 96 * V::depth;
+  // So do the operands and gradients of a stretch of queries (320 KB), while the keys pass by.
+  static constexpr long stretch_queries = 256;
   static constexpr long enough_items = 16, least_chunk = 512;
 
   const Problem& problem;
   const BackwardArgs& args;
   long batches_per_item, heads_per_item;  // heads of keys
   long batch_items, head_items, chunks, chunk_keys;
-  long dim_padded, value_dim_padded, queries_padded;
+  long dim_padded, value_dim_padded, stretch_padded;
   bool wants_scores;  // dQ, dK or dbias
   // dQ = scale dS K and dK = scale dS^T Q. dS carries the scale where nobody wants to see it (a bias does),
   // so that the sums need no factor and can be kept in the caller's gradients.
@@ -57,7 +59,7 @@ struct BackwardPlan {
     chunks = max(1L, ceil_div(p.keys, chunk_keys));
     dim_padded = round_up(p.head_dim, V::lanes);
     value_dim_padded = round_up(p.value_dim, V::lanes);
-    queries_padded = round_up(p.queries, block_queries);
+    stretch_padded = min(stretch_queries, round_up(p.queries, block_queries));
     wants_scores = a.grad_query.data || a.grad_key.data || a.grad_bias;
     scale_in_scores = V::depth == 2 || a.grad_bias ? 1 : p.scale;
     scale_after = V::depth == 2 || a.grad_bias ? p.scale : 1;

@@ -7,6 +7,7 @@
 
 #include "backward_tile.h"
 #include "few_queries.h"
+#include "prefetch.h"
 #include "sweep.h"
 
 namespace fastattn {
@@ -97,8 +98,7 @@ void gradients_product(long keys, A a, const typename V::element* panel, long de
   });
 }
 
-// The same two for whole panels and tiles, as a sweep's work. Both take what they need whole; `between` is
-// for those who have more to fetch.
+// The same two for whole panels and tiles, as a sweep's work. The weights' sweeps fetch what comes next.
 template <class V, bool corrected>
 struct WeightsWork {
   using S = typename V::scalar;
@@ -107,9 +107,10 @@ struct WeightsWork {
   const S *shift, *correction;
   const S factor;
   const Block<S> weights;
+  Upcoming* const next;
 
   INLINE bool begin(const S*) { return true; }
-  INLINE void between() {}
+  INLINE void between() { next->fetch_some(); }
   template <int n>
   INLINE void unit(const S* product, long key, int at) {
     typename V::vector x[n];

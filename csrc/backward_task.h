@@ -28,6 +28,7 @@ class BackwardTask {
   static constexpr bool pairs = depth == 2;
   static constexpr bool in_place = sizeof(T) == sizeof(E) && !pairs;
   static constexpr long block_keys = Plan::block_keys, block_queries = Plan::block_queries;
+  static constexpr long stretch_queries = Plan::stretch_queries;
   static constexpr long panels = block_queries / width;
 
  public:
@@ -153,78 +154,106 @@ class BackwardTask {
 
   void query_head(const Band& band) {
     const Range span = query_span(band, keys_, problem_.queries, block_queries);
+    for (long q = span.begin; q < span.end; q += stretch_queries) {
+      const Range queries{q, min(span.end, q + stretch_queries)};
+      if (queries.end < span.end)
+        fetch_later(band, queries, head_, {queries.end, min(span.end, queries.end + stretch_queries)});
+      else
+        fetch_later(band, queries, head_ + 1, {span.begin, min(span.end, span.begin + stretch_queries)});
+      stretch(band, queries);
+    }
+    if (plan_.chunks > 1 || !args_.grad_query.data) return;
+    const long stride = args_.grad_query.stride[2];
+    zero_rows(element<T>(args_.grad_query, batch_, head_, 0), stride, span.begin, problem_.head_dim);
+    zero_rows(element<T>(args_.grad_query, batch_, head_, span.end), stride, problem_.queries - span.end,
+              problem_.head_dim);
+  }
+
+  // Beside the products of `queries`, the rows of the stretch after them.
+  void fetch_later(const Band& band, Range queries, long head, Range next) {
+    next_ = Upcoming();
+    if (head == problem_.query_heads) return;
+    const auto add = [&](const auto& tensor, long columns) {
+      next_.add(element<T>(tensor, batch_, head, next.begin), tensor.stride[2] * static_cast<long>(sizeof(T)),
+                next.size(), columns * static_cast<long>(sizeof(T)), false);
+    };
+    add(problem_.query, problem_.head_dim);
+    add(args_.grad_out, problem_.value_dim);
+    add(args_.out, problem_.value_dim);
+    const long keys = intersect(keys_, band.row((queries.begin + queries.end) / 2)).size();
+    next_.share_among(keys / V::tile_rows * ceil_div(queries.size(), width));
+  }
+
+  void stretch(const Band& band, Range queries) {
     const long dim = plan_.dim_padded;
     const S factor = static_cast<S>(plan_.scale_after);
     if (plan_.chunks == 1) {
       grad_query_ =
-          cleared_sums(args_.grad_query, head_, span, dim, problem_.head_dim, factor, work_.grad_query);
+          cleared_sums(args_.grad_query, head_, queries, dim, problem_.head_dim, factor, work_.grad_query);
     } else if (args_.grad_query.data) {
       const long part = (chunk_ * problem_.batch + batch_) * problem_.query_heads + head_;
-      grad_query_ = partial_ + part * plan_.head_query_size() + span.begin * dim;
-      memset(grad_query_, 0, sizeof(S) * span.size() * dim);
+      grad_query_ = partial_ + part * plan_.head_query_size() + queries.begin * dim;
+      memset(grad_query_, 0, sizeof(S) * queries.size() * dim);
     }
-    prepare_queries(span);
+    prepare_queries(queries);
 
     for (long k = keys_.begin; k < keys_.end; k += block_keys) {
       const Range keys{k, min(keys_.end, k + block_keys)};
-      const Range queries = band.queries_of(keys);
-      for (long q = queries.begin / block_queries * block_queries; q < queries.end; q += block_queries)
+      const Range met = intersect(band.queries_of(keys), queries);
+      for (long q = met.begin / block_queries * block_queries; q < met.end; q += block_queries)
         tile(band, keys, {q, min(problem_.queries, q + block_queries)});
     }
 
     if (plan_.chunks == 1)
-      write_sums(args_.grad_query, head_, {0, problem_.queries}, span, dim, problem_.head_dim, factor,
-                 grad_query_);
+      write_sums(args_.grad_query, head_, queries, queries, dim, problem_.head_dim, factor, grad_query_);
   }
 
-  void prepare_queries(Range span) {
+  void prepare_queries(Range queries) {
     const T* query = element<T>(problem_.query, batch_, head_, 0);
     const T* out = element<T>(args_.out, batch_, head_, 0);
     const T* grad_out = element<T>(args_.grad_out, batch_, head_, 0);
     const long query_stride = problem_.query.stride[2], out_stride = args_.out.stride[2],
                grad_out_stride = args_.grad_out.stride[2];
     const long dim = problem_.head_dim, value_dim = problem_.value_dim;
-    const long first = span.begin, rows = span.size();
+    const long first = queries.begin, rows = queries.size();
     const S scale_in_scores = static_cast<S>(plan_.scale_in_scores);
-    for (long q = first; q < span.end; q += width) {
-      const long count = min(width, span.end - q);
+    for (long q = first; q < queries.end; q += width) {
+      const long count = min(width, queries.end - q);
       pack_panel<V>(query + q * query_stride, query_stride, count, dim, plan_.query_scale,
-                    work_.query_panels + q * ceil_div(dim, depth));
+                    work_.query_panels + (q - first) * ceil_div(dim, depth));
       pack_panel<V>(grad_out + q * grad_out_stride, grad_out_stride, count, value_dim, scale_in_scores,
-                    work_.grad_out_panels + q * ceil_div(value_dim, depth));
+                    work_.grad_out_panels + (q - first) * ceil_div(value_dim, depth));
     }
-    E* query_copy = work_.query_rows + first / depth * plan_.dim_padded;
-    E* grad_out_copy = work_.grad_out_rows + first / depth * plan_.value_dim_padded;
     const T* query_first = query + first * query_stride;
     const T* grad_out_first = grad_out + first * grad_out_stride;
     if constexpr (pairs) {
 #ifdef FASTATTN_BF16_DOT
-      interleave_row_pairs(query_first, query_stride, rows, dim, query_copy, plan_.dim_padded);
-      interleave_row_pairs(grad_out_first, grad_out_stride, rows, value_dim, grad_out_copy,
+      interleave_row_pairs(query_first, query_stride, rows, dim, work_.query_rows, plan_.dim_padded);
+      interleave_row_pairs(grad_out_first, grad_out_stride, rows, value_dim, work_.grad_out_rows,
                            plan_.value_dim_padded);
-      query_rows_ = {query_copy, plan_.dim_padded};
-      grad_out_rows_ = {grad_out_copy, plan_.value_dim_padded};
+      query_rows_ = {work_.query_rows, plan_.dim_padded};
+      grad_out_rows_ = {work_.grad_out_rows, plan_.value_dim_padded};
 #endif
     } else {
-      query_rows_ = rows_of(query_first, query_stride, rows, dim, query_copy, plan_.dim_padded);
-      grad_out_rows_ =
-          rows_of(grad_out_first, grad_out_stride, rows, value_dim, grad_out_copy, plan_.value_dim_padded);
+      query_rows_ = rows_of(query_first, query_stride, rows, dim, work_.query_rows, plan_.dim_padded);
+      grad_out_rows_ = rows_of(grad_out_first, grad_out_stride, rows, value_dim, work_.grad_out_rows,
+                               plan_.value_dim_padded);
     }
     first_query_ = first;
 
     const long offset = (batch_ * problem_.query_heads + head_) * problem_.queries;
     const S* lse = static_cast<const S*>(args_.lse) + offset;
     const S* grad_lse = args_.grad_lse ? static_cast<const S*>(args_.grad_lse) + offset : nullptr;
-    for (long q = first; q < span.end; q++) {
+    for (long q = first; q < queries.end; q++) {
       const Shift<S> shift = shifts_ && is_large_lse<S, T>(lse[q]) ? shifts_[offset + q] : shift_of(lse[q]);
-      work_.shift[q] = shift.high;
-      work_.correction[q] = shift.low;
+      work_.shift[q - first] = shift.high;
+      work_.correction[q - first] = shift.low;
       const S product = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim);
-      work_.delta[q] = scale_in_scores * (product - (grad_lse ? grad_lse[q] : 0));
+      work_.delta[q - first] = scale_in_scores * (product - (grad_lse ? grad_lse[q] : 0));
     }
-    for (long q = span.end; q < round_up(span.end, block_queries); q++) {
-      work_.shift[q] = static_cast<S>(-1e30);  // weight 0
-      work_.correction[q] = work_.delta[q] = 0;
+    for (long i = rows; i < round_up(rows, block_queries); i++) {
+      work_.shift[i] = static_cast<S>(-1e30);  // weight 0
+      work_.correction[i] = work_.delta[i] = 0;
     }
   }
 
@@ -349,10 +378,11 @@ class BackwardTask {
     const Block<S> products{work_.products + first * work_.scores_stride + column, work_.scores_stride};
     const DepthContiguous<E> key_columns{key_columns_.row(key), key_columns_.stride};
     const DepthContiguous<E> value_columns{value_columns_.row(key), value_columns_.stride};
-    const E* query_panel = work_.query_panels + queries.begin * dim;
-    const E* grad_out_panel = work_.grad_out_panels + queries.begin * value_dim;
-    const S *shift = work_.shift + queries.begin, *correction = work_.correction + queries.begin,
-            *delta = work_.delta + queries.begin;
+    const long query = queries.begin - first_query_;
+    const E* query_panel = work_.query_panels + query * dim;
+    const E* grad_out_panel = work_.grad_out_panels + query * value_dim;
+    const S *shift = work_.shift + query, *correction = work_.correction + query,
+            *delta = work_.delta + query;
     const bool has_bias = problem_.bias.data, has_dropout = problem_.dropout_p > 0;
 
     if (kind == TileKind::full && !has_bias) {
@@ -365,7 +395,7 @@ class BackwardTask {
         const long swept = swept_keys(queries, count, dim);
         if (swept)
           sweep_panel<V>(swept, key_columns, query_panel, dim,
-                         WeightsWork<V, is_corrected>{shift, correction, plan_.score_factor, scores});
+                         WeightsWork<V, is_corrected>{shift, correction, plan_.score_factor, scores, &next_});
         if (swept == count) return;
         for_each_piece<V>(queries.size(), [&](auto vectors, long q) {
           weights_product<V, decltype(vectors)::value, is_corrected>(
@@ -480,7 +510,7 @@ class BackwardTask {
 
   template <bool has_dropout, bool guarded>
   void gradients_of(Block<S> weights, Block<S> products, const Tile& where, [[maybe_unused]] long first) {
-    const S* delta = work_.delta + where.queries.begin;
+    const S* delta = work_.delta + (where.queries.begin - first_query_);
     const S keep_scale = static_cast<S>(1 / (1 - problem_.dropout_p));
     const long count = where.keys.size();
     if constexpr (pairs) {
@@ -577,7 +607,8 @@ class BackwardTask {
   Range keys_{0, 0};
   Rows<E> key_columns_{}, value_columns_{};  // A of the scores and of dP
   Rows<E> key_rows_{}, query_rows_{}, grad_out_rows_{};
-  long first_query_ = 0;  // what query_rows_ and grad_out_rows_ begin with
+  long first_query_ = 0;  // of the stretch
+  Upcoming next_;
   bool guards_keys_ = false;
   S *grad_query_ = nullptr, *grad_key_ = nullptr, *grad_value_ = nullptr;  // sums, from the first row on
 };

@@ -18,12 +18,13 @@ struct BackwardWorkspace {
   // Pairs leave the scores' scratch as bf16; fp32 and fp64 scores are used where they were computed.
   static constexpr long scores_stride = pairs ? width : block_queries;
 
+  // Of one stretch of queries.
   E *query_panels, *grad_out_panels;  // [panel][ceil(D / depth)][width]
-  E *query_rows, *grad_out_rows;      // [ceil(Lq / depth)][padded]
+  E *query_rows, *grad_out_rows;      // [ceil(stretch / depth)][padded]
   E *key_rows, *key_columns;          // [ceil(chunk / depth)][padded], [chunk][ceil(D / depth)]
   E* value_columns;                   // [chunk][ceil(Dv / depth)]
   E* block_key_rows;                  // key_rows of one block, without those that are not finite
-  S *shift, *correction, *delta;      // [Lq]: -lse in log2 units, what that lacks, rowsum(dO O) - dlse
+  S *shift, *correction, *delta;      // [stretch]: -lse in log2 units, what that lacks, rowsum(dO O) - dlse
   S *grad_query, *grad_key, *grad_value;
   S *scores, *products, *bias;            // [block_keys][scores_stride], bias [block_keys][width]
   uint8_t* allowed;                       // [block_keys][width]
@@ -32,7 +33,7 @@ struct BackwardWorkspace {
 
   BackwardWorkspace(const BackwardPlan<V>& plan, void* base) : layout_(base) {
     const Problem& p = plan.problem;
-    const long queries = plan.queries_padded, chunk = plan.chunk_keys;
+    const long queries = plan.stretch_padded, chunk = plan.chunk_keys;
     const long dim = plan.dim_padded, value_dim = plan.value_dim_padded;
     scores = layout_.template take<S>(block_keys * scores_stride);
     products = layout_.template take<S>(block_keys * scores_stride);
