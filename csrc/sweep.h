@@ -69,6 +69,7 @@ class Sweep {
   // Steps of depth between two units of work.
   template <class F>
   static bool choose_steps(long depth, F run) {
+    if (depth >= 10 * units) return run(std::integral_constant<int, 10>());
     if (depth >= 5 * units) return run(std::integral_constant<int, 5>());
     if (depth >= 2 * units) return run(std::integral_constant<int, 2>());
     return run(std::integral_constant<int, 1>());
@@ -146,11 +147,13 @@ class Sweep {
       work.between();
       const S* source = products(row - rows);
       for (int i = 0; i < rows; i += unit_rows) {
-        UNROLL for (int j = 0; j < vectors; j++) {
-          multiply_steps<V, count, vectors, steps>(sum, a.depth_from(k), b + k * width, width);
-          k += steps;
-          work.template unit<unit_rows>(source + j * V::lanes, row - rows + i, j * V::lanes);
-          fetch_ahead(a, depth, i, j);
+        // Many steps are enough for a loop, and too much for the cache of instructions if unrolled further.
+        if constexpr (steps < 10) {
+          UNROLL for (int j = 0; j < vectors; j++)
+              worked_steps<count, steps>(sum, a, b, depth, k, source, row, i, j, work);
+        } else {
+          _Pragma("GCC unroll 1") for (int j = 0; j < vectors; j++)
+              worked_steps<count, steps>(sum, a, b, depth, k, source, row, i, j, work);
         }
         source += unit_rows * width;
       }
@@ -159,6 +162,15 @@ class Sweep {
     S* const out = products(row);
     UNROLL for (int i = 0; i < count; i++) UNROLL for (int j = 0; j < vectors; j++)
         V::store(out + i * width + j * V::lanes, sum[i][j]);
+  }
+  // Some steps of a tile's products, and unit (i, j) of the work on the tile before.
+  template <int count, int steps, class Work>
+  INLINE void worked_steps(typename V::vector (&sum)[count][vectors], DepthContiguous<E> a, const E* b,
+                           long depth, long& k, const S* source, long row, int i, int j, Work& work) {
+    multiply_steps<V, count, vectors, steps>(sum, a.depth_from(k), b + k * width, width);
+    k += steps;
+    work.template unit<unit_rows>(source + j * V::lanes, row - rows + i, j * V::lanes);
+    fetch_ahead(a, depth, i, j);
   }
   template <int count, int steps, class Work>
   INLINE void last_tile(long left, DepthContiguous<E> a, const E* b, long depth, long row, Work& work) {
