@@ -22,7 +22,7 @@ inline Range query_span(const Band& band, Range keys, long queries, long block) 
 }
 
 template <class V>
-struct BackwardPlan {
+struct BackwardPlan : ForwardScores<V> {
   using S = typename V::scalar;
   static constexpr long width = panel_width<V>;
   // What is read again and again stays in a 32 KB L1 (D = 64): a panel of Q^T or dO^T, rows of Q or dO (16 KB
@@ -41,13 +41,9 @@ struct BackwardPlan {
   // dQ = scale dS K and dK = scale dS^T Q. dS carries the scale where nobody wants to see it (a bias does),
   // so that the sums need no factor and can be kept in the caller's gradients.
   double scale_in_scores, scale_after;
-  // Scores in log2 units are score_factor * K (query_scale * Q)^T, multiplied as in the forward: an lse is
-  // the sum of scores so rounded.
-  S query_scale, score_factor;
-  bool as_decoded;  // scores are those of Decode
   long grad_bias_stride[4];
 
-  BackwardPlan(const Problem& p, const BackwardArgs& a) : problem(p), args(a) {
+  BackwardPlan(const Problem& p, const BackwardArgs& a) : ForwardScores<V>(p), problem(p), args(a) {
     const bool shares = args.grad_bias != nullptr;
     batches_per_item = shares && p.bias.stride[0] == 0 ? p.batch : 1;
     heads_per_item = shares && p.bias.stride[1] == 0 ? p.kv_heads : 1;
@@ -63,11 +59,6 @@ struct BackwardPlan {
     wants_scores = a.grad_query.data || a.grad_key.data || a.grad_bias;
     scale_in_scores = V::depth == 2 || a.grad_bias ? 1 : p.scale;
     scale_after = V::depth == 2 || a.grad_bias ? p.scale : 1;
-    constexpr bool scales_query = sizeof(query_scale) == 4 && V::depth == 1;
-    const S scale_log2 = static_cast<S>(p.scale * log2_e);
-    query_scale = scales_query ? scale_log2 : 1;
-    score_factor = scales_query ? 1 : scale_log2;
-    as_decoded = V::depth == 1 && is_few<V>(p.queries);
     const long size[4] = {p.batch, p.query_heads, p.queries, p.keys};
     long stride = 1;
     for (int i = 3; i >= 0; i--) {

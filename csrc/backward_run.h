@@ -61,14 +61,10 @@ void backward_of(const Problem& problem, const BackwardArgs& args, int threads) 
   for (long item = 0; item < items; item++) work[item] = plan.work(item);
   order_heaviest_first(work, items, sorted);
   S* const sums = static_cast<S*>(partial.data());
-  using Shifts = LargeShifts<V, T>;
-  const bool shifted = Shifts::wanted(plan);
-  const AlignedBuffer shift(shifted ? sizeof(Shift<S>) * problem.batch * problem.query_heads * problem.queries
-                                    : 0);
-  Shift<S>* const shifts = shifted ? static_cast<Shift<S>*>(shift.data()) : nullptr;
-  if (shifted) Shifts(plan, shifts).run(threads);
+  const LargeShifts<V, T> shifts(problem, plan, args.lse);
+  shifts.compute(threads);
   parallel_for(items, threads, BackwardWorkspace<V>::bytes(plan), [&](int64_t item, void* scratch) {
-    BackwardTask<V, T>(plan, shifts, sums, scratch).run(sorted[item]);
+    BackwardTask<V, T>(plan, shifts.data(), sums, scratch).run(sorted[item]);
   });
   if (plan.partial_size()) sum_partial_queries<V, T>(plan, sums, threads);
   if (args.grad_bias && args.grad_lse && problem.bias.stride[3] == 0) add_row_bias_gradient(plan);

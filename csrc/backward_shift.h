@@ -1,14 +1,17 @@
-// What the backward subtracts from the scores of a query: -lse in log2 units, as a sum of two numbers.
+// What is added to the scores of a query to recompute its weights: -lse in log2 units, as a sum of two
+// numbers.
 //
-// P = exp2(s - lse) inherits the rounding of lse as a relative error of |lse| epsilon / 2, and s is not
-// rounded as it was in the forward. Where |lse| is large that is more than naive attention's error, whose
-// weights add up to one by construction. There the scores are computed once more, by the very product that
-// the tiles will use, and -lse becomes minus the largest score, then minus the logarithm of the sum of the
-// weights beside it: one product more than the tiles' five, for the panels of queries that need it.
+// P = exp2(s - lse) inherits the rounding of lse as a relative error of |lse| epsilon / 2. Where |lse| is
+// large that is more than naive attention's error, whose weights add up to one by construction; beside a
+// finite bias that stands for -inf nothing is left of the sum of weights. There the scores are computed once
+// more, by the very product that the weights will come of, and -lse becomes minus the largest score, then
+// minus the logarithm of the sum of the weights beside it: in the backward one product more than its five,
+// for the panels of queries that need it.
 #pragma once
 
-#include "backward_plan.h"
-#include "gemm.h"
+#include "backward_operands.h"
+#include "few_queries.h"
+#include "parallel.h"
 #include "scratch.h"
 
 namespace fastattn {
@@ -33,43 +36,42 @@ INLINE bool is_large_lse(S lse) {
   return (lse > limit || lse < -limit) && lse - lse == 0;
 }
 
-// Writes shifts [B][Hq][Lq] of the queries whose lse is large, and nothing for the others.
+// The shifts of the queries whose lse is large.
 template <class V, class T>
 class LargeShifts {
   using S = typename V::scalar;
   using E = typename V::element;
   using F = std::conditional_t<sizeof(S) == 8, F64, F32>;  // reads T
-  using Plan = BackwardPlan<V>;
-  static constexpr long depth = V::depth, width = panel_width<V>, block_keys = Plan::block_keys;
+  static constexpr long depth = V::depth, width = V::tile_vectors * V::lanes, block_keys = 96;
   static constexpr bool in_place = sizeof(T) == sizeof(E) && depth == 1;
 
  public:
-  LargeShifts(const Plan& plan, Shift<S>* shifts) : plan_(plan), problem_(plan.problem), shifts_(shifts) {}
+  LargeShifts(const Problem& problem, const ForwardScores<V>& scores, const void* lse)
+      : problem_(problem),
+        scores_(scores),
+        lse_(static_cast<const S*>(lse)),
+        count_(problem.batch * problem.query_heads * problem.queries),
+        wanted_(any_large({0, count_})),
+        memory_(wanted_ ? sizeof(Shift<S>) * count_ : 0) {}
 
-  // Whether any query needs them.
-  static bool wanted(const Plan& plan) {
-    const Problem& p = plan.problem;
-    const S* lse = static_cast<const S*>(plan.args.lse);
-    bool any = false;
-    for (long i = 0; i < p.batch * p.query_heads * p.queries; i++) any |= is_large_lse<S, T>(lse[i]);
-    return any;
-  }
+  // [B][Hq][Lq], of the queries whose lse is large and nothing for the others; null where none is.
+  const Shift<S>* data() const { return wanted_ ? static_cast<Shift<S>*>(memory_.data()) : nullptr; }
 
-  void run(int threads) const {
+  void compute(int threads) const {
+    if (!wanted_) return;
     const long blocks = ceil_div(problem_.queries, width), heads = problem_.query_heads;
-    parallel_for(problem_.batch * heads * blocks, threads, Workspace(plan_, nullptr).bytes,
+    parallel_for(problem_.batch * heads * blocks, threads, Workspace(problem_, nullptr).bytes,
                  [&](int64_t item, void* scratch) {
                    const long first = item % blocks * width;
                    panel(item / blocks / heads, item / blocks % heads,
-                         {first, min<long>(first + width, problem_.queries)}, Workspace(plan_, scratch));
+                         {first, min<long>(first + width, problem_.queries)}, Workspace(problem_, scratch));
                  });
   }
 
  private:
   struct Workspace {
-    Workspace(const Plan& plan, void* base) {
+    Workspace(const Problem& p, void* base) {
       ScratchLayout layout(base);
-      const Problem& p = plan.problem;
       const long elements = ceil_div(p.head_dim, depth);
       query = layout.template take<E>(width * elements);
       key = layout.template take<E>(in_place ? 0 : block_keys * elements);
@@ -84,16 +86,19 @@ class LargeShifts {
     size_t bytes;
   };
 
+  bool any_large(Range rows) const {
+    bool any = false;
+    for (long i = rows.begin; i < rows.end; i++) any |= is_large_lse<S, T>(lse_[i]);
+    return any;
+  }
+
   void panel(long b, long h, Range queries, const Workspace& work) const {
     const long offset = (b * problem_.query_heads + h) * problem_.queries;
-    const S* lse = static_cast<const S*>(plan_.args.lse) + offset;
-    bool any = false;
-    for (long q = queries.begin; q < queries.end; q++) any |= is_large_lse<S, T>(lse[q]);
-    if (!any) return;
+    if (!any_large({offset + queries.begin, offset + queries.end})) return;
 
     const Tensor4<const T> query = problem_.query.template as<const T>();
     pack_panel<V>(query.at(b, h, queries.begin), query.stride[2], queries.size(), problem_.head_dim,
-                  plan_.query_scale, work.query);
+                  scores_.query_scale, work.query);
     alignas(64) S largest[width], sum[width];
     for (long q = 0; q < width; q++) largest[q] = -Limits<S>::infinity, sum[q] = 0;
     const Band band(problem_, b);
@@ -102,8 +107,9 @@ class LargeShifts {
       add_block(band, {b, h, queries, {k, min(keys.end, k + block_keys)}}, work, largest, sum);
     for (long q = queries.begin; q < queries.end; q++) {
       const long lane = q - queries.begin;
-      if (is_large_lse<S, T>(lse[q]))
-        shifts_[offset + q] = {-largest[lane], -static_cast<S>(__builtin_log2(sum[lane]))};
+      if (is_large_lse<S, T>(lse_[offset + q]))
+        static_cast<Shift<S>*>(memory_.data())[offset + q] = {-largest[lane],
+                                                              -static_cast<S>(__builtin_log2(sum[lane]))};
     }
   }
 
@@ -116,18 +122,11 @@ class LargeShifts {
     else if (biased)
       load_bias<F, float>(problem_, tile, work.bias);
     const long rows = tile.keys.size(), elements = ceil_div(problem_.head_dim, depth);
-    const auto keys = keys_of(tile, work);
     const int columns = static_cast<int>(ceil_div(tile.queries.size(), V::lanes));
-    const auto score_all = [&] {
-      if constexpr (depth == 1)
-        if (plan_.as_decoded)
-          return few_queries_scores<V>(rows, keys, work.query, width, elements, work.products, width);
-      gemm_columns<V, Store>(columns, rows, keys, work.query, width, elements, work.products, width);
-    };
-    score_all();
+    scores_.multiply(columns, rows, keys_of(tile, work), work.query, elements, work.products);
 
     constexpr int degree = depth == 2 ? 3 : 5;
-    const auto factor = V::set1(plan_.score_factor), none = V::set1(-Limits<S>::infinity);
+    const auto factor = V::set1(scores_.score_factor), none = V::set1(-Limits<S>::infinity);
     for (long q = 0; q < columns * V::lanes; q += V::lanes) {
       // score - reference, rounded as the tiles round it; -inf where the query may not attend.
       const auto score = [&](long k, typename V::vector shift) {
@@ -170,9 +169,12 @@ class LargeShifts {
     }
   }
 
-  const Plan& plan_;
   const Problem& problem_;
-  Shift<S>* const shifts_;
+  const ForwardScores<V>& scores_;
+  const S* const lse_;
+  const long count_;
+  const bool wanted_;
+  const AlignedBuffer memory_;
 };
 
 }  // namespace FASTATTN_ISA_NAMESPACE

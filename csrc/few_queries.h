@@ -7,6 +7,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "softmax.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
@@ -60,6 +61,30 @@ INLINE void few_queries_scores(long rows, DepthContiguous<typename V::element> a
   few_queries_product<V>(rows, a, b, b_stride, depth,
                          [&](long row, typename V::vector x) { V::store(c + row * c_stride, x); });
 }
+
+// Scores in log2 units as the forward multiplies and adds them: score_factor * K (query_scale * Q)^T.
+template <class V>
+struct ForwardScores {
+  using S = typename V::scalar;
+  using E = typename V::element;
+  static constexpr bool scales_query = sizeof(S) == 4 && V::depth == 1;
+  const S query_scale, score_factor;
+  const bool as_decoded;
+
+  explicit ForwardScores(const Problem& problem)
+      : query_scale(scales_query ? static_cast<S>(problem.scale * log2_e) : S(1)),
+        score_factor(scales_query ? S(1) : static_cast<S>(problem.scale * log2_e)),
+        as_decoded(V::depth == 1 && is_few<V>(problem.queries)) {}
+
+  // products [keys][width] = K times packed queries, in the first `columns` vectors.
+  void multiply(int columns, long keys, DepthContiguous<E> key, const E* query, long depth,
+                S* products) const {
+    constexpr long width = V::tile_vectors * V::lanes;
+    if constexpr (V::depth == 1)
+      if (as_decoded) return few_queries_scores<V>(keys, key, query, width, depth, products, width);
+    gemm_columns<V, Store>(columns, keys, key, query, width, depth, products, width);
+  }
+};
 
 }  // namespace FASTATTN_ISA_NAMESPACE
 }  // namespace fastattn

@@ -1,7 +1,9 @@
 // The softmax weights themselves, recomputed from the saved lse: P = exp(scale Q K^T + bias - lse), with
-// the forward's dropout applied. Averaged over heads in one pass that stores no head's own weights.
+// the forward's dropout applied; of a large lse from a sum of their own (backward_shift.h). Averaged over
+// heads in one pass that stores no head's own weights.
 #pragma once
 
+#include "backward_shift.h"
 #include "forward.h"
 
 namespace fastattn {
@@ -19,11 +21,14 @@ class Weights {
   Weights(const Problem& problem, const WeightsOutput& output)
       : problem_(problem),
         output_(output),
+        scores_(problem),
+        shifts_(problem, scores_, output.lse),
         panels_(ceil_div(problem.queries, width)),
         key_blocks_(ceil_div(problem.keys, block_keys)) {}
 
   void run(int threads) const {
     const long heads = output_.average ? 1 : problem_.query_heads;
+    shifts_.compute(threads);
     parallel_for(problem_.batch * heads * panels_ * key_blocks_, threads,
                  Workspace(problem_, ScratchLayout()).bytes, [this, heads](int64_t item, void* scratch) {
                    const long block = item % key_blocks_, panel = item / key_blocks_ % panels_,
@@ -78,15 +83,14 @@ class Weights {
     const long rows = tile.keys.size(), columns = ceil_div(tile.queries.size(), V::lanes);
     const Tensor4<const T> query = problem_.query.as<const T>(), key = problem_.key.as<const T>();
     pack_transposed<V>(query.at(tile.batch, tile.head, tile.queries.begin), query.stride[2],
-                       tile.queries.size(), problem_.head_dim, S(1), work.query, width);
+                       tile.queries.size(), problem_.head_dim, scores_.query_scale, work.query, width);
     DepthContiguous<S> from{work.key, problem_.head_dim};
     const T* source = key.at(tile.batch, tile.head / problem_.group(), tile.keys.begin);
     if constexpr (sizeof(T) == sizeof(S))
       from = {source, key.stride[2]};
     else
       copy_widened<V>(source, key.stride[2], rows, problem_.head_dim, work.key, problem_.head_dim);
-    gemm_columns<V, Store>(static_cast<int>(columns), rows, from, work.query, width, problem_.head_dim,
-                           work.products, width);
+    scores_.multiply(static_cast<int>(columns), rows, from, work.query, problem_.head_dim, work.products);
     if (problem_.bias.data) {
       if (problem_.bias_dtype == problem_.dtype)
         load_bias<V, T>(problem_, tile, work.bias);
@@ -95,9 +99,9 @@ class Weights {
     }
     if (problem_.dropout_p > 0) draw_dropout<V>(problem_, tile, static_cast<int>(columns), work.kept);
 
-    const S* lse = static_cast<const S*>(output_.lse) +
-                   (tile.batch * problem_.query_heads + tile.head) * problem_.queries + tile.queries.begin;
-    const ScoreRules<V> rules{static_cast<S>(problem_.scale * log2_e),
+    alignas(64) S reference[width] = {}, share[width] = {};
+    for (long q = 0; q < tile.queries.size(); q++) normalise(tile, q, reference[q], share[q]);
+    const ScoreRules<V> rules{scores_.score_factor,
                               problem_.bias.data ? work.bias : nullptr,
                               kind == TileKind::mixed ? work.seen : nullptr,
                               &band,
@@ -105,23 +109,35 @@ class Weights {
                               tile.keys};
     const Reach reach = kind == TileKind::mixed ? Reach{0, rows, rows, rows} : Reach{0, 0, rows, rows};
     for (int j = 0; j < columns; j++) {
-      const auto saved = V::load(lse + j * V::lanes, tile.queries.size() - j * V::lanes);
-      const auto none = V::greater(V::set1(Limits<S>::lowest), saved);
-      // Against +inf every weight of a query without keys is 0.
-      const auto reference = V::select(none, V::set1(Limits<S>::infinity), V::mul(saved, V::set1(S(log2_e))));
       prepare_scores(rules, j, reach, rows, work.products);
       typename V::vector sums[V::depth] = {};  // one, if the lse is right
-      exponentiate<V, 5>(work.products + j * V::lanes, rows, rules.remaining_factor(), reference,
-                         problem_.dropout_p > 0 ? work.kept + j : nullptr, sums);
+      exponentiate<V, 5>(work.products + j * V::lanes, rows, rules.remaining_factor(),
+                         V::load(reference + j * V::lanes), problem_.dropout_p > 0 ? work.kept + j : nullptr,
+                         sums);
       for (long r = 0; r < rows; r++) {
         S* total = work.total + r * width + j * V::lanes;
-        V::store(total, V::add(V::load(total), V::load(work.products + r * width + j * V::lanes)));
+        V::store(total, V::fma(V::load(work.products + r * width + j * V::lanes),
+                               V::load(share + j * V::lanes), V::load(total)));
       }
     }
   }
 
+  // The weights of the tile's query q are share * exp2(score - reference).
+  void normalise(const Tile& tile, long q, S& reference, S& share) const {
+    const long i =
+        (tile.batch * problem_.query_heads + tile.head) * problem_.queries + tile.queries.begin + q;
+    const S lse = static_cast<const S*>(output_.lse)[i];
+    const bool anew = shifts_.data() && is_large_lse<S, T>(lse);
+    const Shift<S> shift = anew ? shifts_.data()[i] : shift_of(lse);
+    // Against +inf every weight of a query without keys is 0.
+    reference = lse == -Limits<S>::infinity ? Limits<S>::infinity : -shift.high;
+    share = anew ? static_cast<S>(__builtin_exp2(shift.low)) : 1;
+  }
+
   const Problem& problem_;
   const WeightsOutput& output_;
+  const ForwardScores<V> scores_;
+  const LargeShifts<V, T> shifts_;
   const long panels_, key_blocks_;
 };
 

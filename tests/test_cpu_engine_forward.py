@@ -128,6 +128,34 @@ def test_row_of_lowest_bias_is_the_mean(queries, dtype, isa):
         torch.testing.assert_close(out, mean, atol=tolerance, rtol=0)
 
 
+def _weights(problem):
+    lse = run_backend(cpu, problem)["lse"]
+    weights = torch.full((*lse.shape, problem.key.shape[2]), torch.nan, dtype=problem.lse_dtype)
+    cpu.weights(problem, lse, weights, False)
+    return weights.double()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("queries", (1, 40))
+def test_weights_of_a_row_of_lowest_bias_are_equal(queries, dtype, isa):
+    """Its lse has lost the sum of weights beside a bias of that size."""
+    problem = Case("lowest", queries=queries, keys=150, head_dim=16).make(dtype=dtype)
+    bias = torch.full((queries, 150), torch.finfo(dtype).min, dtype=dtype).expand(2, 2, -1, -1)
+    weights = _weights(problem._replace(bias=bias))
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 150), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", (Case("few", queries=3, keys=300, scale=400.0),
+                                  Case("many", queries=40, bias="full", scale=400.0)),
+                         ids=lambda case: case.name)  # fmt: skip
+def test_weights_of_large_scores_add_up_to_one(case, dtype, isa):
+    problem = case.make(dtype=dtype)
+    assert run_backend(cpu, problem)["lse"].min() > 1024
+    total = _weights(problem).sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("growth", (0.0, 3.0, -3.0))
 def test_scores_that_grow_along_the_keys(growth, isa):
     """Maxima far above those of earlier blocks make the engine renew its reference."""
