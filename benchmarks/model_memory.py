@@ -1,4 +1,4 @@
-"""Peak memory and time of one training step of a model, in a process of its own.
+"""Peak memory and time of one training step of a model on one thread, in a process of its own.
 
 ``python -m benchmarks.model_memory classifier torch 4096`` prints, as JSON, the bytes that the step
 needed at its peak beyond what the process held before it, and its seconds.
@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from multiprocessing.connection import Connection
 
 from benchmarks.memory import RESET_PEAK, _status_bytes
 
 #: What "the longest sequence that fits" has to fit in.
-LIMIT = 2 * 2**30
-#: Each twice the one before, tried in this order until one does not fit.
-LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+LIMIT = 256 * 2**20
+#: Each twice the one before, tried in this order.
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+#: At this length every implementation is measured, whether it fits or not.
+COMPARED = 1024
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Step:
 
 def measure_step(kind: str, implementation: str, length: int) -> Step:
     """The model's or the additive attention's step at this length, in this process."""
+    import torch
+
     from benchmarks.models import AdditiveWorkload, ModelInputs, ModelWorkload
 
     def step(n: int):
@@ -41,7 +43,8 @@ def measure_step(kind: str, implementation: str, length: int) -> Step:
         workload = ModelWorkload(kind, 1, n, embed_dim=128)
         return ModelInputs(workload, (implementation,)).call(implementation)
 
-    step(64)()  # loads code and starts threads; their memory is no part of the step
+    torch.set_num_threads(1)
+    step(64)()  # loads code; its memory is no part of the step
     call = step(length)
     RESET_PEAK.write_text("5")  # the high-water mark becomes the present size (proc(5))
     before = _status_bytes("VmRSS")
@@ -52,47 +55,48 @@ def measure_step(kind: str, implementation: str, length: int) -> Step:
 
 
 def step_in_child(kind: str, implementation: str, length: int) -> Step:
-    """The same in a fresh process, which may hold 4 GiB; MemoryError where that is not enough."""
-    command = [sys.executable, "-m", "benchmarks.model_memory", kind, implementation, str(length)]
-    root = Path(__file__).parents[1]
-    child = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ)
-    if child.returncode < 0 or "not enough memory" in child.stderr or "MemoryError" in child.stderr:
-        raise MemoryError(f"{kind} with {implementation} attention at length {length} needs over 4 GiB")
-    if child.returncode:
-        raise RuntimeError(child.stderr.strip() or f"exit status {child.returncode}")
-    return Step(**json.loads(child.stdout))
+    """The same in a fresh process, forked from one that has loaded everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.models"])
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure_and_send, args=(sender, kind, implementation, length))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        child.join()
+        what = f"{kind} with {implementation} attention at length {length}"
+        raise RuntimeError(f"{what} ended with exit status {child.exitcode}") from None
+
+
+def _measure_and_send(sender: Connection, kind: str, implementation: str, length: int) -> None:
+    sender.send(measure_step(kind, implementation, length))
 
 
 def steps_until_limit(kind: str, implementation: str) -> dict[int, Step]:
-    """The steps at LENGTHS, up to the longest that fits in LIMIT.
+    """The steps at LENGTHS, up to the longest that fits in LIMIT, and at least up to COMPARED.
 
     A step needs memory for every token at the least, so where one needs over half of LIMIT, that of twice
-    the length, which would take minutes, is known not to fit.
+    the length is known not to fit.
     """
     steps: dict[int, Step] = {}
     for length in LENGTHS:
-        try:
-            step = step_in_child(kind, implementation, length)
-        except MemoryError:
-            break
-        if step.bytes > LIMIT:
-            break
-        steps[length] = step
-        if step.bytes > LIMIT / 2:
+        steps[length] = step_in_child(kind, implementation, length)
+        if length >= COMPARED and steps[length].bytes > LIMIT / 2:
             break
     return steps
 
 
-if __name__ == "__main__":
-    import resource
+def longest(steps: dict[int, Step]) -> int:
+    """The longest length whose step fits in LIMIT; 0 if none does."""
+    return max((length for length, step in steps.items() if step.bytes <= LIMIT), default=0)
 
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("transformer", "classifier", "additive"))
     parser.add_argument("implementation", choices=("naive", "torch", "fastattn"))
     parser.add_argument("length", type=int)
     given = parser.parse_args()
-    import torch  # noqa: F401 (what it maps at its import is beside the limit on the step)
-
-    mapped = _status_bytes("VmSize")
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**30, resource.RLIM_INFINITY))
     print(json.dumps(asdict(measure_step(given.kind, given.implementation, given.length))))

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import tables
+from benchmarks.model_memory import COMPARED, LIMIT
 from benchmarks.plots import plot_memory, plot_throughput
 from benchmarks.runner import ROOT, merged, run_parts
 from benchmarks.suite import PARTS, PARTS_OF_THE_REPORT
@@ -114,7 +115,7 @@ def print_result(result: dict) -> None:
         )
     rows = tables.model_memory_rows(result)
     if rows:
-        right = ("longest in 2 GiB", "seconds", "MiB at 2048")
+        right = (f"longest in {LIMIT >> 20} MiB", "seconds", f"MiB at {COMPARED}")
         console.print(tables.table("Memory of a training step", ("model", "implementation"), right, rows))
     rows = tables.target_rows(result)
     styles = {"met": "[green]met[/]", "missed": "[red]missed[/]"}

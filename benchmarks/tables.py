@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
+from benchmarks.model_memory import COMPARED
 from benchmarks.suite import MEMORY_TARGET
 
 PEERS = ("torch", "naive", "onnxruntime")
@@ -105,14 +106,14 @@ def memory_rows(result: dict) -> list[list[str]]:
 
 
 def model_memory_rows(result: dict) -> list[list[str]]:
-    """model, implementation, the longest sequence whose training step fits in 2 GiB, its seconds, MiB at 2048."""
+    """model, implementation, the longest sequence whose training step fits, its seconds, MiB at COMPARED."""
     return [
         [
             entry["model"],
             entry["implementation"],
             str(entry["longest"]),
             f"{entry['seconds'].get(str(entry['longest']), 0):.2f}",
-            _mebibytes(entry["peaks"].get("2048")),
+            _mebibytes(entry["peaks"].get(str(COMPARED))),
         ]
         for entry in result.get("model_memory", [])
     ]

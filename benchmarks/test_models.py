@@ -1,13 +1,13 @@
-"""Peak memory and time of training steps up to the longest sequence that fits in 2 GiB: ``--part=models``.
+"""Peak memory and time of training steps up to the longest sequence that fits: ``--part=models``.
 
-The steps' times at length 512 are entries of the suite (``benchmarks/suite.py``) in the same part.
+The steps' times beside their peers' are entries of the suite (``benchmarks/suite.py``) in the same part.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.model_memory import steps_until_limit
+from benchmarks.model_memory import longest, steps_until_limit
 
 CASES = [(model, name) for model in ("transformer", "classifier") for name in ("naive", "torch", "fastattn")]
 CASES += [("additive", "naive"), ("additive", "fastattn")]
@@ -20,7 +20,7 @@ def only_in_the_models_part(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.parametrize(("model", "implementation"), CASES)
-def test_longest_in_two_gibibytes(model: str, implementation: str, benchmark) -> None:
+def test_longest_that_fits(model: str, implementation: str, benchmark) -> None:
     benchmark.group = f"memory of a {model} step"
     steps = benchmark.pedantic(steps_until_limit, args=(model, implementation))
     benchmark.extra_info.update(
@@ -28,5 +28,5 @@ def test_longest_in_two_gibibytes(model: str, implementation: str, benchmark) ->
         implementation=implementation,
         peaks={length: step.bytes for length, step in steps.items()},
         seconds={length: step.seconds for length, step in steps.items()},
-        longest=max(steps, default=0),
+        longest=longest(steps),
     )
