@@ -116,7 +116,7 @@ class Additive {
 
   static void pack(const S* rows, long count, long depth, S* panel) {
     if (count < block_keys) memset(panel, 0, depth * block_keys * sizeof(S));
-    pack_transposed<V>(rows, depth, count, depth, S(1), panel, block_keys);
+    pack_transposed<V, block_keys>(rows, depth, count, depth, S(1), panel);
   }
 
   // score[row][lanes of keys] = offset + bias + sum_d weight[d] / e.

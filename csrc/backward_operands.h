@@ -52,10 +52,10 @@ void pack_panel(const T* rows, long stride, long count, long columns,
   if (count < width) memset(panel, 0, sizeof(*panel) * width * ceil_div(columns, V::depth));
 #ifdef FASTATTN_BF16_DOT
   if constexpr (V::depth == 2)
-    pack_pairs_transposed(rows, stride, count, columns, panel, width);
+    pack_pairs_transposed(rows, stride, count, columns, panel);
   else
 #endif
-    pack_transposed<V>(rows, stride, count, columns, factor, panel, width);
+    pack_transposed<V>(rows, stride, count, columns, factor, panel);
 }
 
 #ifdef FASTATTN_BF16_DOT

@@ -261,11 +261,10 @@ class Forward {
     const T* query = query_.at(b, h, first);
     if constexpr (depth == 1)
       pack_transposed<V>(query, query_.stride[2], panel.queries.size(), problem_.head_dim, query_factor(),
-                         panel.query, width);
+                         panel.query);
 #ifdef FASTATTN_BF16_DOT
     else
-      pack_pairs_transposed(query, query_.stride[2], panel.queries.size(), problem_.head_dim, panel.query,
-                            width);
+      pack_pairs_transposed(query, query_.stride[2], panel.queries.size(), problem_.head_dim, panel.query);
 #endif
     for (int j = 0; j < columns; j++) {
       // Lanes past the last query have a reference from the start: nothing waits for them.
@@ -614,7 +613,7 @@ class Forward {
     memcpy(static_cast<S*>(output_.lse) + (b * problem_.query_heads + h) * problem_.queries +
                panel.queries.begin,
            lse, panel.queries.size() * sizeof(S));
-    unpack_transposed<V>(panel.out, width, inverse, panel.queries.size(), problem_.value_dim,
+    unpack_transposed<V>(panel.out, inverse, panel.queries.size(), problem_.value_dim,
                          output_.out.as<T>().at(b, h, panel.queries.begin), output_.out.stride[2]);
   }
 

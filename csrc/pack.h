@@ -10,9 +10,9 @@ namespace FASTATTN_ISA_NAMESPACE {
 
 // panel[depth][lanes of the vectors] = transpose of rows [rows][depth], widened, times `factor`; lanes past
 // the last row are 0 up to a whole number of vectors. row_stride counts elements of T.
-template <class V, class T>
+template <class V, long panel_stride = V::lanes * V::tile_vectors, class T>
 inline void pack_transposed(const T* rows, long row_stride, long row_count, long depth,
-                            typename V::scalar factor, typename V::scalar* panel, long panel_stride) {
+                            typename V::scalar factor, typename V::scalar* panel) {
   constexpr int W = V::lanes;
   const auto f = V::set1(factor);
   for (long row = 0; row < row_count; row += W) {
@@ -23,8 +23,9 @@ inline void pack_transposed(const T* rows, long row_stride, long row_count, long
       typename V::scalar* target = panel + d * panel_stride + row;
       if (count == W && width == W) {
         typename V::vector block[W];
-        V::load_transposed(source, row_stride, block);
-        UNROLL for (int i = 0; i < W; i++) V::store(target + i * panel_stride, V::mul(block[i], f));
+        UNROLL for (int i = 0; i < W; i++) block[i] = V::mul(V::load(source + i * row_stride), f);
+        V::transpose(block);
+        UNROLL for (int i = 0; i < W; i++) V::store(target + i * panel_stride, block[i]);
       } else {
         typename V::vector block[W];
         for (int i = 0; i < W; i++)
@@ -36,52 +37,41 @@ inline void pack_transposed(const T* rows, long row_stride, long row_count, long
   }
 }
 
-// rows[r][d] = panel[d][r] * factor[r], narrowed: the way back.
+// rows[r][d] = panel[d][r] * factor[r], narrowed: the way back, from a panel of V::tile_vectors vectors.
 template <class V, class T>
-inline void unpack_transposed(const typename V::scalar* panel, long panel_stride,
-                              const typename V::scalar* factor, long row_count, long depth, T* rows,
-                              long row_stride) {
-  constexpr int W = V::lanes;
+inline void unpack_transposed(const typename V::scalar* panel, const typename V::scalar* factor,
+                              long row_count, long depth, T* rows, long row_stride) {
+  constexpr int W = V::lanes, panel_stride = W * V::tile_vectors;
   for (long row = 0; row < row_count; row += W) {
     const long count = min<long>(W, row_count - row);
     const auto f = V::load(factor + row);
-    const auto scaled = [&](long d) { return V::mul(V::load(panel + d * panel_stride + row), f); };
-    T* const target = rows + row * row_stride;
+    const typename V::scalar* source = panel + row;
+    T* target = rows + row * row_stride;
+    const auto scaled = [&](long d) { return V::mul(V::load(source + d * panel_stride), f); };
     long d = 0;
     if constexpr (V::depth == 2 && sizeof(T) == 2) {
       // Two of a row at a time: half of the shuffles.
-      const auto transposed_pairs = [&](auto store) {
+      for (; count == W && d + 2 * W <= depth; d += 2 * W) {
         typename V::vector block[W];
         UNROLL for (int i = 0; i < W; i++) block[i] = V::pair(scaled(d + 2 * i), scaled(d + 2 * i + 1));
         V::transpose(block);
-        UNROLL for (int i = 0; i < W; i++) store(i, block[i]);
-      };
-      const auto pairs_at = [&](int i) {
-        return reinterpret_cast<typename V::element*>(target + i * row_stride + d);
-      };
-      for (; d + 2 * W <= depth; d += 2 * W) {
-        if (count == W)
-          transposed_pairs([&](int i, auto x) { V::store(pairs_at(i), x); });
-        else
-          transposed_pairs([&](int i, auto x) {
-            if (i < count) V::store(pairs_at(i), x);
-          });
+        UNROLL for (int i = 0; i < W; i++)
+            V::store(reinterpret_cast<typename V::element*>(target + i * row_stride + d), block[i]);
       }
     }
+    for (; count == W && d + W <= depth; d += W) {
+      typename V::vector block[W];
+      UNROLL for (int i = 0; i < W; i++) block[i] = scaled(d + i);
+      V::transpose(block);
+      UNROLL for (int i = 0; i < W; i++) V::store(target + i * row_stride + d, block[i]);
+    }
+    // Fewer rows or columns are indexed at run time: an array that lies in memory.
     for (; d < depth; d += W) {
       const long width = min<long>(W, depth - d);
       typename V::vector block[W];
-      if (count == W && width == W) {
-        UNROLL for (int i = 0; i < W; i++) block[i] = scaled(d + i);
-        V::transpose(block);
-        UNROLL for (int i = 0; i < W; i++) V::store(target + i * row_stride + d, block[i]);
-      } else {
-        // An array of its own, which may lie in memory: the other one stays in registers.
-        typename V::vector part[W];
-        for (int i = 0; i < W; i++) part[i] = i < width ? scaled(d + i) : V::zero();
-        V::transpose(part);
-        for (int i = 0; i < count; i++) V::store(target + i * row_stride + d, part[i], width);
-      }
+      for (int i = 0; i < W; i++) block[i] = i < width ? scaled(d + i) : V::zero();
+      V::transpose(block);
+      for (int i = 0; i < count; i++) V::store(target + i * row_stride + d, block[i], width);
     }
   }
 }
@@ -103,8 +93,8 @@ inline void copy_widened(const T* rows, long row_stride, long row_count, long wi
 #ifdef FASTATTN_BF16_DOT
 // panel[pair of depth][rows] = pairs (row[2p], row[2p + 1]); an odd depth is padded with 0.
 inline void pack_pairs_transposed(const bf16* rows, long row_stride, long row_count, long depth,
-                                  uint32_t* panel, long panel_stride) {
-  constexpr int W = F32::lanes;
+                                  uint32_t* panel) {
+  constexpr int W = F32::lanes, panel_stride = W * F32::tile_vectors;
   for (long row = 0; row < row_count; row += W) {
     const long count = min<long>(W, row_count - row);
     for (long d = 0; d < depth; d += 2 * W) {

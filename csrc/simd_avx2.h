@@ -137,12 +137,6 @@ struct F32 {
     UNROLL for (int i = 0; i < 8; i++) r[i] = t[i];
   }
 
-  template <class T>
-  INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
-    UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
-    transpose(r);
-  }
-
  private:
   template <class H>
   INLINE static __m128i load_halves(const H* p, long n) {
@@ -259,12 +253,6 @@ struct F64 {
     r[1] = _mm256_permute2f128_pd(b, d, 0x20);
     r[2] = _mm256_permute2f128_pd(a, c, 0x31);
     r[3] = _mm256_permute2f128_pd(b, d, 0x31);
-  }
-
-  template <class T>
-  INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
-    UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
-    transpose(r);
   }
 };
 

@@ -127,13 +127,6 @@ struct F32 {
     }
   }
 
-  // r[j] lane i = row i of p, element j.
-  template <class T>
-  INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
-    UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
-    transpose(r);
-  }
-
  protected:
   INLINE static vector widen_bf16(__m256i x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
@@ -232,12 +225,6 @@ struct F64 {
       t[i + 4] = _mm512_shuffle_f64x2(r[i], r[i + 4], 0xdd);
     }
     UNROLL for (int i = 0; i < 8; i++) r[i] = t[i];
-  }
-
-  template <class T>
-  INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
-    UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
-    transpose(r);
   }
 };
 

@@ -150,12 +150,6 @@ struct F32 : Extension<float, int32_t> {
     UNROLL for (int i = 0; i < n; i++) x[i] = exp2<degree>(x[i]);
   }
 
-  template <class T>
-  INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
-    UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
-    transpose(r);
-  }
-
  private:
   // A half's exponent and mantissa, moved up, are the value times 2^-112; subnormals become normal.
   INLINE static vector widen_fp16(mask half) {
@@ -207,12 +201,6 @@ struct F64 : Extension<double, int64_t> {
   template <int degree, int n>
   INLINE static void exp2_each(vector (&x)[n]) {
     UNROLL for (int i = 0; i < n; i++) x[i] = exp2<degree>(x[i]);
-  }
-
-  template <class T>
-  INLINE static void load_transposed(const T* p, long stride, vector (&r)[lanes]) {
-    UNROLL for (int i = 0; i < lanes; i++) r[i] = load(p + i * stride);
-    transpose(r);
   }
 };
 

@@ -72,7 +72,7 @@ class Weights {
     S* rows = static_cast<S*>(output_.weights);
     const long heads = output_.average ? 1 : problem_.query_heads;
     rows += ((b * heads + head) * problem_.queries + queries.begin) * problem_.keys + keys.begin;
-    unpack_transposed<V>(work.total, width, factor, queries.size(), keys.size(), rows, problem_.keys);
+    unpack_transposed<V>(work.total, factor, queries.size(), keys.size(), rows, problem_.keys);
   }
 
   void add_head(const Tile& tile, const Band& band, const Workspace& work) const {
@@ -83,7 +83,7 @@ class Weights {
     const long rows = tile.keys.size(), columns = ceil_div(tile.queries.size(), V::lanes);
     const Tensor4<const T> query = problem_.query.as<const T>(), key = problem_.key.as<const T>();
     pack_transposed<V>(query.at(tile.batch, tile.head, tile.queries.begin), query.stride[2],
-                       tile.queries.size(), problem_.head_dim, scores_.query_scale, work.query, width);
+                       tile.queries.size(), problem_.head_dim, scores_.query_scale, work.query);
     DepthContiguous<S> from{work.key, problem_.head_dim};
     const T* source = key.at(tile.batch, tile.head / problem_.group(), tile.keys.begin);
     if constexpr (sizeof(T) == sizeof(S))
