@@ -10,7 +10,7 @@ from fastattn.checks import check_flag
 from fastattn.problem import (
     Arguments,
     check_arguments,
-    check_length_values,
+    check_problem,
     draw_rng_state,
     problem_from_arguments,
 )
@@ -113,7 +113,7 @@ def explain(
     )
     rng_state = torch.zeros(2, dtype=torch.int64, device=query.device) if arguments.dropout_p > 0.0 else None
     problem = problem_from_arguments(*arguments, rng_state)
-    check_length_values(problem)
+    check_problem(problem)
     return dispatch.explain_problem(problem, backend)
 
 

@@ -21,7 +21,7 @@ from fastattn.eager import is_eager, is_observed, is_transformed
 from fastattn.problem import (
     Arguments,
     bias_gradient_shape,
-    check_length_values,
+    check_problem,
     problem_from_arguments,
     with_unit_last_stride,
 )
@@ -88,7 +88,7 @@ def empty_lse(query: Tensor) -> Tensor:
 def _forward(*arguments, wants_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """out [B, Hq, Lq, Dv] in query's layout and lse [B, Hq, Lq], which is None if that saves time."""
     problem = problem_from_arguments(*arguments[:-1])
-    check_length_values(problem)
+    check_problem(problem)
     engine = dispatch.select(problem, arguments[-1])
     query = problem.query
     out = empty_result(query, problem.value.shape[3])
@@ -111,6 +111,7 @@ def _gradients(
         # A caller's own expanded view: each of its elements has a gradient of its own.
         arguments[_BIAS] = bias = bias.contiguous()
     problem = problem_from_arguments(*arguments)
+    check_problem(problem)
     engine = dispatch.select(problem, backend)
     out, grad_out = with_unit_last_stride(out), with_unit_last_stride(grad_out)
     lse = lse.contiguous()  # vmap over the gradient alone expands it
@@ -136,6 +137,7 @@ def _backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _weights(lse: Tensor, average: bool, *arguments) -> Tensor:
     problem = problem_from_arguments(*arguments[:-1])
+    check_problem(problem)
     engine = dispatch.select(problem, arguments[-1])
     weights = _empty_weights(lse, average, problem.query, problem.key)
     engine.weights(problem, lse, weights, average)

@@ -134,10 +134,13 @@ def _gradients(
     engine = problem = None
     # Hooks may return saved tensors in another form.
     as_engines_read = grad_out.stride(3) == 1 == out.stride(3) and lse.is_contiguous()
+    as_engines_read = as_engines_read and (key_lengths is None or key_lengths.is_contiguous())
     if as_engines_read and is_ordinary(grad_out) and is_eager() and not torch.is_grad_enabled():
         engine = dispatch.select_plain(query, key, value, True)
     if engine is not None:
         problem = _problem(query, key, value, mask, key_lengths, scale, causal)
+        if problem is not None and key_lengths is not None:
+            check_length_values(problem)
     if problem is None:
         if mask is not None:
             mask = mask[(None,) * (4 - mask.dim())]

@@ -117,7 +117,7 @@ def make_problem(
     if rng_state is None and arguments.dropout_p > 0.0:
         rng_state = draw_rng_state(query.device)
     problem = problem_from_arguments(*arguments, rng_state)
-    check_length_values(problem)
+    check_problem(problem)
     return problem
 
 
@@ -143,13 +143,13 @@ def problem_from_arguments(
     """The problem of checked arguments: masks expanded, last strides 1.
 
     Key lengths on a GPU are clamped to 0..Lk, because checking them would wait for the device;
-    those on a CPU have to pass :func:`check_length_values` before anything is computed.
+    those on a CPU have to pass :func:`check_problem` before anything is computed.
     """
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
     score_shape = (batch, heads, queries, keys)
-    if key_lengths is not None and not key_lengths.is_cpu:
-        key_lengths = key_lengths.clamp(0, keys)
+    if key_lengths is not None:
+        key_lengths = (key_lengths if key_lengths.is_cpu else key_lengths.clamp(0, keys)).contiguous()
     return Problem(
         with_unit_last_stride(query),
         with_unit_last_stride(key),
@@ -166,11 +166,36 @@ def problem_from_arguments(
     )
 
 
+def check_problem(problem: Problem) -> None:
+    """Raise ValueError where values would make an engine read past its tensors, or compute something else.
+
+    Key lengths on a CPU are the caller's. The rest has passed :func:`check_arguments`, unless an operator was
+    called by hand, or a hook of saved tensors returned others.
+    """
+    query, bias, rng_state = problem.query, problem.bias, problem.rng_state
+    if problem.key_lengths is not None:
+        check_length_values(problem)
+    if problem.attn_mask is not None and problem.attn_mask.dtype is not torch.bool:
+        raise ValueError(f"attn_mask of an operator must be bool, got {problem.attn_mask.dtype}")
+    if bias is not None and bias.dtype not in (query.dtype, problem.lse_dtype):
+        raise ValueError(f"bias of an operator must be float32 or query's dtype {query.dtype}, got {bias.dtype}")
+    if problem.causal not in CAUSAL_MODES:
+        raise ValueError(f"causal of an operator must be one of {CAUSAL_MODES}, got {problem.causal!r}")
+    for size in (problem.window_left, problem.window_right):
+        if size is not None and size < 0:
+            raise ValueError(f"the window of an operator must be at least 0 or None, got {size}")
+    if problem.dropout_p != 0.0:
+        check_dropout(problem.dropout_p)
+        if rng_state is None or rng_state.dtype is not torch.int64 or rng_state.shape != (2,):
+            given = "None" if rng_state is None else f"{rng_state.dtype} {list(rng_state.shape)}"
+            raise ValueError(f"rng_state of an operator that drops must be int64 [2], got {given}")
+
+
 def check_length_values(problem: Problem) -> None:
-    """Raise ValueError if a key length on the CPU is negative or beyond the keys, or is not int64."""
-    if problem.key_lengths is not None and problem.key_lengths.is_cpu:
-        if problem.key_lengths.dtype != torch.int64:  # from an operator called by hand: an engine reads 64 bits
-            raise ValueError(f"key_lengths of an operator must be int64, got {problem.key_lengths.dtype}")
+    """Raise ValueError if key lengths are not int64, or one on the CPU is negative or beyond the keys."""
+    if problem.key_lengths.dtype is not torch.int64:
+        raise ValueError(f"key_lengths of an operator must be int64, got {problem.key_lengths.dtype}")
+    if problem.key_lengths.is_cpu:
         _check_length_range(problem.key_lengths, problem.key.shape[2])
 
 
@@ -390,7 +415,7 @@ def _check_mask(
 
 
 def check_lengths(key_lengths: Tensor | list[int], query: Tensor, keys: int, batch_shape: tuple[int, ...]) -> Tensor:
-    """int64 [B] on query's device. Values on a CPU are left to :func:`check_length_values`."""
+    """int64 [B] on query's device. Values on a CPU are left to :func:`check_problem`."""
     if not isinstance(key_lengths, Tensor):
         try:
             key_lengths = torch.tensor(key_lengths)

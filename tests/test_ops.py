@@ -220,6 +220,57 @@ def test_an_operator_called_by_hand_reads_nothing_that_does_not_fit(name):
         torch.ops.fastattn.attention_forward(*arguments, rng_state, backend)
 
 
+#: On query [2, 2, 5, 3] float64 and key [2, 2, 6, 3]: what would be read as something else, or past its end.
+WRONG_VALUES = {
+    "a bias in another dtype": ({"bias": torch.zeros(1, 1, 5, 6)}, "bias .* torch.float64, got torch.float32"),
+    "a mask that is no bool": ({"attn_mask": torch.zeros(1, 1, 5, 6)}, "attn_mask .* bool, got torch.float32"),
+    "lengths past the keys": ({"key_lengths": torch.tensor([3, 10**7])}, r"between 0 .* 6, got \[3, 10000000\]"),
+    "a length below 0": ({"key_lengths": torch.tensor([-1, 3])}, r"between 0 .* 6, got \[-1, 3\]"),
+    "short lengths": ({"key_lengths": torch.tensor([3, 3], dtype=torch.int32)}, "int64, got torch.int32"),
+    "an unknown causality": ({"causal": "left"}, "causal .* 'upper_left'.* got 'left'"),
+    "a window below 0": ({"window_left": -3}, "window .* at least 0 .* got -3"),
+    "a dropout of 1": ({"dropout_p": 1.0}, "less than 1, got 1.0"),
+    "dropout without a state": ({"dropout_p": 0.5}, r"rng_state .* int64 \[2\], got None"),
+    "a state of one word": (
+        {"dropout_p": 0.5, "rng_state": torch.zeros(1, dtype=torch.int64)},
+        r"got torch.int64 \[1\]",
+    ),
+    "a state of floats": ({"dropout_p": 0.5, "rng_state": torch.zeros(2)}, r"got torch.float32 \[2\]"),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_an_operator_called_by_hand_refuses_what_it_cannot_read(name, backend):
+    change, message = WRONG_VALUES[name]
+    query, key = tensors((2, 2, 5, 3), (2, 2, 6, 3))
+    plain = Arguments(query, key, key, None, None, None, None, None, None, None, 0.0)
+    out, lse = torch.ops.fastattn.attention_forward(*plain, None, backend)
+    rng_state = change.get("rng_state")
+    wrong = plain._replace(**{field: value for field, value in change.items() if field != "rng_state"})
+    calls = (
+        lambda: torch.ops.fastattn.attention_forward(*wrong, rng_state, backend),
+        lambda: torch.ops.fastattn.attention_backward(
+            *(out, None, out, lse, *wrong, rng_state, backend), *(True, True, True, False)
+        ),
+        lambda: torch.ops.fastattn.attention_weights(lse, False, *wrong, rng_state, backend),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_strided_lengths_are_read_with_their_stride():
+    arguments = Arguments(
+        *tensors((2, 1, 5, 3), (2, 1, 6, 3), (2, 1, 6, 3)), None, None, None, None, None, None, None, 0.0
+    )
+    lengths = torch.tensor([[5, 1], [2, 6]])
+    for column in lengths.t():
+        strided, packed = (arguments._replace(key_lengths=given) for given in (column, column.clone()))
+        results = [torch.ops.fastattn.attention_forward(*given, None, "auto") for given in (strided, packed)]
+        torch.testing.assert_close(*results, rtol=0.0, atol=0.0)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(dynamic):
     torch._dynamo.reset()

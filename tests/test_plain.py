@@ -508,6 +508,37 @@ def test_a_saved_tensor_that_comes_back_as_another_is_refused(place, change):
         torch.autograd.grad(out, leaves, grad_out)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved.half() if saved.shape == (17, 33) else saved, "bias .* got torch.float16"),
+        (lambda saved: saved.int() if saved.shape == (2,) else saved, "key_lengths .* int64"),
+        (lambda saved: saved + 10**7 if saved.shape == (2,) else saved, "key_lengths .* between 0"),
+    ],
+    ids=["bias", "dtype of lengths", "lengths"],
+)
+def test_saved_masks_that_come_back_as_others_are_refused(change, message):
+    leaves, grad_out = leaves_and_grad()
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, change):
+        out = scaled_dot_product_attention(*leaves, torch.randn(17, 33), key_lengths=torch.tensor([33, 4]))
+    with pytest.raises(ValueError, match=message):
+        torch.autograd.grad(out, leaves, grad_out)
+
+
+def test_saved_lengths_that_come_back_strided():
+    leaves, grad_out = leaves_and_grad()
+    lengths = torch.tensor([33, 4])
+    expected = torch.autograd.grad(scaled_dot_product_attention(*leaves, key_lengths=lengths), leaves, grad_out)
+
+    def spread(saved):
+        return torch.stack((saved, saved), -1)[..., 0] if saved.shape == (2,) else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, spread):
+        out = scaled_dot_product_attention(*leaves, key_lengths=lengths)
+    for actual, truth in zip(torch.autograd.grad(out, leaves, grad_out), expected, strict=True):
+        assert torch.equal(actual, truth)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(use_reentrant):
     leaves, grad_out = leaves_and_grad()
