@@ -608,7 +608,10 @@ class Forward {
       const auto log = V::mul(V::add(reference, log2_of<V>(sum)), V::set1(static_cast<S>(ln_2)));
       V::store(inverse + j * V::lanes,
                V::select(none, V::zero(), V::div(V::set1(1), V::mul(multiplied, kept))));
-      V::store(lse + j * V::lanes, V::select(none, V::set1(-Limits<S>::infinity), log));
+      // A bias too large for log2 units gives the lowest lse; NaN stays.
+      const auto lowest = V::set1(Limits<S>::lowest);
+      const auto finite = V::select(V::not_less_equal(reference, lowest), log, lowest);
+      V::store(lse + j * V::lanes, V::select(none, V::set1(-Limits<S>::infinity), finite));
     }
     memcpy(static_cast<S*>(output_.lse) + (b * problem_.query_heads + h) * problem_.queries +
                panel.queries.begin,
