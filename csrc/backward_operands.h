@@ -79,6 +79,12 @@ void write_rows(const typename V::scalar* sum, long columns_padded, long rows, l
                     columns - c);
 }
 
+// sum[count] += part, in whole vectors.
+template <class V>
+void add_to(typename V::scalar* sum, const typename V::scalar* part, long count) {
+  for (long i = 0; i < count; i += V::lanes) V::store(sum + i, V::add(V::load(sum + i), V::load(part + i)));
+}
+
 template <class T>
 void zero_rows(T* out, long stride, long rows, long columns) {
   for (long r = 0; r < rows; r++) memset(static_cast<void*>(out + r * stride), 0, sizeof(T) * columns);

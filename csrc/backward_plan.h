@@ -1,9 +1,10 @@
-// How a backward call is cut into items, from the shape alone, so that the result does not depend on who
-// computes what.
+// How a backward call is cut into items, so that the result does not depend on who computes what.
 //
-// An item owns the gradients of a fixed chunk of keys of one key head (of all heads or batch entries that
-// share a bias whose gradient is wanted). When heads are too few to keep threads busy the keys are cut into
-// chunks; each then has a partial sum of dQ, added in the order of the chunks.
+// An item owns the gradients of some keys of one key head (of all heads or batch entries that share a bias
+// whose gradient is wanted). Where heads are few the keys are cut into chunks, from the shape alone, and each
+// chunk has a partial sum of dQ, added in the order of the chunks: by the item itself where it has all of
+// them, else when all items are done. Only that depends on the number of threads, and no bit of a result
+// does.
 #pragma once
 
 #include "backward.h"
@@ -35,7 +36,7 @@ struct BackwardPlan : ForwardScores<V> {
   const Problem& problem;
   const BackwardArgs& args;
   long batches_per_item, heads_per_item;  // heads of keys
-  long batch_items, head_items, chunks, chunk_keys;
+  long batch_items, head_items, chunks, chunk_keys, chunks_per_item;
   long dim_padded, value_dim_padded, stretch_padded;
   bool wants_scores;  // dQ, dK or dbias
   // dQ = scale dS K and dK = scale dS^T Q. dS carries the scale where nobody wants to see it (a bias does),
@@ -43,7 +44,8 @@ struct BackwardPlan : ForwardScores<V> {
   double scale_in_scores, scale_after;
   long grad_bias_stride[4];
 
-  BackwardPlan(const Problem& p, const BackwardArgs& a) : ForwardScores<V>(p), problem(p), args(a) {
+  BackwardPlan(const Problem& p, const BackwardArgs& a, int threads)
+      : ForwardScores<V>(p), problem(p), args(a) {
     const bool shares = args.grad_bias != nullptr;
     batches_per_item = shares && p.bias.stride[0] == 0 ? p.batch : 1;
     heads_per_item = shares && p.bias.stride[1] == 0 ? p.kv_heads : 1;
@@ -53,6 +55,9 @@ struct BackwardPlan : ForwardScores<V> {
     chunks = max(1L, min(ceil_div(enough_items, items), p.keys / least_chunk));
     chunk_keys = max(block_keys, round_up(ceil_div(p.keys, chunks), block_keys));
     chunks = max(1L, ceil_div(p.keys, chunk_keys));
+    // Whole heads that threads can share evenly, twice each so that unequal ones even out.
+    const bool enough_heads = threads <= 1 || (items >= 2 * threads && items % threads == 0);
+    chunks_per_item = enough_heads ? chunks : 1;
     dim_padded = round_up(p.head_dim, V::lanes);
     value_dim_padded = round_up(p.value_dim, V::lanes);
     stretch_padded = min(stretch_queries, round_up(p.queries, block_queries));
@@ -67,14 +72,20 @@ struct BackwardPlan : ForwardScores<V> {
     }
   }
 
-  long items() const { return batch_items * head_items * chunks; }
+  long items_per_head() const { return chunks / chunks_per_item; }
+  long items() const { return batch_items * head_items * items_per_head(); }
 
   Range chunk(long c) const { return {c * chunk_keys, min(problem.keys, (c + 1) * chunk_keys)}; }
+  Range chunks_of(long item) const {
+    const long first = item % items_per_head() * chunks_per_item;
+    return {first, first + chunks_per_item};
+  }
+  Range keys_of(Range chunks) const { return {chunk(chunks.begin).begin, chunk(chunks.end - 1).end}; }
 
   // Blocks of the score matrix that item computes, up to a factor common to all.
   int64_t work(long item) const {
-    const Range keys = chunk(item % chunks);
-    const long first_batch = item / chunks / head_items * batches_per_item;
+    const Range keys = keys_of(chunks_of(item));
+    const long first_batch = item / items_per_head() / head_items * batches_per_item;
     int64_t blocks = 0;
     for (long b = first_batch; b < min(problem.batch, first_batch + batches_per_item); b++) {
       const Band band(problem, b);
@@ -87,7 +98,7 @@ struct BackwardPlan : ForwardScores<V> {
   // Scalars of one head's dQ, and of all partial sums.
   long head_query_size() const { return problem.queries * dim_padded; }
   long partial_size() const {
-    return chunks > 1 && args.grad_query.data
+    return items_per_head() > 1 && args.grad_query.data
                ? chunks * problem.batch * problem.query_heads * head_query_size()
                : 0;
   }

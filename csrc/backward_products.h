@@ -107,10 +107,10 @@ struct WeightsWork {
   const S *shift, *correction;
   const S factor;
   const Block<S> weights;
-  Upcoming* const next;
+  Upcoming& next;
 
   INLINE bool begin(const S*) { return true; }
-  INLINE void between() { next->fetch_some(); }
+  INLINE void between() { next.fetch_some(); }
   template <int n>
   INLINE void unit(const S* product, long key, int at) {
     typename V::vector x[n];

@@ -26,8 +26,7 @@ void sum_partial_queries(const BackwardPlan<V>& plan, typename V::scalar* partia
       const Range all = plan.chunk(c), keys{all.begin, min<long>(all.end, problem.key_length(b))};
       if (intersect(queries, query_span(band, keys, problem.queries, block)).empty()) continue;
       const S* part = partial + (c * heads + head) * plan.head_query_size() + queries.begin * dim;
-      for (long i = 0; i < count; i += V::lanes)
-        V::store(sum + i, V::add(V::load(sum + i), V::load(part + i)));
+      add_to<V>(sum, part, count);
     }
     write_rows<V>(sum, dim, queries.size(), problem.head_dim, static_cast<S>(plan.scale_after),
                   out.at(b, head % problem.query_heads, queries.begin), out.stride[2]);
@@ -53,7 +52,7 @@ void add_row_bias_gradient(const BackwardPlan<V>& plan) {
 template <class V, class T>
 void backward_of(const Problem& problem, const BackwardArgs& args, int threads) {
   using S = typename V::scalar;
-  const BackwardPlan<V> plan(problem, args);
+  const BackwardPlan<V> plan(problem, args, threads);
   const long items = plan.items();
   const AlignedBuffer partial(sizeof(S) * plan.partial_size()), order(2 * sizeof(int64_t) * items);
   int64_t* const sorted = static_cast<int64_t*>(order.data());

@@ -1,7 +1,8 @@
-// One item of the backward: the gradients that a chunk of keys of one key head takes part in.
+// One item of the backward: the gradients that chunks of keys of one key head take part in.
 //
-// Keys outside, queries inside. With scores transposed (rows are keys, lanes are queries), five products
-// per tile of block_keys x block_queries, all by the one micro-kernel, none of which needs a transpose:
+// For each stretch of queries all keys pass by, for each block of keys the stretch's blocks of queries. With
+// scores transposed (rows are keys, lanes are queries), five products per tile of block_keys x block_queries,
+// all by the one micro-kernel, none of which needs a transpose:
 //
 //   S^T  = K Q^T        rows of K         x panels of Q^T      then P = exp2(S - lse)
 //   dP^T = V dO^T       rows of V         x panels of dO^T     then dS = P (dP - delta)
@@ -42,9 +43,10 @@ class BackwardTask {
         work_(plan, scratch) {}
 
   void run(long item) {
-    chunk_ = item % plan_.chunks;
-    const long batch = item / plan_.chunks / plan_.head_items * plan_.batches_per_item;
-    const long head = item / plan_.chunks % plan_.head_items * plan_.heads_per_item;
+    chunks_ = plan_.chunks_of(item);
+    const long heads = item / plan_.items_per_head();
+    const long batch = heads / plan_.head_items * plan_.batches_per_item;
+    const long head = heads % plan_.head_items * plan_.heads_per_item;
     for (batch_ = batch; batch_ < min(problem_.batch, batch + plan_.batches_per_item); batch_++)
       for (kv_head_ = head; kv_head_ < min(problem_.kv_heads, head + plan_.heads_per_item); kv_head_++)
         key_head();
@@ -62,7 +64,7 @@ class BackwardTask {
 
   void key_head() {
     const Band band(problem_, batch_);
-    const Range all = plan_.chunk(chunk_);
+    const Range all = plan_.keys_of(chunks_);
     keys_ = {all.begin, max(all.begin, min(all.end, static_cast<long>(problem_.key_length(batch_))))};
     prepare_keys();
     const S key_factor = static_cast<S>(plan_.scale_after),
@@ -162,7 +164,7 @@ class BackwardTask {
         fetch_later(band, queries, head_ + 1, {span.begin, min(span.end, span.begin + stretch_queries)});
       stretch(band, queries);
     }
-    if (plan_.chunks > 1 || !args_.grad_query.data) return;
+    if (plan_.items_per_head() > 1 || !args_.grad_query.data) return;
     const long stride = args_.grad_query.stride[2];
     zero_rows(element<T>(args_.grad_query, batch_, head_, 0), stride, span.begin, problem_.head_dim);
     zero_rows(element<T>(args_.grad_query, batch_, head_, span.end), stride, problem_.queries - span.end,
@@ -187,25 +189,43 @@ class BackwardTask {
   void stretch(const Band& band, Range queries) {
     const long dim = plan_.dim_padded;
     const S factor = static_cast<S>(plan_.scale_after);
-    if (plan_.chunks == 1) {
+    const bool is_partial = plan_.items_per_head() > 1;
+    if (!is_partial) {
       grad_query_ =
           cleared_sums(args_.grad_query, head_, queries, dim, problem_.head_dim, factor, work_.grad_query);
     } else if (args_.grad_query.data) {
-      const long part = (chunk_ * problem_.batch + batch_) * problem_.query_heads + head_;
+      const long part = (chunks_.begin * problem_.batch + batch_) * problem_.query_heads + head_;
       grad_query_ = partial_ + part * plan_.head_query_size() + queries.begin * dim;
       memset(grad_query_, 0, sizeof(S) * queries.size() * dim);
     }
     prepare_queries(queries);
 
-    for (long k = keys_.begin; k < keys_.end; k += block_keys) {
-      const Range keys{k, min(keys_.end, k + block_keys)};
+    S* const sums = grad_query_;  // the first chunk's, then with those of the others added
+    const long size = queries.size() * dim;
+    for (long c = chunks_.begin; c < chunks_.end; c++) {
+      const Range keys = intersect(keys_, plan_.chunk(c));
+      if (intersect(query_span(band, keys, problem_.queries, block_queries), queries).empty()) continue;
+      const bool is_added = sums && c > chunks_.begin;
+      if (is_added) {
+        grad_query_ = work_.chunk_grad_query;
+        memset(grad_query_, 0, sizeof(S) * size);
+      }
+      tiles(band, keys, queries);
+      if (is_added) add_to<V>(sums, grad_query_, size);
+    }
+    grad_query_ = sums;
+
+    if (!is_partial)
+      write_sums(args_.grad_query, head_, queries, queries, dim, problem_.head_dim, factor, grad_query_);
+  }
+
+  void tiles(const Band& band, Range all, Range queries) {
+    for (long k = all.begin; k < all.end; k += block_keys) {
+      const Range keys{k, min(all.end, k + block_keys)};
       const Range met = intersect(band.queries_of(keys), queries);
       for (long q = met.begin / block_queries * block_queries; q < met.end; q += block_queries)
         tile(band, keys, {q, min(problem_.queries, q + block_queries)});
     }
-
-    if (plan_.chunks == 1)
-      write_sums(args_.grad_query, head_, queries, queries, dim, problem_.head_dim, factor, grad_query_);
   }
 
   void prepare_queries(Range queries) {
@@ -395,7 +415,7 @@ class BackwardTask {
         const long swept = swept_keys(queries, count, dim);
         if (swept)
           sweep_panel<V>(swept, key_columns, query_panel, dim,
-                         WeightsWork<V, is_corrected>{shift, correction, plan_.score_factor, scores, &next_});
+                         WeightsWork<V, is_corrected>{shift, correction, plan_.score_factor, scores, next_});
         if (swept == count) return;
         for_each_piece<V>(queries.size(), [&](auto vectors, long q) {
           weights_product<V, decltype(vectors)::value, is_corrected>(
@@ -603,7 +623,8 @@ class BackwardTask {
   S* const partial_;
   BackwardWorkspace<V> work_;
 
-  long chunk_ = 0, batch_ = 0, kv_head_ = 0, head_ = 0;
+  Range chunks_{0, 0};
+  long batch_ = 0, kv_head_ = 0, head_ = 0;
   Range keys_{0, 0};
   Rows<E> key_columns_{}, value_columns_{};  // A of the scores and of dP
   Rows<E> key_rows_{}, query_rows_{}, grad_out_rows_{};

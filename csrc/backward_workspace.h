@@ -21,11 +21,12 @@ struct BackwardWorkspace {
   // Of one stretch of queries.
   E *query_panels, *grad_out_panels;  // [panel][ceil(D / depth)][width]
   E *query_rows, *grad_out_rows;      // [ceil(stretch / depth)][padded]
-  E *key_rows, *key_columns;          // [ceil(chunk / depth)][padded], [chunk][ceil(D / depth)]
-  E* value_columns;                   // [chunk][ceil(Dv / depth)]
+  E *key_rows, *key_columns;          // [ceil(keys / depth)][padded], [keys][ceil(D / depth)]
+  E* value_columns;                   // [keys][ceil(Dv / depth)]
   E* block_key_rows;                  // key_rows of one block, without those that are not finite
   S *shift, *correction, *delta;      // [stretch]: -lse in log2 units, what that lacks, rowsum(dO O) - dlse
   S *grad_query, *grad_key, *grad_value;
+  S* chunk_grad_query;                    // a chunk's share of grad_query
   S *scores, *products, *bias;            // [block_keys][scores_stride], bias [block_keys][width]
   uint8_t* allowed;                       // [block_keys][width]
   bf16 *weights_pairs, *gradients_pairs;  // [block_keys][block_queries]
@@ -33,7 +34,7 @@ struct BackwardWorkspace {
 
   BackwardWorkspace(const BackwardPlan<V>& plan, void* base) : layout_(base) {
     const Problem& p = plan.problem;
-    const long queries = plan.stretch_padded, chunk = plan.chunk_keys;
+    const long queries = plan.stretch_padded, keys = plan.chunk_keys * plan.chunks_per_item;
     const long dim = plan.dim_padded, value_dim = plan.value_dim_padded;
     scores = layout_.template take<S>(block_keys * scores_stride);
     products = layout_.template take<S>(block_keys * scores_stride);
@@ -44,11 +45,11 @@ struct BackwardWorkspace {
     }
     if (p.bias.data) bias = layout_.template take<S>(block_keys * width);
     allowed = layout_.template take<uint8_t>(block_keys * width);
-    grad_key = layout_.template take<S>(chunk * dim);
-    grad_value = layout_.template take<S>(chunk * value_dim);
-    key_rows = layout_.template take<E>(ceil_div(chunk, depth) * dim);
-    if (pairs) key_columns = layout_.template take<E>(chunk * ceil_div(p.head_dim, depth));
-    value_columns = layout_.template take<E>(chunk * value_dim);
+    grad_key = layout_.template take<S>(keys * dim);
+    grad_value = layout_.template take<S>(keys * value_dim);
+    key_rows = layout_.template take<E>(ceil_div(keys, depth) * dim);
+    if (pairs) key_columns = layout_.template take<E>(keys * ceil_div(p.head_dim, depth));
+    value_columns = layout_.template take<E>(keys * value_dim);
     block_key_rows = layout_.template take<E>(block_keys * dim);
     query_panels = layout_.template take<E>(queries * ceil_div(p.head_dim, depth));
     grad_out_panels = layout_.template take<E>(queries * ceil_div(p.value_dim, depth));
@@ -57,7 +58,8 @@ struct BackwardWorkspace {
     shift = layout_.template take<S>(queries);
     correction = layout_.template take<S>(queries);
     delta = layout_.template take<S>(queries);
-    if (plan.chunks == 1) grad_query = layout_.template take<S>(queries * dim);
+    if (plan.items_per_head() == 1) grad_query = layout_.template take<S>(queries * dim);
+    if (plan.chunks_per_item > 1) chunk_grad_query = layout_.template take<S>(queries * dim);
   }
   static size_t bytes(const BackwardPlan<V>& plan) { return BackwardWorkspace(plan, nullptr).layout_.used(); }
 

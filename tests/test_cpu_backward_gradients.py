@@ -153,6 +153,7 @@ def test_each_gradient_alone_is_the_same(wanted, isa):
     (
         Case("heads", batch=2, heads=4, kv_heads=2, queries=130, head_dim=32, causal="upper_left", dropout_p=0.1),
         Case("chunks", batch=1, heads=1, queries=300, keys=1600, head_dim=32),
+        Case("chunks_causal", batch=1, heads=4, kv_heads=2, queries=600, keys=1100, head_dim=32, causal="lower_right"),
         Case("shared_bias", batch=2, heads=2, queries=70, keys=1100, head_dim=16, bias="shared"),
         Case("large_scores", batch=1, heads=2, queries=300, keys=1100, head_dim=32, scale=400.0),
     ),

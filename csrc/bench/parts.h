@@ -102,11 +102,12 @@ double weights_part() {
   using E = typename V::element;
   constexpr long keys = bench_keys / V::tile_rows * V::tile_rows, depth = bench_dim / V::depth;
   const Block<typename V::scalar> weights{o.score_data(), o.width};
+  Upcoming nothing;
   for (long k = 0; k < bench_length; k += bench_keys) {
     const DepthContiguous<E> rows{o.block(k), depth};
     if (Sweep<V>::fits(keys, depth))
       sweep_panel<V>(keys, rows, o.panel_data(), depth,
-                     WeightsWork<V, false>{o.sum_data(), o.sum_data(), 1, weights});
+                     WeightsWork<V, false>{o.sum_data(), o.sum_data(), 1, weights, nothing});
     else
       weights_product<V, V::tile_vectors, false>(keys, rows, o.panel_data(), depth, o.sum_data(),
                                                  o.sum_data(), 1, weights);
