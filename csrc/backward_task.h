@@ -121,11 +121,9 @@ class BackwardTask {
     const long dim = problem_.head_dim, value_dim = problem_.value_dim, rows = keys_.size();
     if constexpr (pairs) {
 #ifdef FASTATTN_BF16_DOT
-      pair_columns(key, key_stride, rows, dim, work_.key_columns, ceil_div(dim, 2));
-      pair_columns(value, value_stride, rows, value_dim, work_.value_columns, ceil_div(value_dim, 2));
       interleave_row_pairs(key, key_stride, rows, dim, work_.key_rows, plan_.dim_padded);
-      key_columns_ = {work_.key_columns, ceil_div(dim, 2)};
-      value_columns_ = {work_.value_columns, ceil_div(value_dim, 2)};
+      key_columns_ = pairs_of(key, key_stride, rows, dim, work_.key_columns);
+      value_columns_ = pairs_of(value, value_stride, rows, value_dim, work_.value_columns);
       key_rows_ = {work_.key_rows, plan_.dim_padded};
 #endif
     } else {
@@ -142,6 +140,17 @@ class BackwardTask {
                             problem_.window_left >= 0 || problem_.window_right >= 0;
     guards_keys_ = restricted && !all_finite<F>(key, key_stride, rows, dim);
   }
+
+#ifdef FASTATTN_BF16_DOT
+  // Rows of whole pairs.
+  static Rows<E> pairs_of(const T* source, long stride, long rows, long columns, E* copy) {
+    const long row_pairs = ceil_div(columns, 2);
+    if (columns % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(source) % sizeof(E) == 0)
+      return {reinterpret_cast<const E*>(source), stride / 2};
+    pair_columns(source, stride, rows, columns, copy, row_pairs);
+    return {copy, row_pairs};
+  }
+#endif
 
   // Scalar rows of whole vectors.
   Rows<E> rows_of(const T* source, long stride, long rows, long columns, E* copy, long padded) {
