@@ -604,7 +604,7 @@ class BackwardTask {
     for (long k = 0; k < rows; k++) {
       bool dead = true;
       for (long q = 0; q < ceil_div(queries, depth); q++)
-        dead &= is_zero(weights(used.begin + k)[column / depth + q]);
+        dead &= is_zero(gradients(used.begin + k)[column / depth + q]);
       E* out = work_.block_key_rows + k / depth * dim;
       const E* source = key_rows_.row((key + k) / depth);
       for (long c = 0; c < dim; c++) {

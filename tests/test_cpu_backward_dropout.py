@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastattn
 from fastattn.backends import cpu
 from fastattn.testing import Case
 
@@ -91,3 +92,25 @@ def test_threshold_is_exact(isa):
         problem = Case("one", batch=1, heads=1, queries=1, keys=1, head_dim=4, dropout_p=threshold / 2**32).make()
         problem = problem._replace(rng_state=torch.tensor([0, 0]))
         assert _kept_by_gradient(problem).item() is kept
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("queries", (4, 70))
+def test_a_key_that_dropout_takes_from_all_queries_still_has_its_part_of_their_gradients(isa, dtype, queries):
+    """Its weights are 0 but not its score gradients: it is no hidden key, whose row may be taken for zeros."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad_out = (
+        torch.randn(1, 1, length, 16, generator=generator).to(dtype) for length in (queries, 70, 70, queries)
+    )
+    mask = (torch.arange(70) < 60).expand(queries, 70)
+
+    def grad_query(hidden):
+        clean = key.clone()
+        clean[:, :, 60:] = hidden
+        leaf = query.clone().requires_grad_()
+        torch.manual_seed(3)
+        out = fastattn.scaled_dot_product_attention(leaf, clean, value, attn_mask=mask, dropout_p=0.9)
+        return torch.autograd.grad(out, leaf, grad_out)[0]
+
+    expected = grad_query(0.0)
+    torch.testing.assert_close(grad_query(torch.nan), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
