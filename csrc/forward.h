@@ -142,7 +142,8 @@ class Forward {
         key = layout.take<E>(block_keys * f.key_depth_);
       }
       value = layout.take<E>(ceil_div(block_keys, depth) * f.value_stride_);
-      if (p.mask.data || p.bias.data) clean_value = layout.take<E>((block_keys / depth + 1) * p.value_dim);
+      if (p.mask.data || p.bias.data || depth == 2)
+        clean_value = layout.take<E>((block_keys / depth + 1) * p.value_dim);
       bytes = layout.used();
     }
     Panel panel[item_queries / width];
@@ -351,7 +352,7 @@ class Forward {
         whole = false;
       }
     }
-    if (by_bytes) keys = without_dead_values(keys, rows, work);
+    if (by_bytes || rows % depth) keys = without_dead_values(keys, rows, by_bytes, work);
     if (problem_.dropout_p > 0) draw_dropout<V>(problem_, tile, panel.columns, work.kept);
 
     Reach reach[columns];
@@ -555,12 +556,12 @@ class Forward {
   }
 
   // 0 * NaN is NaN: values that are not finite, of keys that no query of the tile may attend to, are
-  // replaced by 0 in a copy.
-  KeyBlock<V> without_dead_values(KeyBlock<V> keys, long rows, Workspace& work) const {
+  // replaced by 0 in a copy. The second key of a last pair may lie past the tile.
+  KeyBlock<V> without_dead_values(KeyBlock<V> keys, long rows, bool by_bytes, Workspace& work) const {
     bool copied = false;
     const long groups = ceil_div(rows, depth);
-    for (long r = 0; r < rows; r++) {
-      if (!is_dead<width>(work.seen + r * width)) continue;
+    for (long r = by_bytes ? 0 : rows; r < groups * depth; r++) {
+      if (r < rows && !is_dead<width>(work.seen + r * width)) continue;
       const E* row = keys.value + r / depth * keys.value_stride;
       if (all_finite(row, r % depth)) continue;
       if (!copied) {

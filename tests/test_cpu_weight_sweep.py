@@ -172,3 +172,22 @@ def test_numbers_that_are_not_finite_do_not_reach_queries_before_them(dtype, pla
     # The reference may have been chosen otherwise: an exponential's error more.
     error = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(results[:, :, :place], expected[:, :, :place], rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("options", [{"window": (None, 1)}, {"window": (None, 2)}, {"causal": "lower_right"}], ids=str)
+@pytest.mark.parametrize("hidden", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_value_past_a_panels_last_key_does_not_reach_it(dtype, hidden, options):
+    """Keys of 16 bits come in pairs, and other panels of the item see the second one of the last pair."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 32, length, 16, generator=generator).to(dtype) for length in (139, 140, 140))
+    mask = torch.ones(139, 140, dtype=torch.bool)
+    places = [65, 66, 69, 129, 130] if hidden else [66 if options.get("window") == (None, 2) else 65]
+    if hidden:
+        mask[:, places] = False
+        options = options | {"attn_mask": mask}
+    reached = 139 if hidden else 64  # queries of the first panel see 65 keys or 66
+    expected = run_backend(cpu, make_problem(query, key, value, **options))["out"]
+    value[:, :, places] = torch.nan
+    actual = run_backend(cpu, make_problem(query, key, value, **options))["out"]
+    torch.testing.assert_close(actual[:, :, :reached], expected[:, :, :reached], rtol=torch.finfo(dtype).eps, atol=1e-6)
