@@ -158,7 +158,7 @@ def test_projections_beyond_the_engines_range_are_computed_all_the_same():
     assert additive_cpu.reasons(query, key, value)
     expected = naive(*(x.double() for x in (query, key, value, weight)))[0]
     out = additive_attention(query, key, value, weight)
-    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(out.double(), expected, atol=2e-7, rtol=2e-7)  # float32's rounding of the result
     assert additive_attention(query.fill_(float("nan")), key, value, weight).isnan().all()
 
 

@@ -35,7 +35,7 @@ def assert_same(model, converted, call, where=None):
             with torch.set_grad_enabled(training):
                 outputs.append(call(module))
         left, right = outputs if where is None else (output[where] for output in outputs)
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(left, right, rtol=2e-6, atol=2e-6)
         if training:
             names = [name for name, _ in model.named_parameters()]
             # Not of the squares: a final layer norm makes their sum constant, and all gradients nothing.
@@ -45,7 +45,7 @@ def assert_same(model, converted, call, where=None):
                 for output, module in ((left, model), (right, converted))
             ]
             for name, theirs, ours in zip(names, *gradients, strict=True):
-                rounding = 1e-5 * float(theirs.abs().max())
+                rounding = 2e-6 * float(theirs.abs().max())
                 torch.testing.assert_close(ours, theirs, rtol=0.0, atol=rounding, msg=lambda m, n=name: f"{n}: {m}")
 
 

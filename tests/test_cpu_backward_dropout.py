@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import fastattn
 from fastattn.backends import cpu
-from fastattn.testing import Case
+from fastattn.problem import make_problem
+from fastattn.testing import Case, assert_within_budget, run_backend, run_reference
 
 if cpu.unavailable():
     pytest.skip(cpu.unavailable(), allow_module_level=True)
@@ -102,15 +102,10 @@ def test_a_key_that_dropout_takes_from_all_queries_still_has_its_part_of_their_g
     query, key, value, grad_out = (
         torch.randn(1, 1, length, 16, generator=generator).to(dtype) for length in (queries, 70, 70, queries)
     )
-    mask = (torch.arange(70) < 60).expand(queries, 70)
-
-    def grad_query(hidden):
-        clean = key.clone()
-        clean[:, :, 60:] = hidden
-        leaf = query.clone().requires_grad_()
-        torch.manual_seed(3)
-        out = fastattn.scaled_dot_product_attention(leaf, clean, value, attn_mask=mask, dropout_p=0.9)
-        return torch.autograd.grad(out, leaf, grad_out)[0]
-
-    expected = grad_query(0.0)
-    torch.testing.assert_close(grad_query(torch.nan), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    options = {"attn_mask": torch.arange(70) < 60, "dropout_p": 0.9, "rng_state": torch.tensor([3, 0])}
+    clean = make_problem(query, key, value, **options)
+    poisoned = clean._replace(key=torch.where(torch.arange(70)[:, None] < 60, key, torch.nan))
+    expected, actual = (run_backend(cpu, problem, grad_out) for problem in (clean, poisoned))
+    assert torch.equal(actual["grad_query"], expected["grad_query"])
+    references = (run_reference(clean, grad_out, dtype=kind) for kind in (torch.float64, None))
+    assert_within_budget(actual, clean, *references, grad_out)

@@ -145,6 +145,8 @@ def test_each_gradient_alone_is_the_same(wanted, isa):
     alone = _gradients(problem, out, lse, grad_out, grad_lse, (wanted,))
     # The scale is multiplied in earlier when nobody wants the bias's gradient.
     torch.testing.assert_close(alone[wanted], together[wanted], rtol=1e-6, atol=1e-6)
+    references = (run_reference(problem, grad_out, grad_lse, dtype=kind) for kind in (torch.float64, None))
+    assert_within_budget(alone, problem, *references, grad_out)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -68,7 +68,7 @@ def test_no_item_is_left_out_however_uneven(heavy, threads):
         threads(count)
         out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:3], torch.nan)
         cpu.forward(problem, out, lse)
-        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
         assert lse.isfinite().all()
 
 
