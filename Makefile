@@ -2,6 +2,7 @@
 # build of the extension are prerequisites, made once and renewed when what they depend on changes.
 #
 #   make test                 the whole test suite
+#   make fuzz CASES=1000      so many random cases from SEED=0 on, on every instruction set of this machine
 #   make lint                 ruff and clang-format, over the whole tree
 #   make bench                the benchmark report: tables, benchmarks/results/*.json, docs/*.png
 #   make bench-micro          the C++ micro-benchmark of the CPU engine's kernels
@@ -23,10 +24,16 @@ PINS   := $(VENV)/torch-pin.txt
 CPP_SOURCES   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc')
 BUILD_SOURCES := $(CPP_SOURCES) setup.py pyproject.toml $(shell find csrc -name CMakeLists.txt)
 
-.PHONY: test test-newest-triton lint format bench bench-micro gpu-compile-report readme clean
+CASES ?= 1000
+SEED  ?= 0
+
+.PHONY: test fuzz test-newest-triton lint format bench bench-micro gpu-compile-report readme clean
 
 test: $(VENV)/installed.stamp
 	$(RUN) -m pytest tests
+
+fuzz: $(VENV)/installed.stamp
+	$(RUN) -m tests.fuzz --cases $(CASES) --seed $(SEED)
 
 bench: $(VENV)/installed.stamp
 	$(RUN) -m benchmarks.report run

@@ -1,0 +1,1 @@
+"""Random cases against the float64 reference: ``python -m tests.fuzz --help``."""
