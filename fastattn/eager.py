@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
@@ -24,15 +26,19 @@ def is_intercepted() -> bool:
 
 def is_eager() -> bool:
     """Is nothing but eager autograd at work?"""
-    return not (torch.compiler.is_compiling() or is_transformed() or is_intercepted())
+    return not (is_compiling() or is_transformed() or is_intercepted())
 
 
 def is_ordinary(tensor: Tensor | None) -> bool:
-    """Has the tensor no rules of its own, and does its memory hold its values as they are?"""
+    """Has the tensor no rules of its own, and does its memory hold its values as they are?
+
+    The older vmap (``torch.autograd.grad(..., is_grads_batched=True)`` and what builds on it) is no functorch
+    transform: only its tensors tell that it is at work. PyTorch's dispatcher calls operators for each example.
+    """
     return tensor is None or (
         type(tensor) in PLAIN_TENSORS
         and (tensor.is_cpu or tensor.is_cuda)
-        and not (tensor.is_neg() or tensor._is_zerotensor())
+        and not (tensor.is_neg() or tensor._is_zerotensor() or is_legacy_batchedtensor(tensor))
     )
 
 

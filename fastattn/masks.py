@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.eager import is_eager, is_ordinary
+
 
 class Masks(NamedTuple):
     """The mask fields of :class:`fastattn.problem.Arguments`."""
@@ -115,13 +117,7 @@ def _split_off_trailing_padding(
 
 def _can_look_at(tensor: Tensor) -> bool:
     """May its values decide what to compute, without waiting for a GPU or breaking a trace?"""
-    return (
-        not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+    return tensor.is_cpu and is_eager() and is_ordinary(tensor)
 
 
 def _padded(mask: Tensor | None, count: int, value: bool | float) -> Tensor | None:

@@ -370,6 +370,12 @@ def _empty_with_unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.new_empty(tensor.shape)
 
 
+def _tensor_arguments(operator: torch._ops.OpOverload) -> itemgetter:
+    """Picks the arguments that may be tensors."""
+    types = (str(argument.type) for argument in operator._schema.arguments)
+    return itemgetter(*(index for index, name in enumerate(types) if "Tensor" in name))
+
+
 def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
@@ -391,9 +397,10 @@ def _register(name: str, signature: str, compute, fake, differentiate, remember,
     torch.library.register_autograd(qualified, differentiate, setup_context=remember, lib=_LIBRARY)
     torch.library.register_vmap(qualified, map_rule, lib=_LIBRARY)
     operator = getattr(torch.ops.fastattn, name).default
+    tensors = _tensor_arguments(operator)
 
     def compute_or_dispatch(*arguments):
-        return operator(*arguments) if is_observed(floating(arguments)) else compute(*arguments)
+        return operator(*arguments) if is_observed(tensors(arguments)) else compute(*arguments)
 
     def compute_and_remember(ctx, *arguments):
         output = compute(*arguments)
@@ -414,7 +421,7 @@ def _register(name: str, signature: str, compute, fake, differentiate, remember,
             return operator(*arguments)
         if is_transformed():
             return transformed.apply(*arguments)
-        if is_observed(floating(arguments)):
+        if is_observed(tensors(arguments)):
             return operator(*arguments)
         if _wants_gradient(floating(arguments)):
             return eager.apply(*arguments)
@@ -454,7 +461,7 @@ class _Output(torch.autograd.Function):
 
 def attention_output(*arguments) -> Tensor:
     """out of :func:`attention_forward` for a call that does not want its lse."""
-    if not is_eager() or is_observed(_forward_tensors(arguments)):
+    if not is_eager() or is_observed(_all_forward_tensors(arguments)):
         return attention_forward(*arguments)[0]
     if _wants_gradient(_forward_tensors(arguments)):
         return _Output.apply(*arguments)
@@ -463,10 +470,9 @@ def attention_output(*arguments) -> Tensor:
 
 def attention_gradients(*arguments) -> tuple[Tensor | None, ...]:
     """The results of :func:`attention_backward`, None for those not needed."""
-    if is_eager():
-        tensors = _backward_tensors(arguments)
-        if not (is_observed(tensors) or _wants_gradient(tensors)):
-            return _gradients(*arguments)
+    is_plain = is_eager() and not is_observed(_all_backward_tensors(arguments))
+    if is_plain and not _wants_gradient(_backward_tensors(arguments)):
+        return _gradients(*arguments)
     results = attention_backward(*arguments)
     return tuple(result if needed else None for result, needed in zip(results, arguments[-4:], strict=True))
 
@@ -491,4 +497,7 @@ attention_weights = _register(
     _remember_weights,
     _map_weights,
     itemgetter(0, *(2 + index for index in _DIFFERENTIABLE)),
+)
+_all_forward_tensors, _all_backward_tensors = map(
+    _tensor_arguments, (torch.ops.fastattn.attention_forward.default, torch.ops.fastattn.attention_backward.default)
 )

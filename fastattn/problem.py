@@ -321,7 +321,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 def _with_equal_ranks(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sizes of 1 prepended up to the highest rank; a head dimension of 1 where there is none."""
     rank = max(query.dim(), key.dim(), value.dim())
-    tensors = [t[(None,) * (rank - t.dim())] for t in (query, key, value)]
+    tensors = [t[(None,) * (rank - t.dim())] if t.dim() < rank else t for t in (query, key, value)]
     if rank < 4:
         tensors = [t.unsqueeze(-3) for t in tensors]
     if rank == 2:
