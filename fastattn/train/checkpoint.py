@@ -11,8 +11,6 @@ In the directory:
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +18,10 @@ import torch
 from torch import nn
 
 from fastattn.train.errors import CheckpointError
+from fastattn.train.output_files import write_file
 
 FORMAT = "fastattn.checkpoint.1"
 RUN, WEIGHTS, CHECKPOINT, LABELS = "run.json", "model.safetensors", "checkpoint.pt", "labels.json"
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def require_new(directory: Path) -> None:
@@ -89,7 +73,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
     from safetensors.torch import save_model
 
     # save_model names the dropped duplicates of tied tensors in the metadata, and load_model ties them again.
-    write_atomically(path, lambda temporary: save_model(model, str(temporary)))
+    write_file(path, lambda temporary: save_model(model, str(temporary)))
 
 
 def not_these_weights(path: Path, error: Exception) -> CheckpointError:
@@ -114,7 +98,11 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **state}, temporary))
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # torch takes no name that begins with a dot
+            torch.save({"format": FORMAT, **state}, file)
+
+    write_file(path, write)
 
 
 def load_checkpoint(path: Path, task: str, needed: tuple[str, ...] = ()) -> dict[str, Any]:

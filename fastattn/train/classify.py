@@ -14,6 +14,7 @@ from fastattn.models.classifier import Classifier, ClassifierConfig
 from fastattn.train import checkpoint as files
 from fastattn.train.batches import pad_tokens
 from fastattn.train.errors import TrainingError
+from fastattn.train.output_files import write_json, write_text
 from fastattn.train.reviews import review_corpus
 from fastattn.train.show import Explained
 from fastattn.train.splits import split
@@ -111,10 +112,9 @@ class ClassificationTask(Task):
         return asdict(self.config)
 
     def save_files(self, directory: Path) -> None:
-        files.write_json(directory / files.LABELS, self.labels)
+        write_json(directory / files.LABELS, self.labels)
         if self.tokenizer is not None:
-            text = self.tokenizer.to_str()
-            files.write_atomically(directory / "tokenizer.json", lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(directory / "tokenizer.json", self.tokenizer.to_str())
 
     def digest(self) -> str:
         return digest_of(self.inputs, self.targets, self.labels)

@@ -215,8 +215,10 @@ def predict_translate(
 ) -> None:
     """Print a translation for each text."""
     from fastattn.train.loop import resolve_device
+    from fastattn.train.output_files import check_outputs
     from fastattn.train.translate import draw_attention, load_translator, translate
 
+    check_outputs({"--attention-map": attention_map})
     texts = _texts(texts)
     where = resolve_device(device)
     translator, tokenizer = load_translator(model, where, attention)
@@ -244,7 +246,9 @@ def predict_classify(
     from fastattn.train import show
     from fastattn.train.classify import explain_texts, load_classifier
     from fastattn.train.loop import resolve_device
+    from fastattn.train.output_files import check_outputs
 
+    check_outputs({"--html": html, "--png": png})
     where = resolve_device(device)
     results = explain_texts(*load_classifier(model, where, attention), _texts(texts), where)
     console = Console()

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from fastattn.models.detector import Targets
 from fastattn.train.errors import DataError
+from fastattn.train.output_files import write_figure
 
 #: Grey levels (0 to 1) are shifted and scaled to about zero mean and unit variance.
 MEAN, STD = 0.2, 0.25
@@ -247,4 +248,4 @@ def draw(
         )
         axis.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))  # the last cells reach beyond
         axis.set_title(names[prediction["labels"][i]], color=colour, fontsize=9)
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)

@@ -13,6 +13,7 @@ from fastattn.models.set_loss import set_loss
 from fastattn.train import checkpoint as files
 from fastattn.train.coco import CocoFolder, collate, draw, evaluate
 from fastattn.train.errors import TrainingError
+from fastattn.train.output_files import check_output_directory, check_outputs, write_json
 from fastattn.train.task import Task, digest_of
 
 
@@ -73,7 +74,7 @@ class DetectionTask(Task):
 
     def save_files(self, directory: Path) -> None:
         names = [name for _, name in self.train_data.categories]
-        files.write_json(directory / files.LABELS, names)
+        write_json(directory / files.LABELS, names)
 
     def digest(self) -> str:
         return digest_of(self.train_data.images, self.train_data.objects)
@@ -99,6 +100,7 @@ def detect(
     device = next(model.parameters()).device
     channels = model.config.in_channels
     found = []
+    drawn = _picture_files(paths, pictures)
     for path in paths:
         example = CocoFolder.read(path, channels)
         images, sizes, _ = collate([example])
@@ -111,8 +113,17 @@ def detect(
         ]
         found.append({"image": str(path), "objects": objects})
         if pictures is not None:
-            pictures.mkdir(parents=True, exist_ok=True)
             attention = model(images, sizes, need_weights=True).attention[0].cpu()
-            picture = pictures / f"{path.stem}.png"
-            draw(example.pixels, prediction, names, picture, attention, threshold, model.config.stride)
+            draw(example.pixels, prediction, names, drawn[path], attention, threshold, model.config.stride)
     return found
+
+
+def _picture_files(images: list[Path], pictures: Path | None) -> dict[Path, Path]:
+    """The file in the directory ``pictures``, which is made, for each image's drawing; no two are the same."""
+    if pictures is None:
+        return {}
+    check_output_directory(pictures, "--pictures")
+    pictures.mkdir(parents=True, exist_ok=True)
+    files_of = {image: pictures / f"{image.stem}.png" for image in images}
+    check_outputs({f"--pictures, for {image}:": file for image, file in files_of.items()}, inputs=images)
+    return files_of

@@ -20,3 +20,7 @@ class DataError(TrainingError):
 
 class CheckpointError(TrainingError):
     """A checkpoint that is truncated, foreign, or of another task, model or data set."""
+
+
+class OutputError(TrainingError):
+    """A file that is to be written and cannot be."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastattn.train.checkpoint import write_atomically
+from fastattn.train.output_files import write_figure, write_text
 
 _NOT_CURVES = ("step", "epoch", "seconds")
 
@@ -30,8 +30,7 @@ class History:
         return list(dict.fromkeys(name for row in self.rows for name in row if name not in _NOT_CURVES))
 
     def write(self, path: Path) -> None:
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomically(path, lambda temporary: temporary.write_text(text))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def draw(self, path: Path, title: str) -> None:
         """One panel for the losses, one for the learning rate, one for the other figures, over the steps."""
@@ -58,4 +57,4 @@ class History:
             if len(group) > 1:
                 axes.legend(frameon=False)
         figure.suptitle(title)
-        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+        write_figure(path, figure, dpi=110)

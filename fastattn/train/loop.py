@@ -17,6 +17,7 @@ from fastattn.train.batches import epoch_batches
 from fastattn.train.errors import CheckpointError, TrainingError
 from fastattn.train.history import History
 from fastattn.train.options import TrainOptions, learning_rate_factor
+from fastattn.train.output_files import write_json
 from fastattn.train.progress import Progress
 from fastattn.train.task import Task
 
@@ -180,13 +181,13 @@ class Run:
             figures = self.task.report()
         report = {"task": self.task.name, "steps": self.step, "seconds": round(self.seconds, 1)}
         report |= {"best_" + self.task.metric: self.best, **figures}
-        files.write_json(self.directory / "report.json", report)
+        write_json(self.directory / "report.json", report)
         return report
 
     def _describe(self) -> None:
         run = {"format": files.FORMAT, "task": self.task.name}
         run |= {"model": self.task.configuration(), "options": asdict(self.options)}
-        files.write_json(self.directory / files.RUN, run)
+        write_json(self.directory / files.RUN, run)
         self.task.save_files(self.directory)
 
     def _restore(self, state: dict[str, Any]) -> None:

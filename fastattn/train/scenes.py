@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastattn.train.checkpoint import write_atomically
+from fastattn.train.output_files import write_text
 
 #: The last digits of scikit-learn's 1,797 appear in held-out scenes only.
 TRAIN_DIGITS = 1400
@@ -96,7 +96,7 @@ def write_scenes(folder: Path, count: int, seed: int, held_out: bool = False) ->
                 }
             )
     # Last, and in one step: a folder that has it is whole.
-    write_atomically(folder / "annotations.json", lambda temporary: temporary.write_text(json.dumps(coco)))
+    write_text(folder / "annotations.json", json.dumps(coco))
     return folder
 
 

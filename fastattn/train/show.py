@@ -6,7 +6,7 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastattn.train.checkpoint import write_atomically
+from fastattn.train.output_files import write_figure, write_text
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def write_html(path: Path, results: list[Explained]) -> None:
         "<style>body{font:16px/1.7 sans-serif;max-width:45em;margin:2em auto}span{border-radius:3px}</style>\n"
         "</head><body>\n" + "\n".join(paragraphs) + "\n</body></html>\n"
     )
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(path, page)
 
 
 def draw_words(path: Path, results: list[Explained], width: float = 9.0) -> None:
@@ -106,7 +106,7 @@ def draw_words(path: Path, results: list[Explained], width: float = 9.0) -> None
             va="center",
             bbox=box,
         )
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    write_figure(path, figure, dpi)
 
 
 def draw_translation(path: Path, source: list[str], target: list[str], weights) -> None:
@@ -122,4 +122,4 @@ def draw_translation(path: Path, source: list[str], target: list[str], weights) 
     axes.set_yticks(range(len(target)), target)
     axes.set(xlabel="source", ylabel="translation")
     figure.colorbar(image, ax=axes, label="weight")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    write_figure(path, figure, dpi=120)

@@ -14,6 +14,7 @@ from fastattn.models.transformer import Transformer, TransformerConfig, translat
 from fastattn.train import checkpoint as files
 from fastattn.train.batches import pad_tokens
 from fastattn.train.errors import TrainingError
+from fastattn.train.output_files import write_text
 from fastattn.train.task import Task, digest_of
 from fastattn.train.tokens import BOS_ID, EOS_ID, PAD_ID, load_tokenizer, train_subwords
 
@@ -114,8 +115,7 @@ class TranslationTask(Task):
         return asdict(self.config)
 
     def save_files(self, directory: Path) -> None:
-        text = self.tokenizer.to_str()
-        files.write_atomically(directory / "tokenizer.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(directory / "tokenizer.json", self.tokenizer.to_str())
 
     def digest(self) -> str:
         return digest_of(self.sources, self.targets)
