@@ -5,6 +5,8 @@ import json
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ pytest.importorskip("matplotlib")
 
 from safetensors.torch import load_file
 
-from fastattn.train.checkpoint import FORMAT, load_weights, read_run
+from fastattn.train.checkpoint import FORMAT, claim, load_weights, read_run
 from fastattn.train.dates import date_corpus
 from fastattn.train.errors import CheckpointError, TrainingError
 from fastattn.train.loop import Run
@@ -24,6 +26,7 @@ from fastattn.train.translate import TranslationData, TranslationTask, load_tran
 
 CORPUS = date_corpus(pairs=300, held_out=0.1)
 OPTIONS = TrainOptions(epochs=2, batch_size=16, warmup_steps=5, evaluate_every=10, checkpoint_every=100)
+SHORT = replace(OPTIONS, steps=3)
 
 
 def make_task(seed=0, corpus=CORPUS, **options):
@@ -145,6 +148,90 @@ def test_a_run_is_never_overwritten(finished):
     with pytest.raises(CheckpointError, match="already holds a run"):
         Run(make_task(), OPTIONS, finished.directory)
     assert snapshot(finished.directory) == before
+
+
+def test_of_two_runs_made_on_one_new_directory_one_trains(tmp_path):
+    runs = [Run(make_task(), SHORT, tmp_path / "run") for _ in range(2)]
+    assert not (tmp_path / "run").exists()
+    runs[0].train()
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"run: already holds a run \(run\.json\); continue it with --resume"):
+        runs[1].train()
+    assert snapshot(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_while_a_run_trains_no_other_one_does(tmp_path, resume):
+    """In the same process or another; the lock is gone when its holder is."""
+    directory = tmp_path / "run"
+    task = make_task()
+    collate, errors = task.collate, []
+
+    def busy(indices):
+        if not errors:
+            try:
+                Run(make_task(), SHORT, directory, resume=resume).train()
+            except CheckpointError as error:
+                errors.append(str(error))
+        return collate(indices)
+
+    task.collate = busy
+    assert Run(task, SHORT, directory).train()["steps"] == 3
+    message = "another run is training there now" if resume else "already holds a run"
+    assert message in errors[0] and str(directory) in errors[0]
+    assert Run(make_task(), SHORT, directory, resume=True).train()["steps"] == 3
+
+
+def test_a_claim_is_made_once(tmp_path):
+    """Also where the file system has no locks: run.json alone tells."""
+
+    def attempt(_):
+        try:
+            claim(tmp_path, {})
+        except CheckpointError as error:
+            return str(error)
+        return "mine"
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(attempt, range(8)))
+    assert answers.count("mine") == 1
+    assert all("already holds a run (run.json)" in answer for answer in answers if answer != "mine")
+
+
+def test_a_run_that_went_on_elsewhere_is_read_anew(tmp_path):
+    directory = tmp_path / "run"
+    Run(interrupt_at(make_task(), 2), SHORT, directory).train()
+    first, second = (Run(make_task(), SHORT, directory, resume=True) for _ in range(2))
+    assert first.train()["steps"] == 3
+    with pytest.raises(CheckpointError, match="another run has gone on there meanwhile; --resume it again"):
+        second.train()
+
+
+def test_a_run_that_crashed_before_its_first_checkpoint_starts_when_resumed(tmp_path, finished, monkeypatch):
+    directory = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            Run(make_task(), OPTIONS, directory).train()
+    assert {p.name for p in directory.iterdir()} == {"run.json", "tokenizer.json"}
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        Run(make_task(), OPTIONS, directory)
+    with pytest.raises(CheckpointError, match=r"run\.json: .*embed_dim 16 \(here 32\)"):
+        Run(make_task(embed_dim=32), OPTIONS, directory, resume=True)
+    report = Run(make_task(), OPTIONS, directory, resume=True).train()
+    assert without_times([report]) == without_times([finished.report])
+
+
+def test_a_directory_that_holds_no_run_is_not_resumed(tmp_path):
+    with pytest.raises(CheckpointError, match="missing; the run cannot be resumed"):
+        Run(make_task(), OPTIONS, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_run_may_train_on_after_an_interruption(tmp_path, finished):
+    run = Run(interrupt_at(make_task(), 4), OPTIONS, tmp_path / "run")
+    assert run.train() == {"interrupted": True, "step": 4}
+    assert without_times([run.train()]) == without_times([finished.report])
 
 
 def copy_run(finished, tmp_path):

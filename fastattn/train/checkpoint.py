@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from fastattn.train.errors import CheckpointError
-from fastattn.train.output_files import write_file
+from fastattn.train.output_files import create_file, json_text, write_file
 
 FORMAT = "fastattn.checkpoint.1"
 RUN, WEIGHTS, CHECKPOINT, LABELS = "run.json", "model.safetensors", "checkpoint.pt", "labels.json"
+HISTORY = "history.jsonl"
 
 
 def require_new(directory: Path) -> None:
@@ -30,9 +31,37 @@ def require_new(directory: Path) -> None:
         raise CheckpointError(f"{directory}: is a file; --out needs a directory")
     for name in (RUN, WEIGHTS, CHECKPOINT):
         if (directory / name).exists():
-            raise CheckpointError(
-                f"{directory}: already holds a run ({name}); continue it with --resume or choose another --out"
-            )
+            raise _holds_a_run(directory, name)
+
+
+def _holds_a_run(directory: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{directory}: already holds a run ({name}); continue it with --resume or choose another --out"
+    )
+
+
+def claim(directory: Path, run: dict[str, Any]) -> None:
+    """Describe a new run: of several who try at once, one can."""
+    require_new(directory)
+    try:
+        create_file(directory / RUN, json_text(run))
+    except FileExistsError:
+        raise _holds_a_run(directory, RUN) from None
+
+
+def is_only_claimed(directory: Path) -> bool:
+    """Did the run end before its first checkpoint, so that to resume it is to start it?"""
+    begun = any((directory / name).exists() for name in (CHECKPOINT, WEIGHTS, HISTORY))
+    return not begun and (directory / RUN).exists()
+
+
+def version(path: Path) -> tuple[int, int] | None:
+    """What differs when a file has been written again; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def read_run(directory: Path, task: str | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 
 from fastattn.train import checkpoint as files
 from fastattn.train.batches import epoch_batches
+from fastattn.train.claim import locked
 from fastattn.train.errors import CheckpointError, TrainingError
 from fastattn.train.history import History
 from fastattn.train.options import TrainOptions, learning_rate_factor
@@ -52,21 +53,33 @@ class Run:
         self.evaluations_without_gain = 0
         self.losses: list[float] = []  # since the last point of the curve
         self.history = History()
-        if resume:
+        self.is_new = not resume
+        self._checkpoint_version = files.version(self.directory / files.CHECKPOINT)
+        torch.manual_seed(options.seed)
+        if not resume:
+            files.require_new(self.directory)
+        elif files.is_only_claimed(self.directory):
+            run = files.read_run(self.directory, task.name)
+            self._require_configuration(run["model"], self.directory / files.RUN)
+        else:
             needed = ("configuration", "data", "model", "optimizer", "rng", "history", *KEPT)
             self._restore(files.load_checkpoint(self.directory / files.CHECKPOINT, task.name, needed))
-        else:
-            files.require_new(self.directory)
-            torch.manual_seed(options.seed)
 
     def train(self, progress: Progress | None = None) -> dict[str, Any]:
-        """Train until a limit, early stopping or Ctrl-C; the final report (``{"interrupted": True}`` after Ctrl-C)."""
+        """Train until a limit, early stopping or Ctrl-C; the final report (``{"interrupted": True}`` after Ctrl-C).
+
+        Raises:
+            CheckpointError: another run has claimed the directory, is training there, or has gone on from the
+                checkpoint since this one read it.
+        """
+        if self.options.threads is not None:
+            torch.set_num_threads(self.options.threads)
+        with locked(self.directory):
+            self._describe()
+            return self._train(progress or Progress.silent())
+
+    def _train(self, progress: Progress) -> dict[str, Any]:
         options, task = self.options, self.task
-        progress = progress or Progress.silent()
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._describe()
         model = torch.compile(task.model) if options.compile else task.model
         autocast = torch.autocast(self.device.type, torch.bfloat16) if options.bf16 else nullcontext()
         lengths = task.lengths()
@@ -122,7 +135,8 @@ class Run:
                 **{name: getattr(self, name) for name in KEPT},
             },
         )
-        self.history.write(self.directory / "history.jsonl")
+        self._checkpoint_version = files.version(self.directory / files.CHECKPOINT)
+        self.history.write(self.directory / files.HISTORY)
         if self.history.rows:
             self.history.draw(self.directory / "curves.png", f"{self.task.name}: step {self.step}")
 
@@ -187,12 +201,18 @@ class Run:
     def _describe(self) -> None:
         run = {"format": files.FORMAT, "task": self.task.name}
         run |= {"model": self.task.configuration(), "options": asdict(self.options)}
-        write_json(self.directory / files.RUN, run)
+        if self.is_new:
+            files.claim(self.directory, run)
+            self.is_new = False
+        elif files.version(self.directory / files.CHECKPOINT) != self._checkpoint_version:
+            raise CheckpointError(f"{self.directory}: another run has gone on there meanwhile; --resume it again")
+        else:
+            write_json(self.directory / files.RUN, run)
         self.task.save_files(self.directory)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        path = self.directory / files.CHECKPOINT
-        theirs, ours = state["configuration"], self.task.configuration()
+    def _require_configuration(self, theirs: dict[str, Any], path: Path) -> None:
+        """Raise unless the run in the directory has this model."""
+        ours = self.task.configuration()
         if theirs != ours:
             differing = (
                 f"{name} {theirs.get(name)} (here {ours.get(name)})"
@@ -202,6 +222,10 @@ class Run:
             raise CheckpointError(
                 f"{path}: the model's configuration differs from this command's: {', '.join(differing)}"
             )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        path = self.directory / files.CHECKPOINT
+        self._require_configuration(state["configuration"], path)
         if state["data"] != self.data_digest:
             raise CheckpointError(f"{path}: the run was trained on other data than these")
         try:
