@@ -56,7 +56,7 @@ struct BackwardPlan : ForwardScores<V> {
     chunk_keys = max(block_keys, round_up(ceil_div(p.keys, chunks), block_keys));
     chunks = max(1L, ceil_div(p.keys, chunk_keys));
     // Whole heads that threads can share evenly, twice each so that unequal ones even out.
-    const bool enough_heads = threads <= 1 || (items >= 2 * threads && items % threads == 0);
+    const bool enough_heads = threads <= 1 || (items / 2 >= threads && items % threads == 0);
     chunks_per_item = enough_heads ? chunks : 1;
     dim_padded = round_up(p.head_dim, V::lanes);
     value_dim_padded = round_up(p.value_dim, V::lanes);

@@ -137,7 +137,9 @@ class alignas(kCacheLine) Share {
 void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, Item, void*),
                void* context) {
   if (items <= 0) return;
-  int team = static_cast<int>(std::min<int64_t>(std::max(threads, 1), items));
+  // The runtime ends the process where the system refuses it a thread; more than this never help.
+  static const int most_threads = std::max(64, 4 * omp_get_num_procs());
+  int team = static_cast<int>(std::min<int64_t>(std::clamp(threads, 1, most_threads), items));
   if (forked || omp_in_parallel()) team = 1;
   const size_t block = (scratch_bytes + kCacheLine - 1) / kCacheLine * kCacheLine + kThreadSkew;
   const Scratch scratch(scratch_bytes ? block * static_cast<size_t>(team) : 0);

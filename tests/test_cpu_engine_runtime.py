@@ -102,6 +102,24 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert run.returncode == 0, run.stderr
 
 
+def test_more_threads_than_the_system_gives_are_not_asked_for():
+    """The runtime ends a process that it cannot give its threads; torch itself works on small tensors here."""
+    run = _python("""
+import torch
+from fastattn.backends import cpu
+from fastattn.testing import Case
+problem = Case("many", batch=400, heads=100, queries=1, keys=2, head_dim=8).make()
+shape = problem.query.shape
+results = [(torch.full(shape, torch.nan), torch.full(shape[:3], torch.nan)) for _ in range(3)]
+for threads, (out, lse) in zip((2, 1_000_000, 2**31 - 1), results):
+    torch.set_num_threads(threads)
+    cpu.forward(problem, out, lse)
+    torch.set_num_threads(2)
+    assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+""")
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("name", cpu.available_isas())
 def test_environment_chooses_the_instruction_set(name):
     run = _python("from fastattn.backends import cpu; print(cpu.isa())", FASTATTN_CPU_ISA=name)
