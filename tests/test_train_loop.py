@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -381,9 +382,34 @@ def test_options_that_a_resumed_run_may_change():
         options.resumed_with(learning_rate=0.1)
     with pytest.raises(TrainingError, match="'linear'"):
         TrainOptions(schedule="linear")
-    for name in ("batch_size", "patience", "threads", "minutes", "clip_norm"):
-        with pytest.raises(TrainingError, match=f"{name} must be positive, got 0"):
-            TrainOptions(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        *((name, 0, "at least 1 and at most") for name in ("epochs", "steps", "batch_size", "patience", "threads")),
+        *((name, -1, "at least 1 and at most") for name in ("evaluate_every", "checkpoint_every")),
+        *((name, 0, "above 0 and finite") for name in ("minutes", "clip_norm", "learning_rate")),
+        *((name, math.nan, "above 0 and finite") for name in ("minutes", "clip_norm", "learning_rate")),
+        *((name, math.inf, "above 0 and finite") for name in ("minutes", "clip_norm", "learning_rate")),
+        ("weight_decay", -0.1, "at least 0 and finite"),
+        ("weight_decay", math.nan, "at least 0 and finite"),
+        ("warmup_steps", -1, "at least 0"),
+        ("threads", 1_000_000, "at most 1024"),
+        ("seed", 1 << 70, "at most"),
+        ("learning_rate", 10**400, "finite"),
+        ("epochs", True, "an int"),
+        ("epochs", "3", "an int"),
+        ("epochs", 3.0, "an int"),
+        ("minutes", True, "a number"),
+        ("bf16", 1, "a bool"),
+        ("schedule", ["cosine"], "a str"),
+        ("device", None, "a str"),
+    ],
+)
+def test_options_of_nonsense_are_refused(name, value, wanted):
+    with pytest.raises(TrainingError, match=f"^{name} must be .*{wanted}.*, got "):
+        TrainOptions(**{name: value})
 
 
 @pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99"])

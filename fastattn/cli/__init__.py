@@ -6,13 +6,18 @@ that no command waits for another one's imports.
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
+from fastattn.models.fields import Range
 from fastattn.train.cli import predict_app, train_app
+from fastattn.train.command import Commands, within
+from fastattn.train.options import MOST_THREADS
 
 app = typer.Typer(
+    cls=Commands,
     help="Fused attention for PyTorch.",
     no_args_is_help=True,
     add_completion=False,
@@ -54,8 +59,10 @@ def bench_command(
     backend: Backend = "auto",
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own number.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Time for each row of the table.")] = 2.0,
+    threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: torch's own number.")] = None,
+    seconds: Annotated[
+        float, typer.Option(callback=within(Range(0.01, 86400)), help="Time for each row of the table.")
+    ] = 2.0,
 ) -> None:
     """A quick comparison with naive attention and torch's own, in the same run."""
     from fastattn.cli.bench import run_bench
@@ -65,4 +72,7 @@ def bench_command(
 
 def main() -> None:
     """The entry point of the ``fastattn`` program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks is no error
     app()

@@ -7,6 +7,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fastattn.train.devices import resolve_device
+from fastattn.train.errors import TrainingError
+
 #: In a pipe or a log, wide enough for the tables.
 console = Console(width=None if Console().is_terminal else 120)
 
@@ -38,14 +41,11 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def parse_device(name: str) -> torch.device:
-    """The device, after making sure that a tensor can be made on it."""
+    """The device, after making sure that tensors on it hold numbers."""
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise typer.BadParameter(f"cannot use {name!r}: {reason}", param_hint="--device") from None
-    return device
+        return resolve_device(name)
+    except TrainingError as error:
+        raise typer.BadParameter(str(error).removeprefix("--device "), param_hint="--device") from None
 
 
 def parse_backend(name: str) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastattn.models.attention import length_mask
+from fastattn.models.fields import Layers, Share, Size, Token, check_fields
 from fastattn.models.layers import Encoder
 from fastattn.pooling import AttentionPooling
 from fastattn.positional import make_positions
@@ -27,24 +28,30 @@ class ClassifierConfig:
 
     The input is either tokens (``vocab_size``) or feature vectors (``input_dim``): give exactly one.
     ``pooling``: "dot" or "additive".  ``kernel_size``: of the convolution, odd.
+
+    Raises:
+        TypeError, ValueError: a field has another type than its annotation, or lies outside its range.
     """
 
-    num_classes: int
-    vocab_size: int | None = None
-    input_dim: int | None = None
+    num_classes: Size
+    vocab_size: Size | None = None
+    input_dim: Size | None = None
     encoder: str = "transformer"
     pooling: str = "additive"
-    embed_dim: int = 64
-    num_heads: int = 4
-    layers: int = 2
-    feedforward_dim: int = 128
-    kernel_size: int = 5
-    dropout: float = 0.1
+    embed_dim: Size = 64
+    num_heads: Size = 4
+    layers: Layers = 2
+    feedforward_dim: Size = 128
+    kernel_size: Size = 5
+    dropout: Share = 0.1
     norm_first: bool = True
     positions: str = "rotary"
-    max_length: int = 512
-    pad_id: int = 0
+    max_length: Size = 512
+    pad_id: Token = 0
     attention: str = "fastattn"
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class Classifier(nn.Module):

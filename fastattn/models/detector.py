@@ -17,26 +17,42 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attention
+from .fields import Layers, Share, Size, Token, check_fields
+
+#: Groups of channels in which the backbone normalises.
+NORM_GROUPS = 8
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """Sizes of a :class:`Detector`; the defaults suit small grey images on a CPU."""
+    """Sizes of a :class:`Detector`; the defaults suit small grey images on a CPU.
 
-    num_classes: int = 10
-    in_channels: int = 1
-    backbone_channels: tuple[int, ...] = (32, 64, 96)  # every stage halves the resolution
-    embed_dim: int = 96
-    num_heads: int = 4
-    encoder_layers: int = 2
-    decoder_layers: int = 3
-    feedforward_dim: int = 192
-    num_queries: int = 16
-    dropout: float = 0.0
+    Raises:
+        TypeError, ValueError: a field has another type than its annotation, or lies outside its range.
+    """
+
+    num_classes: Size = 10
+    in_channels: Size = 1
+    backbone_channels: tuple[Size, ...] = (32, 64, 96)  # every stage halves the resolution
+    embed_dim: Size = 96
+    num_heads: Size = 4
+    encoder_layers: Layers = 2
+    decoder_layers: Layers = 3
+    feedforward_dim: Size = 192
+    num_queries: Size = 16
+    dropout: Share = 0.0
     attention: str = "fastattn"  # or "torch", "naive"
-    denoising_groups: int = 3
-    label_noise: float = 0.2  # probability of a wrong label in a denoising query
-    box_noise: float = 0.4  # shift and scale of its box, relative to the box's size
+    denoising_groups: Token = 3
+    label_noise: Share = 0.2  # probability of a wrong label in a denoising query
+    box_noise: Share = 0.4  # shift and scale of its box, relative to the box's size
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.embed_dim % 4:  # a sine and a cosine of each coordinate of a position
+            raise ValueError(f"embed_dim must be a multiple of 4, got {self.embed_dim}")
+        for width in self.backbone_channels:
+            if width % NORM_GROUPS:
+                raise ValueError(f"backbone_channels must be multiples of {NORM_GROUPS}, got {width}")
 
     @property
     def stride(self) -> int:
@@ -84,7 +100,7 @@ class Backbone(nn.Module):
         for width in config.backbone_channels:
             for stride in (2, 1):
                 self.convolutions.append(nn.Conv2d(channels, width, 3, stride=stride, padding=1))
-                self.norms.append(MaskedGroupNorm(8, width))
+                self.norms.append(MaskedGroupNorm(NORM_GROUPS, width))
                 channels = width
         self.project = nn.Conv2d(channels, config.embed_dim, 1)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastattn.models.fields import Layers, Share, Size, Token, check_fields
 from fastattn.models.layers import Decoder, DecoderState, Encoder
 from fastattn.positional import make_positions
 
@@ -19,24 +20,33 @@ class TransformerConfig:
 
     ``positions``: "sinusoidal", "learned" or "rotary".  ``tied_embeddings``: source, target and output
     share one matrix (they share the vocabulary).  ``attention``: see :mod:`fastattn.models.attention`.
+
+    Raises:
+        TypeError, ValueError: a field has another type than its annotation, or lies outside its range.
     """
 
-    vocab_size: int
-    embed_dim: int = 128
-    num_heads: int = 4
-    encoder_layers: int = 2
-    decoder_layers: int = 2
-    feedforward_dim: int = 512
-    dropout: float = 0.1
+    vocab_size: Size
+    embed_dim: Size = 128
+    num_heads: Size = 4
+    encoder_layers: Layers = 2
+    decoder_layers: Layers = 2
+    feedforward_dim: Size = 512
+    dropout: Share = 0.1
     activation: str = "relu"
     norm_first: bool = True
     positions: str = "sinusoidal"
-    max_length: int = 256
+    max_length: Size = 256
     tied_embeddings: bool = True
-    pad_id: int = 0
-    bos_id: int = 1
-    eos_id: int = 2
+    pad_id: Token = 0
+    bos_id: Token = 1
+    eos_id: Token = 2
     attention: str = "fastattn"
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("pad_id", "bos_id", "eos_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ValueError(f"{name} must be below vocab_size={self.vocab_size}, got {getattr(self, name)}")
 
 
 class Transformer(nn.Module):

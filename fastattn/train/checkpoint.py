@@ -10,19 +10,42 @@ In the directory:
 
 from __future__ import annotations
 
-import json
+import math
+import zipfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
-from fastattn.train.errors import CheckpointError
+from fastattn.models.fields import Range, check_value, shown
+from fastattn.train.errors import CheckpointError, DataError, TrainingError
+from fastattn.train.input_files import is_list_of, read_json
+from fastattn.train.memory import build
 from fastattn.train.output_files import create_file, json_text, write_file
 
 FORMAT = "fastattn.checkpoint.1"
 RUN, WEIGHTS, CHECKPOINT, LABELS = "run.json", "model.safetensors", "checkpoint.pt", "labels.json"
 HISTORY = "history.jsonl"
+MOST_BYTES_OF_JSON = 1 << 26
+
+#: What a checkpoint holds beside its format and its task.
+STATE = {
+    "configuration": dict,
+    "data": str,
+    "model": dict,
+    "optimizer": dict,
+    "rng": dict,
+    "history": list,
+    "step": Annotated[int, Range(0, math.inf)],
+    "epoch": Annotated[int, Range(0, math.inf)],
+    "position": Annotated[int, Range(0, math.inf)],
+    "seconds": Annotated[float, Range(0, math.inf)],
+    "best": float | None,
+    "evaluations_without_gain": Annotated[int, Range(0, math.inf)],
+    "losses": list,
+}
 
 
 def require_new(directory: Path) -> None:
@@ -70,31 +93,50 @@ def read_run(directory: Path, task: str | None = None) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{directory}: holds no run ({RUN} is missing)")
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not a run's description ({error})") from error
+        run = read_json(path, MOST_BYTES_OF_JSON)
+    except DataError as error:
+        raise CheckpointError(f"{path}: not a run's description ({error.problem})") from error
     if not isinstance(run, dict) or run.get("format") != FORMAT or not {"task", "model", "options"} <= run.keys():
         raise CheckpointError(f"{path}: not written by fastattn train")
     if task is not None and run["task"] != task:
-        raise CheckpointError(f"{path}: a run of the task {run['task']!r}, not {task!r}")
+        raise CheckpointError(f"{path}: a run of the task {shown(run['task'])}, not {task!r}")
     return run
 
 
 def from_run(kind: type, values: Any, directory: Path) -> Any:
     """The dataclass ``kind`` of what a run's description holds of it."""
+    path = directory / RUN
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: {kind.__name__} must be an object, got {shown(values)}")
     try:
         return kind(**values)
-    except TypeError as error:
-        raise CheckpointError(f"{directory / RUN}: not of this version of fastattn ({error})") from error
+    except (TypeError, ValueError, TrainingError) as error:
+        raise CheckpointError(f"{path}: not of this version of fastattn ({error})") from error
 
 
-def read_labels(directory: Path) -> list[str]:
+def load_model(model: type[nn.Module], config: type, directory: Path, task: str, attention: str | None) -> nn.Module:
+    """The trained model of a run, in evaluation mode; with another implementation of attention, if one is given."""
+    configuration = from_run(config, read_run(directory, task)["model"], directory)
+    if attention:
+        configuration = replace(configuration, attention=attention)
+    try:
+        loaded = build(model, configuration)
+    except (ValueError, TrainingError) as error:
+        raise CheckpointError(f"{directory / RUN}: {error}") from error
+    load_weights(directory / WEIGHTS, loaded)
+    return loaded.eval()
+
+
+def read_labels(directory: Path, count: int) -> list[str]:
     """The names of the classes, by their number."""
     path = directory / LABELS
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: missing, or not JSON ({error})") from error
+        labels = read_json(path, MOST_BYTES_OF_JSON)
+    except DataError as error:
+        raise CheckpointError(f"{path}: missing, or not JSON ({error.problem})") from error
+    if not is_list_of(labels, str) or len(labels) != count:
+        raise CheckpointError(f"{path}: must be a list of the names of {count} classes, got {shown(labels)}")
+    return labels
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -134,11 +176,18 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_file(path, write)
 
 
-def load_checkpoint(path: Path, task: str, needed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The state that :func:`save_checkpoint` wrote.  Nothing in the file is executed (weights_only)."""
+def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
+    """The state that :func:`save_checkpoint` wrote, each entry of its type in :data:`STATE`.
+
+    Nothing in the file is executed (weights_only), nor does it expand: torch compresses none.
+    """
     if not path.exists():
         raise CheckpointError(f"{path}: missing; the run cannot be resumed")
     try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise ValueError(f"{shown(packed[0])} is compressed")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -146,8 +195,15 @@ def load_checkpoint(path: Path, task: str, needed: tuple[str, ...] = ()) -> dict
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of fastattn train")
     if state.get("task") != task:
-        raise CheckpointError(f"{path}: a checkpoint of the task {state.get('task')!r}, not {task!r}")
-    missing = [name for name in needed if name not in state]
+        raise CheckpointError(f"{path}: a checkpoint of the task {shown(state.get('task'))}, not {task!r}")
+    missing = [name for name in STATE if name not in state]
     if missing:
         raise CheckpointError(f"{path}: not a whole checkpoint: {', '.join(missing)} missing")
+    for name, hint in STATE.items():
+        try:
+            check_value(name, state[name], hint)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a checkpoint: {error}") from error
+    if not is_list_of(state["losses"], float):
+        raise CheckpointError(f"{path}: not a checkpoint: losses must be numbers")
     return state

@@ -14,6 +14,7 @@ from fastattn.models.classifier import Classifier, ClassifierConfig
 from fastattn.train import checkpoint as files
 from fastattn.train.batches import pad_tokens
 from fastattn.train.errors import TrainingError
+from fastattn.train.memory import build
 from fastattn.train.output_files import write_json, write_text
 from fastattn.train.reviews import review_corpus
 from fastattn.train.show import Explained
@@ -65,7 +66,7 @@ class ClassificationTask(Task):
             options["input_dim"] = len(data.train[0][0][0])
         torch.manual_seed(seed)
         self.config = ClassifierConfig(num_classes=len(self.labels), pad_id=PAD_ID, **options)
-        self.model = Classifier(self.config)
+        self.model = build(Classifier, self.config)
         self.inputs, self.targets = self._encode(data.train)
 
     def lengths(self) -> list[int]:
@@ -236,10 +237,8 @@ def explain_texts(
 
 def load_classifier(directory: Path, device: torch.device, attention: str | None = None):
     """(model, tokenizer or None, labels) of a trained run."""
-    run = files.read_run(directory, ClassificationTask.name)
-    options = run["model"] | ({"attention": attention} if attention else {})
-    model = Classifier(files.from_run(ClassifierConfig, options, directory))
-    files.load_weights(directory / files.WEIGHTS, model)
-    labels = files.read_labels(directory)
-    tokenizer = load_tokenizer(directory / "tokenizer.json") if model.config.vocab_size else None
-    return model.to(device).eval(), tokenizer, labels
+    model = files.load_model(Classifier, ClassifierConfig, directory, ClassificationTask.name, attention)
+    labels = files.read_labels(directory, model.config.num_classes)
+    size = model.config.vocab_size
+    tokenizer = load_tokenizer(directory / "tokenizer.json", size) if size else None
+    return model.to(device), tokenizer, labels

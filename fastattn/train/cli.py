@@ -8,21 +8,33 @@ from typing import Annotated
 
 import typer
 
+from fastattn.models import fields
 from fastattn.train.command import (
     Attention,
+    Commands,
     Out,
     Resume,
     options_of,
-    reports_errors,
     train_and_report,
     training_command,
+    within,
 )
 
-train_app = typer.Typer(help="Train a model on your data or on the demonstration's.", no_args_is_help=True)
-predict_app = typer.Typer(help="Use a trained model.", no_args_is_help=True)
+train_app = typer.Typer(
+    cls=Commands, help="Train a model on your data or on the demonstration's.", no_args_is_help=True
+)
+predict_app = typer.Typer(cls=Commands, help="Use a trained model.", no_args_is_help=True)
 
 Model = Annotated[Path, typer.Option(help="Directory of a trained run.", show_default=False)]
 Size = Annotated[int, typer.Option(min=1)]
+Share = Annotated[float, typer.Option(callback=within(fields.SHARE))]
+HeldOut = Annotated[
+    float,
+    typer.Option(
+        callback=within(fields.Range(0, 0.5, without_least=True, without_most=True)),
+        help="Share of a file for validation, and again for the test.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...")]
 
 TRANSLATE = {"epochs": 6, "batch_size": 128, "learning_rate": 2e-3}
@@ -44,18 +56,20 @@ def train_translate(
     out: Out,
     resume: Resume = False,
     attention: Attention = "fastattn",
-    vocab_size: Annotated[int, typer.Option(help="Subword tokens, shared by both languages.", min=261)] = 500,
+    vocab_size: Annotated[
+        int, typer.Option(help="Subword tokens, shared by both languages.", min=261, max=1 << 24)
+    ] = 500,
     embed_dim: Size = 128,
     num_heads: Size = 4,
     layers: Annotated[int, typer.Option(help="Of the encoder and of the decoder each.", min=1)] = 2,
     feedforward_dim: Size = 512,
-    dropout: float = 0.0,
+    dropout: Share = 0.0,
     post_norm: Annotated[bool, typer.Option("--post-norm", help="Normalise after each sublayer.")] = False,
     positions: Annotated[str, typer.Option(help="sinusoidal, learned or rotary.")] = "sinusoidal",
     max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.", min=2)] = 256,
-    label_smoothing: float = 0.1,
-    beam_size: Annotated[int, typer.Option(help="For the test at the end.", min=1)] = 4,
-    held_out: Annotated[float, typer.Option(help="Share of a file for validation, and again for the test.")] = 0.05,
+    label_smoothing: Share = 0.1,
+    beam_size: Annotated[int, typer.Option(help="For the test at the end.", min=1, max=1000)] = 4,
+    held_out: HeldOut = 0.05,
     given: dict,
 ) -> None:
     """An encoder-decoder Transformer that translates; reports exact match and BLEU."""
@@ -112,16 +126,16 @@ def train_classify(
     label_column: str = "label",
     encoder: Annotated[str, typer.Option(help="transformer, bilstm or cnn.")] = "transformer",
     pooling: Annotated[str, typer.Option(help="additive or dot.")] = "additive",
-    vocab_size: Annotated[int, typer.Option(help="Most words that are told apart.", min=5)] = 20_000,
-    min_frequency: Annotated[int, typer.Option(help="Rarer words are unknown.", min=1)] = 2,
+    vocab_size: Annotated[int, typer.Option(help="Most words that are told apart.", min=5, max=1 << 24)] = 20_000,
+    min_frequency: Annotated[int, typer.Option(help="Rarer words are unknown.", min=1, max=1 << 31)] = 2,
     embed_dim: Size = 64,
     num_heads: Size = 4,
     layers: Size = 2,
     feedforward_dim: Size = 128,
-    dropout: float = 0.1,
+    dropout: Share = 0.1,
     positions: Annotated[str, typer.Option(help="sinusoidal, learned or rotary.")] = "rotary",
     max_length: Annotated[int, typer.Option(help="Words read of each text.", min=1)] = 512,
-    held_out: Annotated[float, typer.Option(help="Share of a file for validation, and again for the test.")] = 0.1,
+    held_out: HeldOut = 0.1,
     given: dict,
 ) -> None:
     """A text classifier with attention pooling; reports accuracy, F1 and the confusion matrix."""
@@ -168,16 +182,29 @@ def train_detect(
     encoder_layers: Size = 2,
     decoder_layers: Size = 3,
     feedforward_dim: Size = 192,
-    dropout: float = 0.0,
+    dropout: Share = 0.0,
     given: dict,
 ) -> None:
     """A detection transformer; reports COCO's average precision."""
+    from fastattn.models.detector import Detector, DetectorConfig
     from fastattn.train.checkpoint import require_new
     from fastattn.train.coco import CocoFolder
     from fastattn.train.detect import DetectionTask
+    from fastattn.train.memory import require_room
     from fastattn.train.scenes import write_demonstration
 
     options = options_of(given, DETECT, out, resume)
+    sizes = {
+        "num_queries": num_queries,
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "encoder_layers": encoder_layers,
+        "decoder_layers": decoder_layers,
+        "feedforward_dim": feedforward_dim,
+        "dropout": dropout,
+        "attention": attention,
+    }
+    require_room(Detector, DetectorConfig(**sizes))  # before the demonstration is written
     if not resume:
         require_new(out)
     folder = write_demonstration(out / "scenes") if data == "demo" else Path(data)
@@ -185,28 +212,16 @@ def train_detect(
     parts = [CocoFolder(folder / name, channels) for name in ("train", "validation")]
     if (folder / "test").is_dir():
         parts.append(CocoFolder(folder / "test", channels))
-    task = DetectionTask(
-        *parts,
-        seed=options.seed,
-        num_queries=num_queries,
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        encoder_layers=encoder_layers,
-        decoder_layers=decoder_layers,
-        feedforward_dim=feedforward_dim,
-        dropout=dropout,
-        attention=attention,
-    )
+    task = DetectionTask(*parts, seed=options.seed, **sizes)
     train_and_report(task, options, out, resume)
 
 
 @predict_app.command("translate")
-@reports_errors
 def predict_translate(
     texts: Annotated[list[str] | None, typer.Argument(help="Default: the lines of standard input.")] = None,
     *,
     model: Model,
-    beam_size: Annotated[int, typer.Option(min=1, help="1 is greedy.")] = 4,
+    beam_size: Annotated[int, typer.Option(min=1, max=1000, help="1 is greedy.")] = 4,
     attention_map: Annotated[
         Path | None, typer.Option(help="PNG of where the translation of the first text looked.")
     ] = None,
@@ -214,7 +229,7 @@ def predict_translate(
     device: Device = "cpu",
 ) -> None:
     """Print a translation for each text."""
-    from fastattn.train.loop import resolve_device
+    from fastattn.train.devices import resolve_device
     from fastattn.train.output_files import check_outputs
     from fastattn.train.translate import draw_attention, load_translator, translate
 
@@ -230,7 +245,6 @@ def predict_translate(
 
 
 @predict_app.command("classify")
-@reports_errors
 def predict_classify(
     texts: Annotated[list[str] | None, typer.Argument(help="Default: the lines of standard input.")] = None,
     *,
@@ -245,7 +259,7 @@ def predict_classify(
 
     from fastattn.train import show
     from fastattn.train.classify import explain_texts, load_classifier
-    from fastattn.train.loop import resolve_device
+    from fastattn.train.devices import resolve_device
     from fastattn.train.output_files import check_outputs
 
     check_outputs({"--html": html, "--png": png})
@@ -261,12 +275,13 @@ def predict_classify(
 
 
 @predict_app.command("detect")
-@reports_errors
 def predict_detect(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     *,
     model: Model,
-    threshold: Annotated[float, typer.Option(help="Least score of an object.")] = 0.4,
+    threshold: Annotated[
+        float, typer.Option(callback=within(fields.Range(0, 1)), help="Least score of an object.")
+    ] = 0.4,
     pictures: Annotated[
         Path | None, typer.Option(help="Directory for the images with their boxes and attention drawn.")
     ] = None,
@@ -277,7 +292,7 @@ def predict_detect(
     import json
 
     from fastattn.train.detect import detect, load_detector
-    from fastattn.train.loop import resolve_device
+    from fastattn.train.devices import resolve_device
 
     detector, names = load_detector(model, resolve_device(device), attention)
     for found in detect(detector, names, images, threshold, pictures):

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastattn.models.detector import Targets
+from fastattn.models.fields import Range, Size, shown
 from fastattn.train.errors import DataError
+from fastattn.train.image_files import image_pixels, image_size
+from fastattn.train.input_files import Fields, is_list_of, read_json
 from fastattn.train.output_files import write_figure
 
 #: Grey levels (0 to 1) are shifted and scaled to about zero mean and unit variance.
 MEAN, STD = 0.2, 0.25
 #: Images are decoded once and kept in memory, up to this many bytes of pixels.
 CACHE_BYTES = 1 << 30
+
+Id = Annotated[int, Range(-(1 << 53), 1 << 53)]
+Flag = Annotated[int, Range(0, 1)]
+Area = Annotated[float, Range(0, math.inf)]
+#: Of a box; no image has as many.
+PIXELS = Range(-(1 << 31), 1 << 31)
 
 
 @dataclass(frozen=True)
@@ -37,14 +45,15 @@ class Example:
 class CocoFolder(Dataset):
     """A folder of images with an ``annotations.json`` beside them.
 
-    Category ids may be any integers; ``categories`` maps the label used here (0, 1, ...) to (id, name), and
+    Ids may be any integers; ``categories`` maps the label used here (0, 1, ...) to (id, name), and
     ``sizes`` holds the images' (height, width).  Crowd annotations are left out of the training data.  Images are
     read as grey where ``channels`` is 1, as RGB where it is 3, and kept up to CACHE_BYTES of them.
 
     Raises:
-        DataError: ``annotations.json`` is missing or no COCO JSON, describes no image, or an annotation names
-            an unknown image or category or a box without area; an image is missing, is none, or has another
-            size than its description.  An image whose data are cut off is found when it is read.
+        DataError: ``annotations.json`` is missing or no COCO JSON, describes no image, or gives an id twice, or an
+            annotation names an unknown image or category or a box without area or outside its image; an image is
+            missing, is none, is too large, or has another size than its description.  An image whose data are cut
+            off is found when it is read.
     """
 
     def __init__(self, folder: str | Path, channels: int = 1) -> None:
@@ -52,53 +61,48 @@ class CocoFolder(Dataset):
         self.path = self.folder / "annotations.json"
         if not self.path.is_file():
             raise DataError(self.path, None, "no such file; a COCO folder holds images and annotations.json")
-        try:
-            coco = json.loads(self.path.read_text(encoding="utf-8"))
-            self.images = [
-                {**image, "id": image["id"], "file_name": str(image["file_name"])} for image in coco["images"]
-            ]
-            self.categories = [(int(c["id"]), str(c["name"])) for c in coco["categories"]]
-            self.annotations = [dict(annotation) for annotation in coco["annotations"]]
-        except json.JSONDecodeError as error:
-            raise DataError(self.path, error.lineno, f"not JSON: {error.msg}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            problem = f"not a COCO annotation file (images, annotations, categories): {error!r}"
-            raise DataError(self.path, None, problem) from error
-        if not self.images:
+        coco = Fields(self.path, "not a COCO annotation file", read_json(self.path))
+        images = coco.objects("images")
+        if not images:
             raise DataError(self.path, None, "describes no image")
-        label_of = {category: label for label, (category, _) in enumerate(self.categories)}
-        index_of = {image["id"]: i for i, image in enumerate(self.images)}
+        self.images = [{"id": image.get("id", Id), "file_name": _file_name(image)} for image in images]
+        index_of = _distinct(images, self.images)
+        categories = coco.objects("categories")
+        self.categories = [(c.get("id", Id), c.get("name", str)) for c in categories]
+        label_of = _distinct(categories, [{"id": category} for category, _ in self.categories])
+        self.annotations = []
         self.objects: list[list[tuple[int, list[float]]]] = [[] for _ in self.images]
-        for number, annotation in enumerate(self.annotations, 1):
-            where = f"annotation {annotation.setdefault('id', number)}"
-            if annotation.get("image_id") not in index_of:
-                raise DataError(
-                    self.path, None, f"{where}: image_id {annotation.get('image_id')} is not among the images"
-                )
-            if annotation.get("category_id") not in label_of:
-                raise DataError(
-                    self.path, None, f"{where}: category_id {annotation.get('category_id')} is not a category"
-                )
-            box = annotation.get("bbox")
-            if not _is_box(box):
-                problem = f"{where}: bbox must be [x, y, width, height] with a positive area, got {box}"
-                raise DataError(self.path, None, problem)
-            annotation.setdefault("area", box[2] * box[3])  # pycocotools asks for both
-            if not annotation.setdefault("iscrowd", 0):
-                label = label_of[annotation["category_id"]]
-                self.objects[index_of[annotation["image_id"]]].append((label, [float(v) for v in box]))
-        self.sizes = [self._size(image) for image in self.images]
+        annotations = coco.objects("annotations")
+        for number, fields in enumerate(annotations, 1):
+            annotation = {"id": fields.get("id", Id, number)}
+            fields.where = f"annotation {annotation['id']}"
+            annotation |= {name: fields.get(name, Id) for name in ("image_id", "category_id")}
+            if annotation["image_id"] not in index_of:
+                raise fields.error(f"image_id {annotation['image_id']} is not among the images")
+            if annotation["category_id"] not in label_of:
+                raise fields.error(f"category_id {annotation['category_id']} is not a category")
+            index, label = index_of[annotation["image_id"]], label_of[annotation["category_id"]]
+            box = annotation["bbox"] = _box(fields)
+            annotation["area"] = fields.get("area", Area, box[2] * box[3])  # pycocotools asks for both
+            annotation["iscrowd"] = fields.get("iscrowd", Flag, 0)
+            if not annotation["iscrowd"]:
+                self.objects[index].append((label, box))
+            self.annotations.append(annotation)
+        _distinct(annotations, self.annotations)
+        self.sizes = [self._size(image, fields) for image, fields in zip(self.images, images, strict=True)]
+        for fields, annotation in zip(annotations, self.annotations, strict=True):
+            _require_inside(fields, annotation["bbox"], *self.sizes[index_of[annotation["image_id"]]])
         self._pixels: dict[int, Tensor] = {}
         self._cached_bytes = 0
 
-    def _size(self, image: dict) -> tuple[int, int]:
+    def _size(self, image: dict, fields: Fields) -> tuple[int, int]:
         """(height, width) from the header of the image's file."""
         path = self.folder / image["file_name"]
-        with opened(path) as file:
-            width, height = file.size
-        described = image.get("height", height), image.get("width", width)
+        height, width = image_size(path)
+        described = fields.get("height", Size, height), fields.get("width", Size, width)
         if described != (height, width):
             raise DataError(path, None, f"has (height, width) {(height, width)}, but {self.path} says {described}")
+        image |= {"height": height, "width": width}
         return height, width
 
     def __len__(self) -> int:
@@ -119,27 +123,42 @@ class CocoFolder(Dataset):
     @staticmethod
     def read(path: Path, channels: int) -> Example:
         """An image file without annotations."""
-        with opened(path) as image:
-            pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+        pixels = image_pixels(path, "L" if channels == 1 else "RGB")
         pixels = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
         return Example(pixels, torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), image_id=0)
 
 
-def _is_box(box) -> bool:
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
-    return numbers and all(map(math.isfinite, box)) and box[2] > 0 and box[3] > 0
+def _distinct(fields: list[Fields], objects: list[dict]) -> dict[int, int]:
+    """The place of each id, which no two of the objects share."""
+    place_of: dict[int, int] = {}
+    for place, (described, one) in enumerate(zip(fields, objects, strict=True)):
+        if place_of.setdefault(one["id"], place) != place:
+            raise described.error(f"the id {one['id']} is {fields[place_of[one['id']]].where}'s already")
+    return place_of
 
 
-@contextlib.contextmanager
-def opened(path: Path):
-    """The image file, opened; a :class:`DataError` that names it where it cannot be read, here or in the body."""
-    from PIL import Image
+def _file_name(image: Fields) -> str:
+    name = image.get("file_name", str)
+    if not name or "\0" in name:
+        raise image.error(f"file_name must be the name of a file, got {name!r}")
+    return name
 
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PIL's for a broken PNG
-        raise DataError(path, None, f"cannot be read as an image: {error}") from error
+
+def _box(annotation: Fields) -> list[float]:
+    """[x, y, width, height]."""
+    box = annotation.values.get("bbox")
+    is_numbers = is_list_of(box, float) and len(box) == 4
+    if not is_numbers or not all(PIXELS.holds(v) for v in box) or min(box[2:]) <= 0:
+        given = box if is_numbers else shown(box)
+        raise annotation.error(f"bbox must be [x, y, width, height] with a positive area, got {given}")
+    return [float(v) for v in box]
+
+
+def _require_inside(annotation: Fields, box: list[float], height: int, width: int) -> None:
+    """Raise where a box reaches beyond its image by more than a pixel, which rounding or counting from 1 may do."""
+    x, y, w, h = box
+    if min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:
+        raise annotation.error(f"bbox {box} reaches beyond its image, whose (height, width) are {(height, width)}")
 
 
 def collate(examples: list[Example]) -> tuple[Tensor, Tensor, Targets]:

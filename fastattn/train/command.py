@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
+from fastattn.models.fields import Range
+from fastattn.train.devices import resolve_device
 from fastattn.train.errors import TrainingError
+from fastattn.train.memory import is_lack_of_memory
 from fastattn.train.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -22,20 +27,45 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --ou
 Attention = Annotated[str, typer.Option(help="fastattn, torch or naive.")]
 
 
-def reports_errors(command: Callable) -> Callable:
-    """The command, ending with the message and status 1 on an error that the user can mend."""
+class Commands(TyperGroup):
+    """Commands that end with the message and status 1 on an error that the user can mend."""
 
-    @functools.wraps(command)
-    def run(*args, **kwargs):
+    def invoke(self, ctx):
         try:
-            return command(*args, **kwargs)
+            result = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk shows here, or when it is too late to say so
+            return result
+        except BrokenPipeError:
+            raise  # who read the output has enough: the program ends in silence
         except (TrainingError, ValueError, OSError) as error:
-            from rich.console import Console
+            message = str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_lack_of_memory(error):
+                raise
+            message = f"not enough memory: {str(error).strip() or 'none is left'}".splitlines()[0]
+        report_error(message)
+        raise typer.Exit(1)
 
-            Console(stderr=True).print(f"[bold red]error:[/] {_escape(error)}", highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from error
 
-    return run
+def report_error(message: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    if sys.stderr is not None:
+        line = " ".join(message.splitlines())
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def within(allowed: Range) -> Callable:
+    """The callback of an option whose numbers lie in a range: a comparison with NaN alone lets it pass."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not allowed.holds(value):
+            raise typer.BadParameter(f"must be {allowed}, got {value}")
+        return value
+
+    return check
 
 
 def training_command(**defaults: Any) -> Callable[[Callable], Callable]:
@@ -66,7 +96,7 @@ def training_command(**defaults: Any) -> Callable[[Callable], Callable]:
         def run(**arguments):
             given = {name: arguments.pop(name) for name in names}
             given = {name: value for name, value in given.items() if value is not None}
-            return reports_errors(command)(**arguments, given=given)
+            return command(**arguments, given=given)
 
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
         run.__signature__ = signature.replace(parameters=[*own, *shared])
@@ -78,6 +108,12 @@ def training_command(**defaults: Any) -> Callable[[Callable], Callable]:
 
 def options_of(given: dict[str, Any], defaults: dict[str, Any], out: Path, resume: bool) -> TrainOptions:
     """The options of a new run, or of the one in ``out`` with what may be changed."""
+    options = _options_of(given, defaults, out, resume)
+    resolve_device(options.device)
+    return options
+
+
+def _options_of(given: dict[str, Any], defaults: dict[str, Any], out: Path, resume: bool) -> TrainOptions:
     if not resume:
         if "epochs" in given:  # what the user types as the length of the run replaces the task's own
             defaults = {name: value for name, value in defaults.items() if name != "steps"}
@@ -103,9 +139,3 @@ def train_and_report(task: Task, options: TrainOptions, out: Path, resume: bool)
         shown = f"{value:.4f}" if isinstance(value, float) else value
         console.print(f"{name.replace('_', ' ')}: {shown}", highlight=False, markup=False)
     console.print(f"weights, curves and report are in {out}", highlight=False, markup=False)
-
-
-def _escape(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))

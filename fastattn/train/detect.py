@@ -13,6 +13,7 @@ from fastattn.models.set_loss import set_loss
 from fastattn.train import checkpoint as files
 from fastattn.train.coco import CocoFolder, collate, draw, evaluate
 from fastattn.train.errors import TrainingError
+from fastattn.train.memory import build
 from fastattn.train.output_files import check_output_directory, check_outputs, write_json
 from fastattn.train.task import Task, digest_of
 
@@ -47,7 +48,7 @@ class DetectionTask(Task):
             raise TrainingError(
                 f"num_queries={self.config.num_queries} is too few: an image of {train.path} has {most} objects"
             )
-        self.model = Detector(self.config)
+        self.model = build(Detector, self.config)
 
     def lengths(self) -> list[int]:
         return [max(size) for size in self.train_data.sizes]
@@ -82,11 +83,8 @@ class DetectionTask(Task):
 
 def load_detector(directory: Path, device: torch.device, attention: str | None = None):
     """(model, label names) of a trained run."""
-    run = files.read_run(directory, DetectionTask.name)
-    options = run["model"] | ({"attention": attention} if attention else {})
-    model = Detector(files.from_run(DetectorConfig, options, directory))
-    files.load_weights(directory / files.WEIGHTS, model)
-    return model.to(device).eval(), files.read_labels(directory)
+    model = files.load_model(Detector, DetectorConfig, directory, DetectionTask.name, attention)
+    return model.to(device), files.read_labels(directory, model.config.num_classes)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ class DataError(TrainingError):
     """A data file that cannot be used.  The message begins with ``file:line:`` as compilers' do."""
 
     def __init__(self, path: str | Path, line: int | None, problem: str):
-        self.path, self.line = Path(path), line
+        self.path, self.line, self.problem = Path(path), line, problem
         place = f"{path}:{line}" if line is not None else f"{path}"
         super().__init__(f"{place}: {problem}")
 

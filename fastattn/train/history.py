@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastattn.models.fields import check_value
 from fastattn.train.output_files import write_figure, write_text
 
 _NOT_CURVES = ("step", "epoch", "seconds")
@@ -16,6 +17,16 @@ class History:
 
     def __init__(self, rows: list[dict[str, Any]] | None = None):
         self.rows = list(rows or [])
+
+    @classmethod
+    def of(cls, rows: Any) -> History:
+        """Of rows that may be anything: a TypeError or ValueError says what they are not."""
+        for row in rows:
+            check_value("history", row, dict)
+            for name, value in {"step": None, **row}.items():
+                check_value("history", name, str)
+                check_value(f"history's {name}", value, float)
+        return cls(rows)
 
     def add(self, **row: Any) -> None:
         self.rows.append(row)

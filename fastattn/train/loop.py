@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from fastattn.models.fields import shown
 from fastattn.train import checkpoint as files
 from fastattn.train.batches import epoch_batches
 from fastattn.train.claim import locked
+from fastattn.train.devices import resolve_device
 from fastattn.train.errors import CheckpointError, TrainingError
 from fastattn.train.history import History
 from fastattn.train.options import TrainOptions, learning_rate_factor
@@ -62,8 +64,7 @@ class Run:
             run = files.read_run(self.directory, task.name)
             self._require_configuration(run["model"], self.directory / files.RUN)
         else:
-            needed = ("configuration", "data", "model", "optimizer", "rng", "history", *KEPT)
-            self._restore(files.load_checkpoint(self.directory / files.CHECKPOINT, task.name, needed))
+            self._restore(files.load_checkpoint(self.directory / files.CHECKPOINT, task.name))
 
     def train(self, progress: Progress | None = None) -> dict[str, Any]:
         """Train until a limit, early stopping or Ctrl-C; the final report (``{"interrupted": True}`` after Ctrl-C).
@@ -94,7 +95,7 @@ class Run:
             if not (self.directory / files.CHECKPOINT).exists():
                 self.save()  # an error in the first epoch leaves a run that can be resumed, too
             while self.step < total and not self._exhausted():
-                if self.position == per_epoch:
+                if self.position >= per_epoch:
                     self.epoch, self.position = self.epoch + 1, 0
                     batches = epoch_batches(lengths, options.batch_size, options.seed, self.epoch)
                 rate = options.learning_rate * learning_rate_factor(options, self.step, total)
@@ -230,25 +231,35 @@ class Run:
             raise CheckpointError(f"{path}: the run was trained on other data than these")
         try:
             self.task.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            restore_optimizer(self.optimizer, state["optimizer"])
+            self.history = History.of(state["history"])
+            torch.set_rng_state(state["rng"]["cpu"])
+            if self.device.type == "cuda" and "cuda" in state["rng"]:
+                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise files.not_these_weights(path, error) from error
         for name in KEPT:
             setattr(self, name, state[name])
-        self.history = History(state["history"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device, or a :class:`TrainingError` that says why not."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise TrainingError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state dict, which may say anything, into an optimizer of the same parameters and options.
+
+    Raises:
+        RuntimeError, ValueError, TypeError, LookupError, AttributeError: it is another one's, or none.
+    """
+    ours = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, before in zip(optimizer.param_groups, ours, strict=True):
+        for name in group.keys() & before.keys() - {"params", "lr"}:  # each step sets the rate
+            if group[name] != before[name]:
+                raise ValueError(f"the optimizer's {name} is {shown(group[name])}, here {before[name]}")
+    for parameter, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].shape != parameter.shape or not moments[name].is_floating_point():
+                raise ValueError(f"the optimizer's {name} is not its parameter's")
+        if moments["step"].numel() != 1:
+            raise ValueError("the optimizer's step is not one number")
 
 
 @contextmanager

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
+from fastattn.models.fields import Range, check_fields
 from fastattn.train.errors import TrainingError
 
 #: Options that a resumed run may change: they say how long, where and how often, not what is computed.
 CHANGEABLE = ("epochs", "steps", "minutes", "patience", "device", "checkpoint_every", "threads")
+
+#: More threads than any machine has processors: the system refuses a process more than it has room for.
+MOST_THREADS = 1024
+
+Count = Annotated[int, Range(1, 1 << 31)]
+Positive = Annotated[float, Range(0, math.inf, without_least=True)]
 
 SCHEDULES = ("inverse_sqrt", "cosine", "constant")
 
@@ -19,34 +27,37 @@ def _option(default, text: str):
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of the training loop; each is an option of the command line, with the text given here."""
+    """Options of the training loop; each is an option of the command line, with the text given here.
 
-    epochs: int = _option(10, "Passes over the training data.")
-    steps: int | None = _option(None, "Optimiser steps, in place of --epochs.")
-    minutes: float | None = _option(None, "Stop after this much training time.")
-    batch_size: int = _option(64, "Examples in a step.")
-    learning_rate: float = _option(1e-3, "The peak, after the warm-up.")
+    Raises:
+        TrainingError: one has another type than its annotation, or lies outside its range.
+    """
+
+    epochs: Count = _option(10, "Passes over the training data.")
+    steps: Count | None = _option(None, "Optimiser steps, in place of --epochs.")
+    minutes: Positive | None = _option(None, "Stop after this much training time.")
+    batch_size: Count = _option(64, "Examples in a step.")
+    learning_rate: Positive = _option(1e-3, "The peak, after the warm-up.")
     schedule: str = _option("cosine", f"After the warm-up: {', '.join(SCHEDULES)}.")
-    warmup_steps: int = _option(200, "Steps of linear warm-up.")
-    weight_decay: float = _option(0.01, "AdamW's, on matrices only.")
-    clip_norm: float = _option(1.0, "Largest norm of the gradient.")
-    patience: int | None = _option(None, "Evaluations without gain before stopping early.")
-    evaluate_every: int | None = _option(None, "Steps between evaluations; default: an epoch.")
-    checkpoint_every: int | None = _option(None, "Steps between checkpoints; default: an epoch.")
-    seed: int = _option(0, "Of the weights, the data's order and the dropout.")
+    warmup_steps: Annotated[int, Range(0, 1 << 31)] = _option(200, "Steps of linear warm-up.")
+    weight_decay: Annotated[float, Range(0, math.inf)] = _option(0.01, "AdamW's, on matrices only.")
+    clip_norm: Positive = _option(1.0, "Largest norm of the gradient.")
+    patience: Count | None = _option(None, "Evaluations without gain before stopping early.")
+    evaluate_every: Count | None = _option(None, "Steps between evaluations; default: an epoch.")
+    checkpoint_every: Count | None = _option(None, "Steps between checkpoints; default: an epoch.")
+    seed: Annotated[int, Range(-(1 << 32), 1 << 32)] = _option(0, "Of the weights, the data's order and the dropout.")
     device: str = _option("cpu", "Where to train: cpu, cuda, cuda:1...")
     bf16: bool = _option(False, "Autocast to bfloat16.")
     compile: bool = _option(False, "Compile the model with torch.compile.")
-    threads: int | None = _option(None, "CPU threads; default: torch's own number.")
+    threads: Annotated[int, Range(1, MOST_THREADS)] | None = _option(None, "CPU threads; default: torch's own number.")
 
     def __post_init__(self):
+        try:
+            check_fields(self)
+        except (TypeError, ValueError) as error:
+            raise TrainingError(str(error)) from None
         if self.schedule not in SCHEDULES:
             raise TrainingError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
-        positive = ("epochs", "steps", "minutes", "batch_size", "learning_rate", "clip_norm")
-        for name in (*positive, "patience", "evaluate_every", "checkpoint_every", "threads"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise TrainingError(f"{name} must be positive, got {value}")
 
     def resumed_with(self, **given) -> TrainOptions:
         """These options with what the user gave anew; raises if that would change the computation."""

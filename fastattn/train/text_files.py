@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from fastattn.train.archives import tar_texts
 from fastattn.train.errors import DataError
+from fastattn.train.input_files import decode, read_bytes
 
 #: One field of a CSV file may be a whole review.
 csv.field_size_limit(1 << 24)
@@ -120,17 +121,10 @@ def _folder_members(root: Path) -> Iterator[tuple[str, str, str]]:
 
 def _tar_members(path: Path) -> Iterator[tuple[str, str, str]]:
     found = []
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                parts = PurePosixPath(member.name).parts
-                if not member.isfile() or len(parts) < 3 or not parts[-1].endswith(".txt"):
-                    continue
-                split, label = parts[-3:-1]
-                if split in ("train", "test") and label in ("neg", "pos"):
-                    found.append((split, label, parts[-1], archive.extractfile(member).read()))
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(path, None, f"truncated, or not a tar file ({error})") from error
+    for name, data in tar_texts(path):
+        parts = PurePosixPath(name).parts
+        if len(parts) >= 3 and parts[-3] in ("train", "test") and parts[-2] in ("neg", "pos"):
+            found.append((*parts[-3:], data))
     for split, label, name, data in sorted(found):
         yield split, label, _decode_bytes(f"{path}/{split}/{label}/{name}", data)
 
@@ -140,21 +134,13 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def _decode(path: str | Path) -> str:
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(path, None, error.strerror or str(error)) from error
-    return _decode_bytes(path, data)
+    return _decode_bytes(path, read_bytes(path))
 
 
 def _decode_bytes(path: str | Path, data: bytes) -> str:
     if not data.strip():
         raise DataError(path, None, "the file is empty")
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(path, line, f"not UTF-8 (byte 0x{data[error.start]:02x})") from error
+    return decode(path, data).replace("\r\n", "\n")
 
 
 def _not_empty(path, rows, what):

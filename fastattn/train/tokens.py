@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from fastattn.train.errors import CheckpointError
+from fastattn.train.errors import CheckpointError, DataError
+from fastattn.train.input_files import decode, read_bytes
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 PAD_ID, BOS_ID, EOS_ID, UNKNOWN_ID = range(4)
@@ -51,10 +52,20 @@ def train_words(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -
     return tokenizer
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model whose tokens are below ``vocab_size``."""
     if not path.exists():
         raise CheckpointError(f"{path}: missing")
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+        tokenizer = Tokenizer.from_str(decode(path, read_bytes(path)))
+        tokenizer.encode("a word")
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    except DataError as error:
+        raise CheckpointError(f"{path}: not a tokenizer ({error.problem})") from error
+    except BaseException as error:  # the library raises bare Exception, and its panics are none
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
+    if largest >= vocab_size:
+        raise CheckpointError(f"{path}: has the token {largest}, the model's are below {vocab_size}")
+    return tokenizer

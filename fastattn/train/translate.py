@@ -10,10 +10,12 @@ import torch
 from tokenizers import Tokenizer
 
 from fastattn.models.decoding import beam_search, greedy
+from fastattn.models.fields import Share, check_value
 from fastattn.models.transformer import Transformer, TransformerConfig, translation_loss
 from fastattn.train import checkpoint as files
 from fastattn.train.batches import pad_tokens
 from fastattn.train.errors import TrainingError
+from fastattn.train.memory import build
 from fastattn.train.output_files import write_text
 from fastattn.train.task import Task, digest_of
 from fastattn.train.tokens import BOS_ID, EOS_ID, PAD_ID, load_tokenizer, train_subwords
@@ -51,6 +53,7 @@ class TranslationTask(Task):
     ):
         if not data.train or not data.validation:
             raise TrainingError(f"{len(data.train)} training and {len(data.validation)} validation pairs: too few")
+        check_value("label_smoothing", label_smoothing, Share)
         self.data = data
         self.label_smoothing, self.beam_size = label_smoothing, beam_size
         self.validation_limit = validation_limit
@@ -63,7 +66,7 @@ class TranslationTask(Task):
             eos_id=EOS_ID,
             **model_options,
         )
-        self.model = Transformer(self.config)
+        self.model = build(Transformer, self.config)
         limit = self.config.max_length
         self.sources = encode_sources(self.tokenizer, [s for s, _ in data.train], limit)
         targets = self.tokenizer.encode_batch([t for _, t in data.train])
@@ -185,8 +188,5 @@ def draw_attention(
 
 def load_translator(directory: Path, device: torch.device, attention: str | None = None):
     """(model, tokenizer) of a trained run."""
-    run = files.read_run(directory, TranslationTask.name)
-    options = run["model"] | ({"attention": attention} if attention else {})
-    model = Transformer(files.from_run(TransformerConfig, options, directory))
-    files.load_weights(directory / files.WEIGHTS, model)
-    return model.to(device).eval(), load_tokenizer(directory / "tokenizer.json")
+    model = files.load_model(Transformer, TransformerConfig, directory, TranslationTask.name, attention)
+    return model.to(device), load_tokenizer(directory / "tokenizer.json", model.config.vocab_size)
