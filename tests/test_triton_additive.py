@@ -13,8 +13,6 @@ COMPARE = """
 import sys
 import torch
 sys.path.insert(0, "tests")
-import triton_interpreter
-triton_interpreter.install()
 from fastattn import additive
 from fastattn.backends import additive_cpu, additive_triton
 from test_additive import inputs, lengths_of, naive

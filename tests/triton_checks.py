@@ -277,9 +277,9 @@ CHECKS: dict[str, Callable[[], None]] = {
 def main(names: list[str]) -> int:
     """How many of the named checks, or of all, fail."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
-    import triton_interpreter
+    from fastattn.kernels import interpreter
 
-    triton_interpreter.install()
+    interpreter.mend()
     torch.set_num_threads(1)
     failures = 0
     for name in names or CHECKS:

@@ -20,10 +20,15 @@ LSE_IS_OPTIONAL = False
 
 @cache
 def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU instead of compiling them."""
+    """Whether Triton interprets kernels on the CPU instead of compiling them; its interpreter is mended if so."""
     import triton
 
-    return bool(triton.knobs.runtime.interpret)
+    if not triton.knobs.runtime.interpret:
+        return False
+    from fastattn.kernels import interpreter
+
+    interpreter.mend()
+    return True
 
 
 @cache

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fastattn import dispatch
 from fastattn.cli.console import DTYPES, console, parse_backend, parse_device, parse_dtype, progress_bar
-from fastattn.testing import CASES, Case, judge, run_backend, run_reference
+from fastattn.testing import CASES, SMOKE_CASES, Case, judge, run_backend, run_reference
 
 
 @dataclass
@@ -46,15 +46,30 @@ def check_case(case: Case, backend: str, device: torch.device, dtype: torch.dtyp
     return judge(actual, problem, exact, naive, grad_out)
 
 
+def is_interpreted(backend: str, device: torch.device) -> bool:
+    """Whether the backend interprets its kernels instead of compiling them, thousands of times slower."""
+    module = dispatch.load(backend)
+    may_be = device.type == "cpu" and hasattr(module, "interpreted") and module.unavailable() is None
+    return may_be and module.interpreted()
+
+
+def cases_for(backend: str, device: torch.device, match: str) -> list[Case]:
+    """The cases whose name contains ``match``; where the kernels are interpreted and none is named, a few of all."""
+    few = not match and is_interpreted(backend, device)
+    return [case for case in (SMOKE_CASES if few else CASES) if match in case.name]
+
+
 def run_check(backend: str, device_name: str, dtype_names: list[str] | None, match: str) -> bool:
     """Print the table of errors; True when every one is within its budget."""
     device = parse_device(device_name)
     dtypes = {name: parse_dtype(name) for name in dtype_names or DTYPES}
     if parse_backend(backend) == "auto":
         backend = dispatch.explain_problem(CASES[0].make(device, next(iter(dtypes.values())))).backend
-    cases = [case for case in CASES if match in case.name]
+    cases = cases_for(backend, device, match)
     if not cases:
         raise typer.BadParameter(f"no case's name contains {match!r}", param_hint="--match")
+    if is_interpreted(backend, device):
+        console.print(f"Triton's interpreter is slow: {len(cases)} of {len(CASES)} cases; --match NAME runs others")
 
     summaries: dict[tuple[str, str], Summary] = {}
     misses: list[str] = []
