@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from fastattn.backends import additive_cpu, additive_tiles, additive_triton
 from fastattn.checks import check_dense
+from fastattn.integrations.symbolic import LeafModule, is_symbolic, record_function_call
 from fastattn.problem import INTEGER_DTYPES
 
 
@@ -42,7 +43,10 @@ def additive_attention(
     Computed in float32 (float64 for float64).  A query with no key to attend to gives 0, and
     gradients 0; what is masked out may be NaN or infinite.  Raises ``ValueError`` or ``TypeError``.
     """
-    return _call(query, key, value, weight, key_lengths, key_mask)[0]
+    arguments = (query, key, value, weight, key_lengths, key_mask)
+    if is_symbolic(arguments):
+        return record_function_call(additive_attention, arguments)
+    return _call(*arguments)[0]
 
 
 def additive_weights(
@@ -53,13 +57,16 @@ def additive_weights(
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The softmax weights ``[B, Lq, Lk]`` of :func:`additive_attention`, for inspection (no gradient)."""
+    arguments = (query, key, weight, key_lengths, key_mask)
+    if is_symbolic(arguments):
+        return record_function_call(additive_weights, arguments)
     with torch.no_grad():
         mask = _checked_mask(query, key, key, weight, key_lengths, key_mask)
         query, key, weight = (_working(x) for x in (query, key, weight))
         return additive_tiles.weights(query, _without_masked(key, mask), weight, mask)
 
 
-class AdditiveAttention(nn.Module):
+class AdditiveAttention(LeafModule):
     """Bahdanau's attention as a module: projects queries and keys, then :func:`additive_attention`.
 
     Args:

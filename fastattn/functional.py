@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastattn import dispatch, ops, plain
 from fastattn.checks import check_flag
+from fastattn.integrations.symbolic import is_symbolic, record_function_call
 from fastattn.problem import (
     Arguments,
     check_arguments,
@@ -70,6 +71,13 @@ def scaled_dot_product_attention(
         out = plain.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths)
         if out is not None:
             return out
+    if is_symbolic((query, key, value, attn_mask, key_lengths)):
+        return record_function_call(
+            scaled_dot_product_attention,
+            (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
+            **{"causal": causal, "window": window, "key_lengths": key_lengths},
+            **{"backend": backend, "return_lse": return_lse},
+        )
     if backend != "auto":
         dispatch.check_backend_name(backend)
     check_flag("return_lse", return_lse)

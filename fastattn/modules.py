@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from fastattn import dispatch, ops
 from fastattn.checks import check_dense, check_flag, check_module_sizes, shown
 from fastattn.functional import draw_rng_state_for
+from fastattn.integrations.symbolic import LeafModule
 from fastattn.masks import combine_masks
 from fastattn.problem import Arguments
 
 
-class MultiHeadAttention(nn.MultiheadAttention):
+class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` (Vaswani et al., arXiv:1706.03762) on the fused path.
 
     Takes the same constructor arguments, the same calls and the same state dict, and differs so:

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from fastattn.additive import additive_attention, additive_weights
+from fastattn.integrations.symbolic import LeafModule
 from fastattn.models.attention import IMPLEMENTATIONS, attend, naive_weights
 
 SCORES = ("dot", "additive")
 
 
-class AttentionPooling(nn.Module):
+class AttentionPooling(LeafModule):
     """``[B, L, E]`` to ``[B, E]``: a softmax over the positions, scored against a learned query.
 
     Args:

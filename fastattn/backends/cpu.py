@@ -44,7 +44,7 @@ def reasons(problem: Problem) -> list[str]:
 def takes_as_they_are(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool:
     """Can the engine compute a call of these alone, as they are given? False in any doubt."""
     # The table takes a millisecond to refuse a tensor that is elsewhere; query may still be anything.
-    on_cpu = getattr(query, "is_cpu", False)
+    on_cpu = getattr(query, "is_cpu", False) is True  # a proxy's is neither true nor false
     return _C is not None and on_cpu and _C.fit_as_they_are(query, key, value, grouped)
 
 

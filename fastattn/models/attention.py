@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastattn.integrations.symbolic import LeafModule
+
 IMPLEMENTATIONS = ("fastattn", "torch", "naive")
 
 
@@ -112,7 +114,7 @@ class KeyValueCache:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
-class Attention(nn.Module):
+class Attention(LeafModule):
     """Multi-head attention over batch-first tensors, with ``nn.MultiheadAttention``'s parameters.
 
     Args:
