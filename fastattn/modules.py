@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastattn import dispatch, ops
 from fastattn.checks import check_dense, check_flag, check_module_sizes, shown
 from fastattn.functional import draw_rng_state_for
+from fastattn.integrations import scripting
 from fastattn.integrations.symbolic import LeafModule
 from fastattn.masks import combine_masks
 from fastattn.problem import Arguments
@@ -113,6 +114,59 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
             The output in query's shape, and the weights [N, L, S] (not averaged [N, num_heads, L, S];
             unbatched without N), or None.
         """
+        if torch.jit.is_scripting():
+            return self._forward_of_script(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        return self._forward(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+
+    def _forward_of_script(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        merged, weights = scripting.multi_head_attention(
+            query,
+            key,
+            value,
+            self.num_heads,
+            self.batch_first,
+            self.in_proj_weight,
+            (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight),
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            float(self.dropout) if self.training else 0.0,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+            self.backend,
+        )
+        return self.out_proj(merged), weights
+
+    @torch.jit.unused
+    def _forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         self._check(query, key, value, key_padding_mask, attn_mask)
         check_flag("is_causal", is_causal)
         for name, flag in (("need_weights", need_weights), ("average_attn_weights", average_attn_weights)):
@@ -298,6 +352,8 @@ class SelfAttention(MultiHeadAttention):
         is_causal: bool = False,
     ) -> Tensor:
         """[N, L, embed_dim] (or unbatched); the masks are those of :meth:`MultiHeadAttention.forward`."""
+        if torch.jit.is_scripting():
+            return self._forward_of_script(x, x, x, key_padding_mask, False, attn_mask, True, is_causal)[0]
         return super().forward(
             x,
             x,
