@@ -84,6 +84,8 @@ def shown(value: Any, most: int = 60) -> str:
     """A value in an error: its beginning, where it is long."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"an int of {value.bit_length()} bits"  # Python refuses to write out the longest
+    if isinstance(value, list) and len(value) < 9 and not any(isinstance(part, (list, dict)) for part in value):
+        return f"[{', '.join(map(shown, value))}]"
     if isinstance(value, (list, tuple, dict)):
         return f"a {type(value).__name__} of {len(value)}"  # may be deep
     text = repr(value)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from fastattn.train.errors import DataError
+from fastattn.train.errors import DataError, brief
 
 #: Bytes of the largest member that is read (a text), and of the whole archive, expanded.  IMDB's are 14 KB and 0.4 GB.
 MOST_OF_A_MEMBER, MOST_OF_ALL = 1 << 24, 1 << 32
@@ -42,7 +42,7 @@ def tar_texts(path: Path) -> Iterator[tuple[str, bytes]]:
     except DataError:
         raise
     except Exception as error:  # the readers of damaged archives raise many kinds
-        raise DataError(path, None, f"truncated, or not a tar file ({error})") from error
+        raise DataError(path, None, f"truncated, or not a tar file ({brief(error)})") from error
 
 
 class _Bounded(io.RawIOBase):

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fastattn.models.fields import Range, check_value, shown
-from fastattn.train.errors import CheckpointError, DataError, TrainingError
+from fastattn.train.errors import CheckpointError, DataError, TrainingError, brief
 from fastattn.train.input_files import is_list_of, read_json
 from fastattn.train.memory import build
 from fastattn.train.output_files import create_file, json_text, write_file
@@ -111,7 +111,7 @@ def from_run(kind: type, values: Any, directory: Path) -> Any:
     try:
         return kind(**values)
     except (TypeError, ValueError, TrainingError) as error:
-        raise CheckpointError(f"{path}: not of this version of fastattn ({error})") from error
+        raise CheckpointError(f"{path}: not of this version of fastattn ({brief(error)})") from error
 
 
 def load_model(model: type[nn.Module], config: type, directory: Path, task: str, attention: str | None) -> nn.Module:
@@ -122,7 +122,7 @@ def load_model(model: type[nn.Module], config: type, directory: Path, task: str,
     try:
         loaded = build(model, configuration)
     except (ValueError, TrainingError) as error:
-        raise CheckpointError(f"{directory / RUN}: {error}") from error
+        raise CheckpointError(f"{directory / RUN}: {brief(error)}") from error
     load_weights(directory / WEIGHTS, loaded)
     return loaded.eval()
 
@@ -149,8 +149,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 def not_these_weights(path: Path, error: Exception) -> CheckpointError:
     """What to raise for weights of another model; torch names every parameter, which is too much."""
-    text = " ".join(str(error).split())
-    return CheckpointError(f"{path}: the weights are not this model's ({text[:200]}{'...' if len(text) > 200 else ''})")
+    return CheckpointError(f"{path}: the weights are not this model's ({brief(error)})")
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -162,8 +161,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise CheckpointError(f"{path}: missing")
     try:
         load_model(model, str(path))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file, or truncated ({error})") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or truncated ({brief(error)})") from error
     except RuntimeError as error:
         raise not_these_weights(path, error) from error
 
@@ -190,8 +189,7 @@ def load_checkpoint(path: Path, task: str) -> dict[str, Any]:
             raise ValueError(f"{shown(packed[0])} is compressed")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({first})") from error
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({brief(error)})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of fastattn train")
     if state.get("task") != task:

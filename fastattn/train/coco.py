@@ -147,10 +147,9 @@ def _file_name(image: Fields) -> str:
 def _box(annotation: Fields) -> list[float]:
     """[x, y, width, height]."""
     box = annotation.values.get("bbox")
-    is_numbers = is_list_of(box, float) and len(box) == 4
-    if not is_numbers or not all(PIXELS.holds(v) for v in box) or min(box[2:]) <= 0:
-        given = box if is_numbers else shown(box)
-        raise annotation.error(f"bbox must be [x, y, width, height] with a positive area, got {given}")
+    is_numbers = is_list_of(box, float) and len(box) == 4 and all(PIXELS.holds(v) for v in box)
+    if not is_numbers or min(box[2:]) <= 0:
+        raise annotation.error(f"bbox must be [x, y, width, height] with a positive area, got {shown(box)}")
     return [float(v) for v in box]
 
 

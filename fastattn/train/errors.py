@@ -9,6 +9,12 @@ class TrainingError(Exception):
     """Something the user can mend; the command line prints the message without a traceback."""
 
 
+def brief(error: BaseException, most: int = 200) -> str:
+    """What an error says, on one line; a library's may go on for pages."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 class DataError(TrainingError):
     """A data file that cannot be used.  The message begins with ``file:line:`` as compilers' do."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.train.errors import DataError
+from fastattn.train.errors import DataError, brief
 
 #: Pixels of the largest image that is read.
 MOST_PIXELS = 1 << 26
@@ -38,11 +38,11 @@ def _read(path: Path, read: Callable[[Any], Any]) -> Any:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+            warnings.simplefilter("ignore")  # of damaged metadata, and of sizes: the limit here is lower
             with Image.open(path) as image:
                 if image.width * image.height <= MOST_PIXELS:
                     return read(image)
                 problem = f"{image.width} x {image.height} pixels, more than the {MOST_PIXELS} that are read"
     except Exception as error:  # Pillow's readers raise many kinds for what is damaged
-        problem = str(error).strip() or type(error).__name__
+        problem = brief(error)
     raise DataError(path, None, f"cannot be read as an image: {problem}")

@@ -258,8 +258,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
         for name in ("exp_avg", "exp_avg_sq"):
             if moments[name].shape != parameter.shape or not moments[name].is_floating_point():
                 raise ValueError(f"the optimizer's {name} is not its parameter's")
-        if moments["step"].numel() != 1:
-            raise ValueError("the optimizer's step is not one number")
+        if moments["step"].numel() != 1 or not moments["step"] >= 0:
+            raise ValueError("the optimizer's step is not a number from 0 on")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from fastattn.train.errors import CheckpointError, DataError
+from fastattn.train.errors import CheckpointError, DataError, brief
 from fastattn.train.input_files import decode, read_bytes
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -65,7 +65,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     except BaseException as error:  # the library raises bare Exception, and its panics are none
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
+        raise CheckpointError(f"{path}: not a tokenizer ({brief(error)})") from error
     if largest >= vocab_size:
         raise CheckpointError(f"{path}: has the token {largest}, the model's are below {vocab_size}")
     return tokenizer
