@@ -85,8 +85,8 @@ def gradients(
     grad_value = dropped.transpose(-2, -1) @ grad_out
     return (
         grad_query,
-        _sum_over_group(grad_key, problem),
-        _sum_over_group(grad_value, problem),
+        _without_unattended(_sum_over_group(grad_key, problem), problem),
+        _without_unattended(_sum_over_group(grad_value, problem), problem),
         grad_scores if problem.bias is not None else None,
     )
 
@@ -182,14 +182,24 @@ def _softmax(problem: Problem) -> tuple[Tensor, Tensor]:
     scores = (problem.query @ key.transpose(-2, -1)) * problem.scale
     if problem.bias is not None:
         # A finite bias must not become -inf by rounding in the sum: only a mask forbids.
-        scores = (scores + problem.bias).clamp(min=torch.finfo(scores.dtype).min)
+        scores = scores + problem.bias
+        scores = scores.masked_fill(scores == -torch.inf, torch.finfo(scores.dtype).min)
     if not _is_restricted(problem):
-        return scores.softmax(dim=-1), scores.to(problem.lse_dtype).logsumexp(dim=-1)
+        return scores.softmax(dim=-1), _logsumexp(scores.to(problem.lse_dtype))
     permitted = allowed(problem)
     row_attends = permitted.any(dim=-1, keepdim=True)
     scores = scores.masked_fill(~permitted, -torch.inf).masked_fill(~row_attends, 0.0)
-    lse = scores.to(problem.lse_dtype).logsumexp(dim=-1).masked_fill(~row_attends.squeeze(-1), -torch.inf)
+    lse = _logsumexp(scores.to(problem.lse_dtype)).masked_fill(~row_attends.squeeze(-1), -torch.inf)
     return scores.softmax(dim=-1).masked_fill(~permitted, 0.0), lse
+
+
+def _logsumexp(scores: Tensor) -> Tensor:
+    """torch's, whose gradient is exp(scores - lse): not the weights where the lse has no place for their sum."""
+    if scores.shape[-1] == 0:
+        return scores.logsumexp(dim=-1)
+    largest = scores.detach().amax(dim=-1, keepdim=True)
+    largest = largest.masked_fill(largest.isinf(), 0.0)
+    return (scores - largest).exp().sum(dim=-1).log() + largest.squeeze(-1)
 
 
 def _apply_dropout(weights: Tensor, problem: Problem) -> Tensor:
@@ -200,9 +210,9 @@ def _apply_dropout(weights: Tensor, problem: Problem) -> Tensor:
 
 
 def _without_unattended(rows: Tensor, problem: Problem) -> Tensor:
-    """Keys or values [B, Hkv, Lk, *] with those zeroed that no query attends to.
+    """Keys, values or their gradients [B, Hkv, Lk, *] with those zeroed that no query attends to.
 
-    A weight of 0 does not protect from NaN or inf in padding, since 0 * NaN is NaN.
+    A weight of 0 does not protect from NaN or inf in padding, or in a query's gradient, since 0 * NaN is NaN.
     """
     if not _is_restricted(problem):
         return rows

@@ -154,3 +154,30 @@ def test_the_gradient_formulas_are_autograds(case):
 def test_heads_are_averaged():
     problem = Case("gqa", heads=4, kv_heads=2, queries=5, mask="per_head").make(dtype=torch.float64)
     torch.testing.assert_close(reference.weights(problem, average=True), reference.weights(problem).mean(1))
+
+
+def test_the_lse_of_finfo_min_everywhere_has_the_weights_as_its_gradient():
+    """Beside a number of that size the sum of the weights has no place: exp(score - lse) would be 1."""
+    query, key, value = tensors((1, 1, 2, 3), (1, 1, 5, 3), (1, 1, 5, 3))
+    bias = torch.full((1, 1, 2, 5), torch.finfo(torch.float64).min, dtype=torch.float64, requires_grad=True)
+    reference.attention(make_problem(query, key, value, bias))[1].sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 1 / 5))
+
+
+@pytest.mark.parametrize("poisoned", ["query", "grad_out"])
+def test_what_is_not_finite_in_a_query_stays_out_of_the_gradients_of_hidden_keys(poisoned):
+    query, key, value, grad_out = tensors((1, 1, 4, 3), (1, 1, 6, 3), (1, 1, 6, 3), (1, 1, 4, 3))
+    (query if poisoned == "query" else grad_out)[0, 0, 1] = torch.nan
+    mask = torch.arange(6) != 2
+    _, grad_key, grad_value, _ = reference.gradients(make_problem(query, key, value, mask), grad_out)
+    for gradient in (grad_key, grad_value):
+        assert (gradient[0, 0, 2] == 0).all()
+        assert gradient[0, 0, mask].isnan().all()
+
+
+def test_a_query_of_nan_has_a_gradient_of_nan_beside_a_bias():
+    query, key, value = tensors((1, 1, 4, 3), (1, 1, 6, 3), (1, 1, 6, 3))
+    query[0, 0, 1] = torch.nan
+    query.requires_grad_()
+    reference.attention(make_problem(query, key, value, torch.zeros(4, 6, dtype=torch.float64)))[0].sum().backward()
+    assert query.grad[0, 0].isnan().all(1).tolist() == [False, True, False, False]
