@@ -363,7 +363,12 @@ class Judgement:
 
 
 def judge(
-    actual: Results, problem: Problem, reference64: Results, naive: Results, grad_out: Tensor | None = None
+    actual: Results,
+    problem: Problem,
+    reference64: Results,
+    naive: Results,
+    grad_out: Tensor | None = None,
+    grad_lse: Tensor | None = None,
 ) -> list[Judgement]:
     """Compare with the float64 reference: at most twice naive attention's error, plus a floor.
 
@@ -371,7 +376,7 @@ def judge(
     in the last place of the largest result, and a few units of the accumulator's precision of the
     largest terms that the result is a sum of.
     """
-    magnitudes = term_magnitudes(problem, grad_out)
+    magnitudes = term_magnitudes(problem, grad_out, grad_lse)
     judgements = []
     for name, tensor in actual.items():
         exact = reference64[name].double()
@@ -409,7 +414,7 @@ def _largest_error(actual: Tensor, exact: Tensor) -> float:
     return difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
 
 
-def term_magnitudes(problem: Problem, grad_out: Tensor | None) -> dict[str, float]:
+def term_magnitudes(problem: Problem, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> dict[str, float]:
     """The size of the largest terms in each result's sum."""
     query, key, value = (_largest(t.double()) for t in (problem.query, problem.key, problem.value))
     scores = abs(problem.scale) * query * key + (0.0 if problem.bias is None else _largest(problem.bias))
@@ -418,6 +423,7 @@ def term_magnitudes(problem: Problem, grad_out: Tensor | None) -> dict[str, floa
         keep = 1.0 - problem.dropout_p
         outer = _largest(grad_out.double())
         grad_weights = problem.value.shape[-1] ** 0.5 * outer * value / keep
+        grad_weights += 0.0 if grad_lse is None else _largest(grad_lse)
         magnitudes |= {
             "grad_query": abs(problem.scale) * grad_weights * key,
             "grad_key": abs(problem.scale) * grad_weights * query,

@@ -133,6 +133,7 @@ class AdditiveCase:
     has_lengths: bool = False
     has_mask: bool = False
     poisoned: bool = False  # NaN where masked
+    poisoned_gradient: bool = False  # inf in one row of the gradient of out
     threads: int = 1
 
     def make(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None, Tensor | None, Tensor]:
@@ -153,6 +154,8 @@ class AdditiveCase:
             hidden |= False if mask is None else ~mask
             hidden |= False if lengths is None else torch.arange(keys) >= lengths[:, None]
             key[hidden], value[hidden] = torch.nan, torch.inf
+        if self.poisoned_gradient:
+            grad_out[0, queries // 2] = torch.inf
         tensors = tuple(x.to(self.dtype) for x in (query, key, value, weight))
         return tensors, lengths, mask, grad_out.to(self.dtype)
 
@@ -224,6 +227,8 @@ def _attention_case(seed: int, draw: random.Random) -> AttentionCase:
         poison = "hidden"
     elif draw.random() < 0.08:
         poison = draw.choice(POISONS[1:])
+    if poison in ("query", "key") and case.dropout_p > 0.0:
+        poison = None  # whether a weight that is NaN and dropped is 0 or NaN is nobody's concern
     tiny = 1e-6 if dtype == torch.float16 else 1e-3  # where float16 has subnormal numbers only
     return AttentionCase(
         seed,
@@ -256,6 +261,7 @@ def _additive_case(seed: int, draw: random.Random) -> AdditiveCase:
         has_lengths=draw.random() < 0.4,
         has_mask=draw.random() < 0.4,
         poisoned=draw.random() < 0.5,
+        poisoned_gradient=draw.random() < 0.1,
         threads=2 if draw.random() < 0.1 else 1,
     )
 

@@ -58,13 +58,16 @@ class _Attention:
     def _truth(self, dtype: torch.dtype | None) -> Results:
         """The reference's results and weights; with None in the problem's own dtype, as naive attention.
 
-        The truth itself is no measure of float64's rounding: naive attention then sums over features in reverse.
+        The truth itself is no measure of float64's rounding: then naive attention sums over features in reverse, and
+        has scores that are off by a unit of their last place.
         """
         problem, grad_out = self.problem, self.grad_out
         reverse = dtype is None and problem.query.dtype == torch.float64
         if reverse:
             query, key, value, grad_out = (x.flip(-1) for x in (*problem[:3], grad_out))
-            problem = problem._replace(query=query, key=key, value=value)
+            unit = 1.0 - torch.finfo(torch.float64).eps
+            bias = None if problem.bias is None else problem.bias * unit
+            problem = problem._replace(query=query * unit, key=key, value=value, bias=bias)
         results = run_reference(problem, grad_out, self.grad_lse, dtype)
         if reverse:
             for name in ("out", "grad_query", "grad_key", "grad_value"):
@@ -81,7 +84,7 @@ class _Attention:
     def judge(self, actual: Results) -> list[Judgement]:
         weights = _judge_weights(actual.pop("weights"), self.exact, self.naive, self.problem.dropout_p)
         actual, exact, naive = _comparable(actual, self.exact, self.naive)
-        return [*judge(actual, self.problem, exact, naive, _finite(self.grad_out)), weights]
+        return [*judge(actual, self.problem, exact, naive, self.grad_out, self.grad_lse), weights]
 
 
 class _Additive:
@@ -123,11 +126,11 @@ class _Additive:
             "grad_weight": grad_weights,
         }
         accumulator = 16 * torch.finfo(torch.float64 if query.dtype == torch.float64 else torch.float32).eps
+        actual, exact, naive = _comparable(actual, self.exact, self.naive)
         judgements = []
         for name, tensor in actual.items():
-            exact = self.exact[name]
-            floor = torch.finfo(tensor.dtype).eps * _largest(exact) + accumulator * magnitudes[name]
-            judgements.append(_judgement(name, tensor, exact, self.naive[name], floor))
+            floor = torch.finfo(tensor.dtype).eps * _largest(exact[name]) + accumulator * magnitudes[name]
+            judgements.append(_judgement(name, tensor, exact[name], naive[name], floor))
         return [*judgements, weights]
 
 
