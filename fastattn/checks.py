@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from types import NoneType
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 #: A window of this size is open: no sequence is so long, and sums of positions and windows stay far from 2^63.
 OPEN_WINDOW = 1 << 60
@@ -46,33 +48,47 @@ def check_window(window: tuple[int | None, int | None]) -> tuple[int | None, int
     for side, size in zip(("left", "right"), window, strict=True):
         if size is None:
             continue
-        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        if isinstance(size, bool) or not isinstance(size, (Integral, torch.SymInt)):
             raise TypeError(f"window's {side} must be an int or None (open), got {shown(size)}")
         if size < 0:
             raise ValueError(f"window's {side} must be at least 0, or None for open, got {shown(size)}")
+    window = (size if isinstance(size, (int, torch.SymInt, NoneType)) else int(size) for size in window)
     left, right = (None if size is None or size >= OPEN_WINDOW else size for size in window)
     return left, right
 
 
-def check_dropout(dropout_p: float) -> float:
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float, torch.SymFloat)):
-        raise TypeError(f"dropout_p must be a float, got {shown(dropout_p)}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {shown(dropout_p)}")
+def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
+    dropout_p = _number(name, dropout_p, "a float")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{name} must be at least 0 and at most 1, got {shown(dropout_p)}")
     return float(dropout_p)
 
 
 def check_scale(scale: float) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"scale must be a float or None (1 / sqrt(head_dim)), got {shown(scale)}")
-    if isinstance(scale, torch.SymFloat):
-        return scale
+    """A float; symbolic while it is traced, and then finite only if :func:`fastattn.problem.check_problem` says so."""
+    scale = _number("scale", scale, "a float or None (1 / sqrt(head_dim))")
+    if is_compiling() or isinstance(scale, (torch.SymInt, torch.SymFloat)):
+        return scale * 1.0
     try:
         number = float(scale)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"scale must be finite as a float, got {shown(scale)}")
+    return number
+
+
+def _number(name: str, value: object, right: str) -> float:
+    """What torch takes for a float: a number of Python or numpy, a symbolic one, or a tensor without dimensions."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name} must be {right}, got a tensor that requires a gradient, which {name} does not get: give "
+            f"its detach()" + (", or multiply query by it" if name == "scale" else "")
+        )
+    numbers = (Real, torch.SymInt, torch.SymFloat)
+    number = value if isinstance(value, numbers) or getattr(value, "shape", None) != () else value.item()
+    if isinstance(number, bool) or not isinstance(number, numbers):
+        raise TypeError(f"{name} must be {right}, got {shown(value)}")
     return number
 
 
@@ -85,7 +101,4 @@ def check_module_sizes(embed_dim: int, num_heads: int, dropout: float) -> None:
         raise ValueError(
             f"embed_dim must be a positive multiple of num_heads, got embed_dim={embed_dim}, num_heads={num_heads}"
         )
-    if not isinstance(dropout, Real):
-        raise TypeError(f"dropout must be a float, got {shown(dropout)}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be at least 0 and less than 1, got {shown(dropout)}")
+    check_dropout(dropout, "dropout")

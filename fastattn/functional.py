@@ -45,7 +45,7 @@ def scaled_dot_product_attention(
         value: [..., Hkv, Lk, Dv].
         attn_mask: broadcastable to [..., Hq, Lq, Lk]. bool: True = attend. float: added to the
             scores, differentiable; -inf forbids.
-        dropout_p: probability in [0, 1) to drop a weight. Which are dropped depends on PyTorch's
+        dropout_p: probability in [0, 1] to drop a weight. Which are dropped depends on PyTorch's
             generator of the device and on the position in the score matrix alone.
         is_causal: the same as ``causal="upper_left"``. With ``attn_mask``, both apply.
         scale: of the scores; None is 1 / sqrt(D).
@@ -86,10 +86,14 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal, window, key_lengths
     )
     rng_state = draw_rng_state(query.device) if arguments.dropout_p > 0.0 else None
-    if not return_lse:
-        return _in_given_rank(ops.attention_output(*arguments, rng_state, backend), query, key, value)
-    out, lse = ops.attention_forward(*arguments, rng_state, backend)
-    return _in_given_rank(out, query, key, value), _in_given_rank(lse, query, key, value)
+    if return_lse:
+        out, lse = ops.attention_forward(*arguments, rng_state, backend)
+    else:
+        out = ops.attention_output(*arguments, rng_state, backend)
+    if value.shape[-1] == 0:
+        out = out[..., :0]  # the engines were given a column
+    out = _in_given_rank(out, query, key, value)
+    return (out, _in_given_rank(lse, query, key, value)) if return_lse else out
 
 
 def explain(

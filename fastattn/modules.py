@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import dispatch, ops
-from fastattn.checks import check_dense, check_flag, check_module_sizes, shown
+from fastattn.checks import check_dense, check_dropout, check_flag, check_module_sizes, shown
 from fastattn.functional import draw_rng_state_for
 from fastattn.integrations import scripting
 from fastattn.integrations.symbolic import LeafModule
@@ -189,7 +189,7 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
             causal=masks.causal,
             window_left=None,
             window_right=None,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=check_dropout(self.dropout, "dropout") if self.training else 0.0,
         )
         rng_state = draw_rng_state_for(arguments)
         if not need_weights:

@@ -20,6 +20,7 @@ from fastattn import dispatch, memory, reference
 from fastattn.eager import is_eager, is_observed, is_transformed
 from fastattn.problem import (
     Arguments,
+    Problem,
     bias_gradient_shape,
     check_problem,
     problem_from_arguments,
@@ -33,7 +34,7 @@ _TAGS = (
 )
 _PROBLEM_SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias, Tensor? key_lengths, "
-    "float? scale, str? causal, SymInt? window_left, SymInt? window_right, float dropout_p, "
+    "Scalar? scale, str? causal, SymInt? window_left, SymInt? window_right, float dropout_p, "
     "Tensor? rng_state, str backend"
 )
 #: Where the differentiable ones stand among these arguments.
@@ -90,6 +91,8 @@ def _forward(*arguments, wants_lse: bool = True) -> tuple[Tensor, Tensor | None]
     problem = problem_from_arguments(*arguments[:-1])
     check_problem(problem)
     engine = dispatch.select(problem, arguments[-1])
+    if problem.dropout_p == 1.0:
+        problem = _without_values(problem)
     query = problem.query
     out = empty_result(query, problem.value.shape[3])
     lse = empty_lse(query) if wants_lse or not engine.LSE_IS_OPTIONAL else None
@@ -109,7 +112,7 @@ def _gradients(
     bias = arguments[_BIAS]
     if needs_bias and _has_repeated_elements(bias):
         # A caller's own expanded view: each of its elements has a gradient of its own.
-        arguments[_BIAS] = bias = bias.contiguous()
+        arguments[_BIAS] = bias = bias.clone(memory_format=torch.contiguous_format)  # an empty one too
     problem = problem_from_arguments(*arguments)
     check_problem(problem)
     engine = dispatch.select(problem, backend)
@@ -123,6 +126,8 @@ def _gradients(
     grad_bias = None
     if needs_bias:
         grad_bias = memory.new_zeros(bias, bias_gradient_shape(problem.bias), problem.lse_dtype)
+    if problem.dropout_p == 1.0:
+        problem, grad_out = _without_values(problem), torch.zeros_like(grad_out)
     engine.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
     if needs_bias:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
@@ -135,11 +140,19 @@ def _backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(out.new_empty(0) if gradient is None else gradient for gradient in _gradients(*arguments))
 
 
+def _without_values(problem: Problem) -> Problem:
+    """What dropout of every weight leaves: no value reaches out, and the scores only lse. Kept ones cannot be scaled."""
+    value = problem.value.new_zeros(problem.value.shape)
+    return problem._replace(value=value, dropout_p=0.0, rng_state=None)
+
+
 def _weights(lse: Tensor, average: bool, *arguments) -> Tensor:
     problem = problem_from_arguments(*arguments[:-1])
     check_problem(problem)
     engine = dispatch.select(problem, arguments[-1])
     weights = _empty_weights(lse, average, problem.query, problem.key)
+    if problem.dropout_p == 1.0:
+        return weights.zero_()
     engine.weights(problem, lse, weights, average)
     return weights
 

@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.checks import check_dense, check_dropout, check_flag, check_scale, check_window
@@ -20,7 +21,10 @@ from fastattn.eager import PLAIN_TENSORS
 CAUSAL_MODES = (None, "upper_left", "lower_right")
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGER_DTYPES = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 
 #: For those who come with sequences of different lengths in a nested tensor.
 PAD_ADVICE = (
@@ -181,6 +185,8 @@ def check_problem(problem: Problem) -> None:
         raise ValueError(f"bias of an operator must be float32 or query's dtype {query.dtype}, got {bias.dtype}")
     if problem.causal not in CAUSAL_MODES:
         raise ValueError(f"causal of an operator must be one of {CAUSAL_MODES}, got {problem.causal!r}")
+    if not math.isfinite(problem.scale):
+        raise ValueError(f"scale must be finite, got {problem.scale}")
     for size in (problem.window_left, problem.window_right):
         if size is not None and size < 0:
             raise ValueError(f"the window of an operator must be at least 0 or None, got {size}")
@@ -235,7 +241,7 @@ def check_arguments(
         query, key, value = _with_equal_ranks(query, key, value)
         batch_shape = _broadcast_batch(query, key, value)
         query, key, value = (_flatten_batch(tensor, batch_shape) for tensor in (query, key, value))
-        query, key, value = _match_heads(query, key, value, enable_gqa)
+        query, key, value = map(_with_head_dim, _match_heads(query, key, value, enable_gqa))
 
     if is_causal:
         if causal is None:
@@ -247,7 +253,7 @@ def check_arguments(
     if causal is not None and causal not in CAUSAL_MODES:
         raise ValueError(f"causal must be None, 'upper_left' or 'lower_right', got {causal!r}")
     window_left, window_right = (None, None) if window is None else check_window(window)
-    if type(dropout_p) is not float or not 0.0 <= dropout_p < 1.0:
+    if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
         dropout_p = check_dropout(dropout_p)
     if scale is not None:
         scale = check_scale(scale)
@@ -306,12 +312,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         if tensor.device != device:
             raise ValueError(f"{name} must be on query's device {device}, got {tensor.device}")
     head_dim = query.shape[-1]
-    if head_dim == 0:
-        raise ValueError(f"query must have a head_dim of at least 1, got shape {list(query.shape)}")
     if key.shape[-1] != head_dim:
         raise ValueError(f"key must have query's head_dim {head_dim} as its last size, got shape {list(key.shape)}")
-    if value.shape[-1] == 0:
-        raise ValueError(f"value must have a head_dim of at least 1, got shape {list(value.shape)}")
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(
             f"value must have key's length {key.shape[-2]} as its second to last size, got shape {list(value.shape)}"
@@ -358,10 +360,14 @@ def _match_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
     if heads == key_heads == value_heads:
         return query, key, value
     if key_heads != value_heads:
-        if 1 not in (key_heads, value_heads):
-            raise ValueError(f"value must have key's {key_heads} heads or 1, got {value_heads}")
-        key_heads = value_heads if key_heads == 1 else key_heads
-        key, value = (tensor.expand(-1, key_heads, -1, -1) for tensor in (key, value))
+        shared = enable_gqa and 0 not in (key_heads, value_heads)
+        if 1 not in (key_heads, value_heads) and not (shared and heads % key_heads == heads % value_heads == 0):
+            raise ValueError(
+                f"value must have key's {key_heads} heads or 1, or with enable_gqa=True a number of heads that divides "
+                f"query's {heads} as key's does, got {value_heads}"
+            )
+        key_heads = math.lcm(key_heads, value_heads)
+        key, value = _with_heads(key, key_heads), _with_heads(value, key_heads)
     if heads == 1 and key_heads != 1:
         return query.expand(-1, key_heads, -1, -1), key, value
     if key_heads == 0 or heads % key_heads != 0:
@@ -375,6 +381,17 @@ def _match_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
             f"among {heads // key_heads} query heads, or give as many key heads as query heads"
         )
     return query, key, value
+
+
+def _with_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Each head as often as it takes to have so many; without a copy only where there is one."""
+    given = tensor.shape[1]
+    return tensor.expand(-1, heads, -1, -1) if given == 1 else tensor.repeat_interleave(heads // given, dim=1)
+
+
+def _with_head_dim(tensor: Tensor) -> Tensor:
+    """A column of zeros, which adds nothing to a score, where there is none: the engines need one."""
+    return tensor if tensor.shape[3] != 0 else F.pad(tensor, (0, 1))
 
 
 def _check_mask(
@@ -418,7 +435,7 @@ def check_lengths(key_lengths: Tensor | list[int], query: Tensor, keys: int, bat
     """int64 [B] on query's device. Values on a CPU are left to :func:`check_problem`."""
     if not isinstance(key_lengths, Tensor):
         try:
-            key_lengths = torch.tensor(key_lengths)
+            key_lengths = torch.tensor(key_lengths, device="cpu")  # whatever the default device is
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"key_lengths must be an integer tensor or a list of ints, got {key_lengths!r}") from None
     check_dense("key_lengths", key_lengths)

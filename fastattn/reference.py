@@ -206,7 +206,8 @@ def _apply_dropout(weights: Tensor, problem: Problem) -> Tensor:
     """Zero the dropped elements and scale the kept ones by 1 / (1 - p)."""
     if problem.dropout_p == 0.0:
         return weights
-    return weights.masked_fill(~dropout_keep(problem), 0.0) / (1.0 - problem.dropout_p)
+    kept = weights.masked_fill(~dropout_keep(problem), 0.0)
+    return kept if problem.dropout_p == 1.0 else kept / (1.0 - problem.dropout_p)
 
 
 def _without_unattended(rows: Tensor, problem: Problem) -> Tensor:

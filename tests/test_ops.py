@@ -229,7 +229,8 @@ WRONG_VALUES = {
     "short lengths": ({"key_lengths": torch.tensor([3, 3], dtype=torch.int32)}, "int64, got torch.int32"),
     "an unknown causality": ({"causal": "left"}, "causal .* 'upper_left'.* got 'left'"),
     "a window below 0": ({"window_left": -3}, "window .* at least 0 .* got -3"),
-    "a dropout of 1": ({"dropout_p": 1.0}, "less than 1, got 1.0"),
+    "a dropout above 1": ({"dropout_p": 1.5}, "at most 1, got 1.5"),
+    "an infinite scale": ({"scale": float("inf")}, "scale must be finite, got inf"),
     "dropout without a state": ({"dropout_p": 0.5}, r"rng_state .* int64 \[2\], got None"),
     "a state of one word": (
         {"dropout_p": 0.5, "rng_state": torch.zeros(1, dtype=torch.int64)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -236,6 +237,13 @@ ODD = {
     "lazily negated values": {"value": torch._neg_view(PLAIN)},
     "an integer dropout": {"dropout_p": 0},
     "an integer scale": {"scale": 1},
+    "a tensor as scale": {"scale": torch.tensor(0.3)},
+    "a scale of numpy": {"scale": np.float32(0.3)},
+    "other heads of value": {"value": PLAIN[:, :2], "enable_gqa": True},
+    "other heads of key": {"key": PLAIN[:, :2], "value": PLAIN[:, :1], "enable_gqa": True},
+    "no head_dim": {"query": PLAIN[..., :0], "key": PLAIN[..., :0]},
+    "no head_dim of value": {"value": PLAIN[..., :0]},
+    "no head_dim at all": dict.fromkeys(("query", "key", "value"), PLAIN[..., :0]),
 }
 
 
@@ -261,8 +269,6 @@ WRONG = {
     "another batch": {"key": PLAIN[:1].expand(3, -1, -1, -1)},
     "heads that are no multiple": {"key": PLAIN[:, :3], "value": PLAIN[:, :3], "enable_gqa": True},
     "groups without enable_gqa": {"key": PLAIN[:, :2], "value": PLAIN[:, :2]},
-    "other heads of value": {"value": PLAIN[:, :2], "enable_gqa": True},
-    "no head_dim": dict.fromkeys(("query", "key", "value"), PLAIN[..., :0]),
     "a sparse tensor": {"query": PLAIN.to_sparse()},
     "a dropout that is not a number": {"dropout_p": float("nan")},
     "a bool for dropout": {"dropout_p": False},
