@@ -49,7 +49,7 @@ def read_rate() -> float:
     """Bytes per second of reading memory, all threads together."""
     memory = _probe_memory()
     start = time.perf_counter()
-    _C.probe_read(memory.data_ptr(), memory.numel(), torch.get_num_threads())
+    _C.probe_read(memory, torch.get_num_threads())
     return PROBE_BYTES / (time.perf_counter() - start)
 
 

@@ -1,5 +1,5 @@
-// The Python module fastattn._C, which fastattn/backends call. Built without torch: tensors.h reads those of
-// an attention problem; additive attention hands over addresses.
+// The Python module fastattn._C, which fastattn/backends call. Built without torch: tensors.h reads its
+// tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,31 +17,13 @@ namespace py = pybind11;
 namespace fastattn {
 namespace {
 
-// Reads the fields of a tuple one after the other.
-class Fields {
- public:
-  explicit Fields(const py::tuple& tuple) : tuple_(tuple.ptr()) {}
-
-  int64_t integer() { return checked(PyLong_AsLongLong(next())); }
-  double real() { return checked(PyFloat_AsDouble(next())); }
-  template <class T>
-  T* pointer() {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(checked(PyLong_AsUnsignedLongLong(next()))));
-  }
-
- private:
-  PyObject* next() {
-    if (position_ >= PyTuple_GET_SIZE(tuple_)) throw std::invalid_argument("malformed problem");
-    return PyTuple_GET_ITEM(tuple_, position_++);
-  }
-  template <class T>
-  static T checked(T value) {
-    if (value == static_cast<T>(-1) && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-  PyObject* tuple_;
-  Py_ssize_t position_ = 0;
-};
+// Computes without Python's lock.
+template <class Computation>
+auto unlocked(Computation&& computation) {
+  const Engine& chosen = engine();
+  const py::gil_scoped_release release;
+  return computation(chosen);
+}
 
 Tensor4<uint8_t> read_tensor4(py::handle tensor) {
   return tensor.is_none() ? Tensor4<uint8_t>{} : read_tensor(tensor).as_tensor4();
@@ -134,8 +116,6 @@ Problem read_problem(const py::tuple& fields) {
   return p;
 }
 
-void* address(uintptr_t pointer) { return reinterpret_cast<void*>(pointer); }
-
 void forward(const py::tuple& problem_fields, py::handle out, py::handle lse, int threads) {
   const Problem problem = read_problem(problem_fields);
   ForwardOutput output{read_tensor4(out), read_data(lse)};
@@ -144,9 +124,7 @@ void forward(const py::tuple& problem_fields, py::handle out, py::handle lse, in
   const AlignedBuffer unwanted(lse.is_none() ? size * problem.batch * problem.query_heads * problem.queries
                                              : 0);
   if (lse.is_none()) output.lse = unwanted.data();
-  const Engine& chosen = engine();
-  const py::gil_scoped_release unlocked;
-  chosen.forward(problem, output, threads);
+  unlocked([&](const Engine& chosen) { chosen.forward(problem, output, threads); });
 }
 
 void backward(const py::tuple& problem_fields, py::handle out, py::handle lse, py::handle grad_out,
@@ -170,61 +148,85 @@ void backward(const py::tuple& problem_fields, py::handle out, py::handle lse, p
   args.grad_key = read_tensor4(grad_key);
   args.grad_value = read_tensor4(grad_value);
   args.grad_bias = read_data(grad_bias);
-  const Engine& chosen = engine();
-  const py::gil_scoped_release unlocked;
-  chosen.backward(problem, args, threads);
+  unlocked([&](const Engine& chosen) { chosen.backward(problem, args, threads); });
 }
 
 void weights(const py::tuple& problem_fields, py::handle lse, py::handle out, bool average, int threads) {
   const Problem problem = read_problem(problem_fields);
   const WeightsOutput output{read_data(lse), read_data(out), average};
-  const Engine& chosen = engine();
-  const py::gil_scoped_release unlocked;
-  chosen.weights(problem, output, threads);
+  unlocked([&](const Engine& chosen) { chosen.weights(problem, output, threads); });
 }
 
-AdditiveProblem read_additive(const py::tuple& tuple) {
-  Fields fields(tuple);
+// The memory of a contiguous tensor of this dtype and shape, as the engine of additive attention takes them.
+void* read_contiguous(py::handle tensor, DType dtype, std::initializer_list<int64_t> shape) {
+  const TensorView view = read_tensor(tensor);
+  int64_t stride = 1;
+  bool fits = view.dtype == dtype && view.rank == static_cast<int>(shape.size()) &&
+              std::equal(shape.begin(), shape.end(), view.shape);
+  for (int i = view.rank - 1; i >= 0; i--) {
+    fits = fits && (view.stride[i] == stride || view.shape[i] == 1);
+    stride *= view.shape[i];
+  }
+  if (!fits)
+    throw std::invalid_argument("a tensor of additive attention has not the dtype, shape or layout it needs");
+  return view.data;
+}
+
+// (query, key, value, weight, mask or None, offset), as AdditiveProblem describes them.
+AdditiveProblem read_additive(const py::tuple& fields) {
+  if (fields.size() != 6) throw std::invalid_argument("malformed problem");
+  const TensorView query = read_tensor(fields[0]), key = read_tensor(fields[1]),
+                   value = read_tensor(fields[2]);
   AdditiveProblem p;
-  p.dtype = static_cast<DType>(fields.integer());
-  p.batch = fields.integer();
-  p.queries = fields.integer();
-  p.keys = fields.integer();
-  p.features = fields.integer();
-  p.value_dim = fields.integer();
-  p.query = fields.pointer<const void>();
-  p.key = fields.pointer<const void>();
-  p.value = fields.pointer<const void>();
-  p.weight = fields.pointer<const void>();
-  p.mask = fields.pointer<const uint8_t>();
-  p.offset = fields.real();
+  p.dtype = engine_dtype(query);
+  p.batch = query.shape[0];
+  p.queries = query.shape[1];
+  p.keys = key.shape[1];
+  p.features = query.shape[2];
+  p.value_dim = value.shape[2];
+  if ((p.dtype != DType::f32 && p.dtype != DType::f64) || p.features % 16 || p.value_dim % 16)
+    throw std::invalid_argument("additive attention takes float32 or float64, and sizes of whole vectors");
+  p.query = read_contiguous(fields[0], p.dtype, {p.batch, p.queries, p.features});
+  p.key = read_contiguous(fields[1], p.dtype, {p.batch, p.keys, p.features});
+  p.value = read_contiguous(fields[2], p.dtype, {p.batch, p.keys, p.value_dim});
+  p.weight = read_contiguous(fields[3], p.dtype, {p.features});
+  if (const py::handle mask = fields[4]; !mask.is_none()) {
+    const TensorView view = read_tensor(mask);
+    const bool fits = view.is_bool && view.rank == 2 && view.shape[0] == p.batch && view.shape[1] == p.keys;
+    if (!fits || view.stride[1] != 1 || view.stride[0] != p.keys)
+      throw std::invalid_argument("the mask of additive attention must be bool [B, Lk] and contiguous");
+    p.mask = static_cast<const uint8_t*>(view.data);
+  }
+  p.offset = fields[5].cast<double>();
   return p;
 }
 
-void additive_forward(const py::tuple& problem_tuple, uintptr_t out, uintptr_t largest, uintptr_t sum,
+void additive_forward(const py::tuple& problem_fields, py::handle out, py::handle largest, py::handle sum,
                       int threads) {
-  const AdditiveProblem problem = read_additive(problem_tuple);
-  const AdditiveOutput output{address(out), address(largest), address(sum)};
-  const Engine& chosen = engine();
-  const py::gil_scoped_release unlocked;
-  chosen.additive_forward(problem, output, threads);
+  const AdditiveProblem p = read_additive(problem_fields);
+  const AdditiveOutput output{read_contiguous(out, p.dtype, {p.batch, p.queries, p.value_dim}),
+                              read_contiguous(largest, p.dtype, {p.batch, p.queries}),
+                              read_contiguous(sum, p.dtype, {p.batch, p.queries})};
+  unlocked([&](const Engine& chosen) { chosen.additive_forward(p, output, threads); });
 }
 
-void additive_backward(const py::tuple& problem_tuple, int64_t chunks, uintptr_t lse, uintptr_t delta,
-                       uintptr_t grad_out, uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value,
-                       uintptr_t grad_weight, int threads) {
-  const AdditiveProblem problem = read_additive(problem_tuple);
-  const AdditiveGradients gradients{chunks,
-                                    address(lse),
-                                    address(delta),
-                                    address(grad_out),
-                                    address(grad_query),
-                                    address(grad_key),
-                                    address(grad_value),
-                                    address(grad_weight)};
-  const Engine& chosen = engine();
-  const py::gil_scoped_release unlocked;
-  chosen.additive_backward(problem, gradients, threads);
+void additive_backward(const py::tuple& problem_fields, py::handle lse, py::handle delta, py::handle grad_out,
+                       py::handle grad_query, py::handle grad_key, py::handle grad_value,
+                       py::handle grad_weight, int threads) {
+  const AdditiveProblem p = read_additive(problem_fields);
+  AdditiveGradients gradients;
+  gradients.chunks = read_tensor(grad_query).shape[0];
+  if (gradients.chunks < 1)
+    throw std::invalid_argument("additive attention takes at least one chunk of keys");
+  gradients.lse = read_contiguous(lse, p.dtype, {p.batch, p.queries});
+  gradients.delta = read_contiguous(delta, p.dtype, {p.batch, p.queries});
+  gradients.grad_out = read_contiguous(grad_out, p.dtype, {p.batch, p.queries, p.value_dim});
+  gradients.grad_query =
+      read_contiguous(grad_query, p.dtype, {gradients.chunks, p.batch, p.queries, p.features});
+  gradients.grad_key = read_contiguous(grad_key, p.dtype, {p.batch, p.keys, p.features});
+  gradients.grad_value = read_contiguous(grad_value, p.dtype, {p.batch, p.keys, p.value_dim});
+  gradients.grad_weight = read_contiguous(grad_weight, p.dtype, {gradients.chunks, p.batch, p.features});
+  unlocked([&](const Engine& chosen) { chosen.additive_backward(p, gradients, threads); });
 }
 
 DType dtype_of(const std::string& name) {
@@ -238,15 +240,13 @@ DType dtype_of(const std::string& name) {
 
 double probe_multiply_add(const std::string& dtype, int threads, int64_t rounds) {
   const DType type = dtype_of(dtype);
-  const Engine& chosen = engine();
-  const py::gil_scoped_release unlocked;
-  return chosen.probe_multiply_add(type, threads, rounds);
+  return unlocked([&](const Engine& chosen) { return chosen.probe_multiply_add(type, threads, rounds); });
 }
 
-void probe_read(uintptr_t data, int64_t count, int threads) {
-  const Engine& chosen = engine();
-  const py::gil_scoped_release unlocked;
-  chosen.probe_read(static_cast<const float*>(address(data)), count, threads);
+void probe_read(py::handle tensor, int threads) {
+  const int64_t count = read_tensor(tensor).shape[0];
+  const auto* data = static_cast<const float*>(read_contiguous(tensor, DType::f32, {count}));
+  unlocked([&](const Engine& chosen) { chosen.probe_read(data, count, threads); });
 }
 
 }  // namespace
@@ -276,5 +276,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("probe_multiply_add", &probe_multiply_add,
         "Do `rounds` rounds of independent multiply-adds on each thread; returns the floating-point "
         "operations.");
-  m.def("probe_read", &probe_read, "Read `count` floats once, all threads together.");
+  m.def("probe_read", &probe_read, "Read a float32 [count] once, all threads together.");
 }

@@ -18,7 +18,7 @@ namespace dlpack {
 
 constexpr uint32_t major_version = 1;
 constexpr int32_t cpu = 1;
-enum Kind : uint8_t { floating = 2, brain_floating = 4 };
+enum Kind : uint8_t { floating = 2, brain_floating = 4, boolean = 6 };
 
 struct Tensor {
   void* data;
@@ -58,9 +58,12 @@ struct Torch {
   PyTypeObject* parameter = nullptr;
   PyObject* is_neg = nullptr;
   PyObject* dtypes[4] = {};  // in the order of DType
+  PyObject* bool_dtype = nullptr;
   // Names of attributes and methods.
-  PyObject *shape = nullptr, *stride = nullptr, *data_ptr = nullptr, *dtype = nullptr;
+  PyObject *shape = nullptr, *stride = nullptr, *data_ptr = nullptr, *dtype = nullptr, *is_cpu = nullptr;
 } torch;
+
+constexpr char not_on_cpu[] = "the engine takes tensors in CPU memory";
 
 std::optional<DType> dtype_of(const dlpack::Tensor& tensor) {
   if (tensor.lanes != 1) return std::nullopt;
@@ -81,6 +84,7 @@ std::optional<DType> dtype_of(py::handle dtype) {
 TensorView read_through_table(py::handle object) {
   dlpack::Tensor tensor;
   if (torch.table->read_object(object.ptr(), &tensor)) throw py::error_already_set();
+  if (tensor.device_type != dlpack::cpu) throw std::invalid_argument(not_on_cpu);
   TensorView view;
   view.rank = tensor.rank;
   for (int i = 0; i < std::min(tensor.rank, 4); i++) {
@@ -89,6 +93,7 @@ TensorView read_through_table(py::handle object) {
   }
   if (tensor.data) view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   view.dtype = dtype_of(tensor);
+  view.is_bool = tensor.kind == dlpack::boolean && tensor.bits == 8 && tensor.lanes == 1;
   return view;
 }
 
@@ -103,6 +108,7 @@ void read_integers(py::handle tuple, int count, int64_t* values) {
 
 TensorView read_through_methods(py::handle object) {
   PyObject* const tensor = object.ptr();
+  if (owned(PyObject_GetAttr(tensor, torch.is_cpu)).ptr() != Py_True) throw std::invalid_argument(not_on_cpu);
   const py::object shape = owned(PyObject_GetAttr(tensor, torch.shape));
   const py::object stride = owned(PyObject_CallMethodNoArgs(tensor, torch.stride));
   TensorView view;
@@ -110,7 +116,9 @@ TensorView read_through_methods(py::handle object) {
   read_integers(shape, std::min(view.rank, 4), view.shape);
   read_integers(stride, std::min(view.rank, 4), view.stride);
   view.data = PyLong_AsVoidPtr(owned(PyObject_CallMethodNoArgs(tensor, torch.data_ptr)).ptr());
-  view.dtype = dtype_of(owned(PyObject_GetAttr(tensor, torch.dtype)));
+  const py::object dtype = owned(PyObject_GetAttr(tensor, torch.dtype));
+  view.dtype = dtype_of(dtype);
+  view.is_bool = dtype.ptr() == torch.bool_dtype;
   return view;
 }
 
@@ -137,6 +145,8 @@ void use_torch(py::module_ module, py::handle capsule) {
   torch.parameter = reinterpret_cast<PyTypeObject*>(keep(module.attr("nn").attr("Parameter")));
   const char* const names[] = {"float32", "bfloat16", "float16", "float64"};
   for (int i = 0; i < 4; i++) torch.dtypes[i] = keep(module.attr(names[i]));
+  torch.bool_dtype = keep(module.attr("bool"));
+  torch.is_cpu = PyUnicode_InternFromString("is_cpu");
   torch.shape = PyUnicode_InternFromString("shape");
   torch.stride = PyUnicode_InternFromString("stride");
   torch.data_ptr = PyUnicode_InternFromString("data_ptr");

@@ -20,6 +20,7 @@ struct TensorView {
   int rank = 0;
   int64_t shape[4] = {0, 0, 0, 0}, stride[4] = {0, 0, 0, 0};  // in elements
   std::optional<DType> dtype;                                 // none: not one that the engine computes in
+  bool is_bool = false;
 
   // The tensor in four dimensions.
   Tensor4<uint8_t> as_tensor4() const {
@@ -31,7 +32,7 @@ struct TensorView {
 // it (None), or with a table of another major version, tensors are read through their methods.
 void use_torch(pybind11::module_ torch, pybind11::handle exchange_table);
 
-// Reads a tensor; throws if it has no memory or more than four dimensions.
+// Reads a tensor; throws if it is not in CPU memory or has more than four dimensions.
 TensorView read_tensor(pybind11::handle tensor);
 
 // Can the engine read these where they lie, one like the other? torch.Tensor or Parameter itself, [B, Hq, Lq,

@@ -14,23 +14,25 @@ saved logarithm of the sum of exponentials (lse), as in flash attention:
 from __future__ import annotations
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
-from fastattn.backends import additive_cpu, additive_tiles, additive_triton
-from fastattn.checks import check_dense
+from fastattn import additive_ops
+from fastattn.checks import check_dense, check_sequences, check_size, shown
 from fastattn.integrations.symbolic import LeafModule, is_symbolic, record_function_call
-from fastattn.problem import INTEGER_DTYPES
+from fastattn.problem import INTEGER_DTYPES, SUPPORTED_DTYPES
+
+#: How each argument lies.
+_LAYOUT = {"query": "[B, Lq, D]", "key": "[B, Lk, D]", "value": "[B, Lk, Dv]", "weight": "[D]"}
 
 
 def additive_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    weight: torch.Tensor,
-    key_lengths: torch.Tensor | None = None,
-    key_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """Softmax of additive scores, times the values: ``[B, Lq, Dv]`` in the query's dtype.
 
     Args:
@@ -40,30 +42,31 @@ def additive_attention(
         key_lengths: int ``[B]``, keys at or past it are padding.
         key_mask: bool ``[B, Lk]``, True = attend; combined with ``key_lengths`` by AND.
 
-    Computed in float32 (float64 for float64).  A query with no key to attend to gives 0, and
-    gradients 0; what is masked out may be NaN or infinite.  Raises ``ValueError`` or ``TypeError``.
+    float32, bfloat16 and float16 may be mixed, and are computed in float32; float64, in float64, not.  A query
+    with no key to attend to gives 0, and gradients 0; what is masked out may be NaN or infinite.  Second
+    derivatives take O(Lq * Lk * D) memory.  Raises TypeError or ValueError, naming the argument.
     """
     arguments = (query, key, value, weight, key_lengths, key_mask)
     if is_symbolic(arguments):
         return record_function_call(additive_attention, arguments)
-    return _call(*arguments)[0]
+    mask = _checked_mask(*arguments)
+    out, _ = additive_ops.additive_forward(query, key, value, weight, mask)
+    return out.to(query.dtype)
 
 
 def additive_weights(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    weight: torch.Tensor,
-    key_lengths: torch.Tensor | None = None,
-    key_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """The softmax weights ``[B, Lq, Lk]`` of :func:`additive_attention`, for inspection (no gradient)."""
     arguments = (query, key, weight, key_lengths, key_mask)
     if is_symbolic(arguments):
         return record_function_call(additive_weights, arguments)
-    with torch.no_grad():
-        mask = _checked_mask(query, key, key, weight, key_lengths, key_mask)
-        query, key, weight = (_working(x) for x in (query, key, weight))
-        return additive_tiles.weights(query, _without_masked(key, mask), weight, mask)
+    mask = _checked_mask(query, key, None, weight, key_lengths, key_mask)
+    return additive_ops.additive_weights(query, key, weight, mask)
 
 
 class AdditiveAttention(LeafModule):
@@ -72,11 +75,16 @@ class AdditiveAttention(LeafModule):
     Args:
         query_dim, key_dim: the inputs' features.
         hidden_dim: features D of the score (default: ``query_dim``).
+
+    Raises TypeError or ValueError, naming the argument.
     """
 
     def __init__(self, query_dim: int, key_dim: int | None = None, hidden_dim: int | None = None):
         super().__init__()
-        key_dim, hidden_dim = key_dim or query_dim, hidden_dim or query_dim
+        key_dim = query_dim if key_dim is None else key_dim
+        hidden_dim = query_dim if hidden_dim is None else hidden_dim
+        for name, size in (("query_dim", query_dim), ("key_dim", key_dim), ("hidden_dim", hidden_dim)):
+            check_size(name, size)
         self.query_proj = nn.Linear(query_dim, hidden_dim, bias=False)
         self.key_proj = nn.Linear(key_dim, hidden_dim)
         self.weight = nn.Parameter(torch.empty(hidden_dim))
@@ -84,38 +92,52 @@ class AdditiveAttention(LeafModule):
 
     def forward(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor | None = None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
         *,
-        key_lengths: torch.Tensor | None = None,
-        key_padding_mask: torch.Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """``([B, Lq, Dv], weights [B, Lq, Lk] or None)`` from ``[B, Lq, query_dim]`` and ``[B, Lk, key_dim]``.
 
         ``value`` ``[B, Lk, Dv]`` defaults to the key.  ``key_padding_mask`` bool ``[B, Lk]``, True = padding.
+        Raises TypeError or ValueError, naming the argument.
         """
         value = key if value is None else value
-        key_mask = None if key_padding_mask is None else ~key_padding_mask
+        for name, tensor, features in (("query", query, self.query_proj), ("key", key, self.key_proj)):
+            check_sequences(name, tensor, features.in_features)
+        key_mask = None
+        if key_padding_mask is not None:
+            if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+                given = shown(key_padding_mask)
+                raise TypeError(f"key_padding_mask must be a bool tensor [B, Lk], True = padding, got {given}")
+            if key_padding_mask.shape != key.shape[:2]:
+                given = list(key_padding_mask.shape)
+                raise ValueError(f"key_padding_mask must be [B, Lk] = {list(key.shape[:2])}, got {given}")
+            key_mask = ~key_padding_mask
         query, key = self.query_proj(query), self.key_proj(key)
         out = additive_attention(query, key, value, self.weight, key_lengths, key_mask)
         weights = additive_weights(query, key, self.weight, key_lengths, key_mask) if need_weights else None
         return out, weights
 
 
-@torch.compiler.disable
-def _call(query, key, value, weight, key_lengths, key_mask):
-    mask = _checked_mask(query, key, value, weight, key_lengths, key_mask)
-    return _Additive.apply(query, key, value, weight, mask)
-
-
-def _checked_mask(query, key, value, weight, key_lengths, key_mask):
-    """Validate the call; the mask of the keys, bool ``[B, Lk]``, or None."""
+def _checked_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    weight: Tensor,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+) -> Tensor | None:
+    """Check the call, without a value for weights alone; the mask of the keys, bool ``[B, Lk]``, or None."""
     inputs = {"query": query, "key": key, "value": value, "weight": weight}
+    if value is None:
+        del inputs["value"]
     masks = {"key_lengths": key_lengths, "key_mask": key_mask}
     for name, tensor in (inputs | {name: mask for name, mask in masks.items() if mask is not None}).items():
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         check_dense(name, tensor)
         if tensor.device != query.device:
@@ -123,58 +145,30 @@ def _checked_mask(query, key, value, weight, key_lengths, key_mask):
     for name, tensor in inputs.items():
         dims = 1 if name == "weight" else 3
         if tensor.dim() != dims:
-            raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    batch, length = key.shape[:2]
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.shape[0] != batch or value.shape[:2] != key.shape[:2] or query.shape[2] != key.shape[2]:
-        raise ValueError(f"query [B, Lq, D], key [B, Lk, D] and value [B, Lk, Dv] do not fit: {shapes}")
-    if weight.shape[0] != query.shape[2]:
-        raise ValueError(f"weight must have the {query.shape[2]} features of query, got {weight.shape[0]}")
+            raise ValueError(f"{name} must have {dims} dimensions, {_LAYOUT[name]}, got shape {list(tensor.shape)}")
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        if (tensor.dtype == torch.float64) != (query.dtype == torch.float64):
+            fitting = "float64" if query.dtype == torch.float64 else "float32, bfloat16 or float16"
+            raise TypeError(f"{name} must be {fitting}, because query is {query.dtype}, got {tensor.dtype}")
+    batch, _, features = query.shape
+    length = key.shape[1]
+    wanted = {"key": (batch, length, features), "weight": (features,)}
+    if value is not None:
+        wanted["value"] = (batch, length, value.shape[2])
+    for name, shape in wanted.items():
+        if inputs[name].shape != shape:
+            raise ValueError(
+                f"{name} must be {_LAYOUT[name]}, {list(shape)} here, to fit query [B, Lq, D] = {list(query.shape)}"
+                f"{' and the key' if name == 'value' else ''}, got shape {list(inputs[name].shape)}"
+            )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, length)):
-        given = f"{key_mask.dtype} {tuple(key_mask.shape)}"
-        raise ValueError(f"key_mask must be bool {(batch, length)}, got {given}")
+        given = f"{key_mask.dtype} {list(key_mask.shape)}"
+        raise ValueError(f"key_mask must be bool [B, Lk] = {[batch, length]}, got {given}")
     if key_lengths is not None:
         if key_lengths.shape != (batch,) or key_lengths.dtype not in INTEGER_DTYPES:
-            given = f"{key_lengths.dtype} {tuple(key_lengths.shape)}"
-            raise ValueError(f"key_lengths must be int [{batch}], got {given}")
+            given = f"{key_lengths.dtype} {list(key_lengths.shape)}"
+            raise ValueError(f"key_lengths must be int [B] = [{batch}], got {given}")
         valid = torch.arange(length, device=key.device) < key_lengths[:, None]
         key_mask = valid if key_mask is None else valid & key_mask
     return key_mask
-
-
-def _working(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _without_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Keys or values with those masked set to 0: zero times a masked NaN would be NaN."""
-    return x if mask is None else x.masked_fill(~mask[:, :, None], 0.0)
-
-
-def _make_call(query, key, value, weight, mask):
-    for engine in (additive_cpu, additive_triton):
-        if not engine.reasons(query, key, value):
-            return engine.Call(query, key, value, weight, mask)
-    return additive_tiles.Call(query, key, value, weight, mask)
-
-
-class _Additive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, weight, mask):
-        q, k, v, w = (_working(x) for x in (query, key, value, weight))
-        ctx.call = _make_call(q, _without_masked(k, mask), _without_masked(v, mask), w, mask)
-        ctx.dtypes = [x.dtype for x in (query, key, value, weight)]
-        out, lse = ctx.call.forward()
-        ctx.save_for_backward(out, lse)
-        ctx.mark_non_differentiable(lse)
-        return out.to(query.dtype), lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, _):
-        out, lse = ctx.saved_tensors
-        grad_out = _working(grad_out)
-        grads = ctx.call.backward(lse, (grad_out * out).sum(-1), grad_out)
-        return *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None

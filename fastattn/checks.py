@@ -92,6 +92,25 @@ def _number(name: str, value: object, right: str) -> float:
     return number
 
 
+def check_sequences(name: str, tensor: Tensor, features: int) -> None:
+    """Raise TypeError or ValueError for anything but a floating tensor [batch, length, features]."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.dim() != 3 or tensor.shape[2] != features:
+        raise ValueError(f"{name} must be [batch, length, {features}], got shape {list(tensor.shape)}")
+
+
+def check_size(name: str, size: int) -> None:
+    """Raise TypeError or ValueError for anything but an int of at least 1."""
+    if isinstance(size, bool) or not isinstance(size, Integral):
+        raise TypeError(f"{name} must be an int, got {shown(size)}")
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {shown(size)}")
+
+
 def check_module_sizes(embed_dim: int, num_heads: int, dropout: float) -> None:
     """What a multi-head attention module is made of."""
     for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads)):

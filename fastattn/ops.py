@@ -242,7 +242,7 @@ def _differentiate_backward(ctx, *grads_of_gradients):
         return tuple(result for result, needed in zip(results, ctx.needs, strict=True) if needed)
 
     primals = [grad_out, grad_lse, tensors[_QUERY], tensors[_KEY], tensors[_VALUE], bias]
-    results = _vector_jacobian_product(
+    results = vector_jacobian_product(
         gradients,
         primals,
         tuple(grad for grad, needed in zip(grads_of_gradients, ctx.needs, strict=True) if needed),
@@ -269,14 +269,14 @@ def _differentiate_weights(ctx, grad_weights):
         return reference.weights(reference.in_dtype(problem, problem.lse_dtype), ctx.average)
 
     primals = [tensors[_QUERY], tensors[_KEY], tensors[_BIAS]]
-    results = _vector_jacobian_product(weights, primals, grad_weights)
+    results = vector_jacobian_product(weights, primals, grad_weights)
     grads = [None] * len(ctx.needs_input_grad)
     for index, result in zip((2 + _QUERY, 2 + _KEY, 2 + _BIAS), results, strict=True):
         grads[index] = result
     return tuple(grads)
 
 
-def _vector_jacobian_product(function, primals: list, cotangents) -> list:
+def vector_jacobian_product(function, primals: list, cotangents) -> list:
     """The gradients of ``function`` at ``primals``, of which any may be None and then has none."""
     given = [index for index, primal in enumerate(primals) if primal is not None]
 
@@ -296,7 +296,7 @@ def _vector_jacobian_product(function, primals: list, cotangents) -> list:
 # vmap: the mapped dimension joins the batch.
 
 
-def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+def fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """[B, ...], mapped over ``dim`` or shared by all -> [size * B, ...]."""
     if tensor is None:
         return None
@@ -318,13 +318,13 @@ def _fold_arguments(arguments: tuple, dims: tuple, size: int, keep_shared: bool 
     query, dim = arguments[_QUERY], dims[_QUERY]
     batch = (query if dim is None else query.movedim(dim, 0)[0]).shape[0]
     for index in (_QUERY, _KEY, _VALUE, _BIAS + 1):
-        folded[index] = _fold(arguments[index], dims[index], size)
+        folded[index] = fold(arguments[index], dims[index], size)
     for index in (_BIAS - 1, _BIAS):
         folded[index] = _fold_mask(arguments[index], dims[index], size, batch, keep_shared)
     return folded, batch
 
 
-def _one_by_one(operator, info, dims: tuple, arguments: tuple):
+def one_by_one(operator, info, dims: tuple, arguments: tuple):
     """Map by a loop: with dropout, each example has the mask that its own seed and indices give."""
     results = []
     for example in range(info.batch_size):
@@ -344,7 +344,7 @@ def _one_by_one(operator, info, dims: tuple, arguments: tuple):
 def _map_forward(info, dims, *arguments):
     operator = attention_forward
     if arguments[_DROPOUT] > 0.0:
-        return _one_by_one(operator, info, dims, arguments)
+        return one_by_one(operator, info, dims, arguments)
     folded, batch = _fold_arguments(arguments, dims, info.batch_size)
     results = operator(*folded)
     return tuple(result.unflatten(0, (info.batch_size, batch)) for result in results), (0, 0)
@@ -353,13 +353,11 @@ def _map_forward(info, dims, *arguments):
 def _map_backward(info, dims, *arguments):
     operator = attention_backward
     if arguments[4 + _DROPOUT] > 0.0:
-        return _one_by_one(operator, info, dims, arguments)
+        return one_by_one(operator, info, dims, arguments)
     size, needs = info.batch_size, arguments[-4:]
     # A shared bias has one gradient for each example, so it may not stay shared.
     folded, batch = _fold_arguments(arguments[4:], dims[4:], size, keep_shared=not needs[3])
-    results = operator(
-        *(_fold(tensor, dim, size) for tensor, dim in zip(arguments[:4], dims[:4], strict=True)), *folded
-    )
+    results = operator(*(fold(tensor, dim, size) for tensor, dim in zip(arguments[:4], dims[:4], strict=True)), *folded)
     unfolded = [
         result.unflatten(0, (size, batch)) if needed else result.expand(size, 0)
         for result, needed in zip(results, needs, strict=True)
@@ -373,9 +371,9 @@ def _map_backward(info, dims, *arguments):
 def _map_weights(info, dims, *arguments):
     operator = attention_weights
     if arguments[2 + _DROPOUT] > 0.0:
-        return _one_by_one(operator, info, dims, arguments)
+        return one_by_one(operator, info, dims, arguments)
     folded, batch = _fold_arguments(arguments[2:], dims[2:], info.batch_size)
-    result = operator(_fold(arguments[0], dims[0], info.batch_size), arguments[1], *folded)
+    result = operator(fold(arguments[0], dims[0], info.batch_size), arguments[1], *folded)
     return result.unflatten(0, (info.batch_size, batch)), 0
 
 
@@ -393,7 +391,7 @@ def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
-def _register(name: str, signature: str, compute, fake, differentiate, remember, map_rule, floating: itemgetter):
+def register(name: str, signature: str, compute, fake, differentiate, remember, map_rule, floating: itemgetter):
     """Register the operator; return the function that calls it. ``floating`` picks its floating tensors.
 
     Eager calls go to an autograd.Function or straight to the computation, which takes a tenth of the
@@ -446,7 +444,7 @@ def _register(name: str, signature: str, compute, fake, differentiate, remember,
 _forward_tensors = itemgetter(*_DIFFERENTIABLE)
 _backward_tensors = itemgetter(0, 1, 2, 3, *(4 + index for index in _DIFFERENTIABLE))
 
-attention_forward = _register(
+attention_forward = register(
     "attention_forward",
     f"({_PROBLEM_SCHEMA}) -> (Tensor, Tensor)",
     _forward,
@@ -490,7 +488,7 @@ def attention_gradients(*arguments) -> tuple[Tensor | None, ...]:
     return tuple(result if needed else None for result, needed in zip(results, arguments[-4:], strict=True))
 
 
-attention_backward = _register(
+attention_backward = register(
     "attention_backward",
     f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_PROBLEM_SCHEMA}, "
     "bool need_query, bool need_key, bool need_value, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -501,7 +499,7 @@ attention_backward = _register(
     _map_backward,
     _backward_tensors,
 )
-attention_weights = _register(
+attention_weights = register(
     "attention_weights",
     f"(Tensor lse, bool average, {_PROBLEM_SCHEMA}) -> Tensor",
     _weights,

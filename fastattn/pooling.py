@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from fastattn.additive import additive_attention, additive_weights
+from fastattn.checks import check_sequences, check_size
 from fastattn.integrations.symbolic import LeafModule
 from fastattn.models.attention import IMPLEMENTATIONS, attend, naive_weights
+from fastattn.problem import INTEGER_DTYPES
 
 SCORES = ("dot", "additive")
 
@@ -21,6 +23,8 @@ class AttentionPooling(LeafModule):
         attention: the implementation of the dot-product form ("fastattn", "torch", "naive"); the
             additive form is fused for "fastattn" and written out for the other two.
 
+    Raises TypeError or ValueError, naming the argument.
+
     Only the keys are projected; the values are the inputs themselves, so a position's weight says how
     much of it is in the result.
     """
@@ -31,6 +35,7 @@ class AttentionPooling(LeafModule):
             raise ValueError(f"score must be one of {SCORES}, got {score!r}")
         if attention not in IMPLEMENTATIONS:
             raise ValueError(f"attention must be one of {IMPLEMENTATIONS}, got {attention!r}")
+        check_size("embed_dim", embed_dim)
         self.score, self.attention = score, attention
         self.query = nn.Parameter(torch.empty(embed_dim))
         self.key_proj = nn.Linear(embed_dim, embed_dim)
@@ -41,6 +46,7 @@ class AttentionPooling(LeafModule):
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """``[B, E]`` from x ``[B, L, E]``; positions at or past ``lengths`` int ``[B]`` are padding."""
+        self._check(x, lengths)
         query, key = self.query.expand(x.shape[0], 1, -1), self.key_proj(x)  # [B, 1, E], [B, L, E]
         if self.score == "additive":
             if self.attention == "fastattn":
@@ -52,10 +58,21 @@ class AttentionPooling(LeafModule):
     @torch.no_grad()
     def weights(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """The share of each position in the result, ``[B, L]``; 0 for padding."""
+        self._check(x, lengths)
         query, key = self.query.expand(x.shape[0], 1, -1), self.key_proj(x)
         if self.score == "additive":
             return additive_weights(query, key, self.weight, lengths)[:, 0]
         return naive_weights(query.unsqueeze(1), key.unsqueeze(1), lengths)[:, 0, 0]
+
+    def _check(self, x: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        check_sequences("x", x, self.key_proj.in_features)
+        if lengths is None:
+            return
+        if not isinstance(lengths, torch.Tensor):
+            raise TypeError(f"lengths must be a torch.Tensor, got {type(lengths).__name__}")
+        if lengths.shape != x.shape[:1] or lengths.dtype not in INTEGER_DTYPES:
+            given = f"{lengths.dtype} {list(lengths.shape)}"
+            raise ValueError(f"lengths must be int [B] = [{x.shape[0]}], got {given}")
 
     def _naive_additive(self, query, key, lengths):
         score = torch.tanh(query[:, :, None] + key[:, None]) @ self.weight  # [B, 1, L]

@@ -178,7 +178,7 @@ def launch_forward(query, key, value, weight, allowed) -> tuple[torch.Tensor, to
 
 
 def launch_backward(query, key, value, weight, allowed, grad_out, lse, delta) -> tuple[torch.Tensor, ...]:
-    """grad_query and grad_key, both still to be multiplied by the weight, grad_value, grad_weight."""
+    """grad_query and grad_key, both still to be multiplied by the weight, grad_value, grad_weight [B, D]."""
     batch, rows, features = query.shape
     keys, value_dim = value.shape[1:]
     grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
@@ -191,4 +191,4 @@ def launch_backward(query, key, value, weight, allowed, grad_out, lse, delta) ->
         additive_backward_keys[(triton.cdiv(keys, BLOCK_N) * batch,)](
             *inputs, grad_key, grad_value, grad_weight, *sizes, **blocks
         )
-    return grad_query, grad_key, grad_value, grad_weight.sum((0, 1))
+    return grad_query, grad_key, grad_value, grad_weight.sum(1)

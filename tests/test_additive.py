@@ -207,15 +207,29 @@ def test_module_projects_and_masks():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"query": torch.randn(2, 3)}, ValueError, r"query must have 3 dimensions, got shape \(2, 3\)"),
-        ({"key": torch.randn(2, 5, 3)}, ValueError, r"do not fit: query \(2, 3, 4\), key \(2, 5, 3\)"),
-        ({"weight": torch.randn(5)}, ValueError, "4 features of query, got 5"),
-        ({"value": torch.ones(2, 5, 2, dtype=torch.long)}, TypeError, "value must be floating point"),
-        ({"key_lengths": torch.tensor([1.0, 2.0])}, ValueError, r"key_lengths must be int \[2\]"),
-        ({"key_mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"key_mask must be bool \(2, 5\)"),
+        ({"query": torch.randn(2, 3)}, ValueError, r"query must have 3 dimensions, .* got shape \[2, 3\]"),
+        (
+            {"key": torch.randn(2, 5, 3)},
+            ValueError,
+            r"key must be \[B, Lk, D\], \[2, 5, 4\] here, .* got shape \[2, 5, 3\]",
+        ),
+        ({"value": torch.randn(2, 6, 2)}, ValueError, r"value must be .* \[2, 5, 2\] here, .* got shape \[2, 6, 2\]"),
+        ({"weight": torch.randn(5)}, ValueError, r"weight must be \[D\], \[4\] here, .* got shape \[5\]"),
+        ({"value": torch.ones(2, 5, 2, dtype=torch.long)}, TypeError, "value must be float32, .* got torch.int64"),
+        ({"value": torch.ones(2, 5, 2, dtype=torch.complex64)}, TypeError, "value must be float32, .* got torch.comp"),
+        ({"value": torch.ones(2, 5, 2).to(torch.float8_e5m2)}, TypeError, "value must be float32, .* got torch.float8"),
+        ({"value": torch.randn(2, 5, 2).double()}, TypeError, "value must be float32, .*float16, because .*float64"),
+        ({"weight": torch.randn(4).double()}, TypeError, "weight must be float32, .* got torch.float64"),
+        ({"query": torch.randn(2, 3, 4).double()}, TypeError, "key must be float64, because query is torch.float64"),
+        ({"key_lengths": torch.tensor([1.0, 2.0])}, ValueError, r"key_lengths must be int \[B\] = \[2\]"),
+        (
+            {"key_mask": torch.ones(2, 4, dtype=torch.bool)},
+            ValueError,
+            r"key_mask must be bool .* \[2, 5\], .* \[2, 4\]",
+        ),
         ({"query": [[0.0]]}, TypeError, "query must be a torch.Tensor, got list"),
         ({"key_lengths": [5, 5]}, TypeError, "key_lengths must be a torch.Tensor, got list"),
-        ({"key_lengths": torch.tensor([True, True])}, ValueError, r"key_lengths must be int \[2\], got torch.bool"),
+        ({"key_lengths": torch.tensor([True, True])}, ValueError, r"key_lengths must be int .* got torch.bool"),
         ({"key_mask": torch.ones(2, 5, device="meta")}, ValueError, "key_mask must be on query's device cpu, got meta"),
         ({"value": torch.randn(2, 5, 2).to_sparse()}, TypeError, "value must be dense, .* got torch.sparse_coo"),
     ],
@@ -229,6 +243,36 @@ def test_errors_name_the_argument(change, error, message):
     }
     with pytest.raises(error, match=message):
         additive_attention(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m, x: AdditiveAttention(0), ValueError, "query_dim must be at least 1, got 0"),
+        (lambda m, x: AdditiveAttention(4, 0), ValueError, "key_dim must be at least 1, got 0"),
+        (lambda m, x: AdditiveAttention(4, hidden_dim=2.0), TypeError, "hidden_dim must be an int, got 2.0"),
+        (lambda m, x: m(x[..., :3], x), ValueError, r"query must be \[batch, length, 4\], got shape \[2, 5, 3\]"),
+        (lambda m, x: m(x, x[0]), ValueError, r"key must be \[batch, length, 4\], got shape \[5, 4\]"),
+        (lambda m, x: m(x, x.tolist()), TypeError, "key must be a torch.Tensor, got list"),
+        (
+            lambda m, x: m(x, x, key_padding_mask=x[..., 0]),
+            TypeError,
+            "key_padding_mask must be a bool tensor .*float32",
+        ),
+        (
+            lambda m, x: m(x, x, key_padding_mask=x[:1, :, 0] > 0),
+            ValueError,
+            r"key_padding_mask must be .* \[2, 5\], got",
+        ),
+        (lambda m, x: AttentionPooling(-1), ValueError, "embed_dim must be at least 1, got -1"),
+        (lambda m, x: AttentionPooling(4)(x[0]), ValueError, r"x must be \[batch, length, 4\], got shape \[5, 4\]"),
+        (lambda m, x: AttentionPooling(4)(x, [1, 2]), TypeError, "lengths must be a torch.Tensor, got list"),
+        (lambda m, x: AttentionPooling(4).weights(x, torch.ones(2)), ValueError, r"lengths must be int \[B\] = \[2\]"),
+    ],
+)
+def test_errors_of_the_modules_name_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call(AdditiveAttention(4), torch.randn(2, 5, 4))
 
 
 @pytest.mark.parametrize("score", ["dot", "additive"])

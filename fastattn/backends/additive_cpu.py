@@ -21,8 +21,6 @@ LARGEST = 21.0
 LANES = 16
 
 _LOG2_E = 1.0 / math.log(2.0)
-#: As in csrc/problem.h.
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 3}
 
 
 def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
@@ -30,8 +28,6 @@ def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     missing = cpu.unavailable()
     if missing:
         return [missing]
-    if not hasattr(cpu._C, "additive_forward"):
-        return ["the C++ extension was built before it had additive attention"]
     if q.device.type != "cpu":
         return [f"the tensors are on {q.device}, not on the CPU"]
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:
@@ -44,37 +40,26 @@ def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
 
 
 class Call:
-    """One call of the engine: q [B, Lq, D], k [B, Lk, D], v [B, Lk, Dv], w [D], mask bool [B, Lk] or None.
-
-    Keeps the arrays as the engine reads them, for the backward pass.
-    """
+    """One call of the engine: q [B, Lq, D], k [B, Lk, D], v [B, Lk, Dv], w [D], mask bool [B, Lk] or None."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None):
         self.features, self.value_dim = q.shape[2], v.shape[2]
         self.query, self.key = _padded((2.0 * q).exp_(), 1.0), _padded((2.0 * k).exp_(), 1.0)
-        self.value, self.slope = _padded(v), -4.0 * w
-        self.weight = _padded(-2.0 * _LOG2_E * w)
-        self.mask = None if mask is None else mask.contiguous()
-        self.description = (
-            _DTYPE_CODES[q.dtype],
-            *(q.shape[0], q.shape[1], k.shape[1], self.query.shape[2], self.value.shape[2]),
-            *(x.data_ptr() for x in (self.query, self.key, self.value, self.weight)),
-            0 if mask is None else self.mask.data_ptr(),
-            _LOG2_E * w.double().sum().item(),
-        )
+        self.value, self.slope = _padded(v), _padded(-4.0 * w)
+        weight, mask = _padded(-2.0 * _LOG2_E * w), None if mask is None else mask.contiguous()
+        # As csrc/bindings.cpp reads it.
+        self.problem = (self.query, self.key, self.value, weight, mask, _LOG2_E * w.double().sum().item())
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """out [B, Lq, Dv] and lse [B, Lq]."""
         batch, rows, _ = self.query.shape
         out = self.value.new_empty(batch, rows, self.value.shape[2])
         largest, total = out.new_empty(batch, rows), out.new_empty(batch, rows)
-        cpu._C.additive_forward(
-            self.description, out.data_ptr(), largest.data_ptr(), total.data_ptr(), torch.get_num_threads()
-        )
-        return out[:, :, : self.value_dim], largest + total.log2()
+        cpu._C.additive_forward(self.problem, out, largest, total, torch.get_num_threads())
+        return out[:, :, : self.value_dim].contiguous(), largest + total.log2()
 
     def backward(self, lse: Tensor, delta: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v and w; delta [B, Lq] is rowsum(grad_out * out)."""
+        """Gradients of q, k, v, and of w for each sequence [B, D]; delta [B, Lq] is rowsum(grad_out * out)."""
         batch, keys, padded = self.key.shape
         # By the shape alone: the sums' order, and so their rounding, must not depend on the threads.
         chunks = max(1, min(-(-keys // 256), 16 // batch))
@@ -83,14 +68,13 @@ class Call:
         grad_key, grad_value = torch.empty_like(self.key), torch.empty_like(self.value)
         inputs = (lse.contiguous(), delta.contiguous(), _padded(grad_out))
         outputs = (grad_query, grad_key, grad_value, grad_weight)
-        addresses = [tensor.data_ptr() for tensor in (*inputs, *outputs)]
-        cpu._C.additive_backward(self.description, chunks, *addresses, torch.get_num_threads())
+        cpu._C.additive_backward(self.problem, *inputs, *outputs, torch.get_num_threads())
         # The engine sums dS (r^2 - r) and dS (r - 1/2), with r = (1 - tanh) / 2: 1 - tanh^2 is -4 (r^2 - r).
         return (
-            grad_query.sum(0)[:, :, : self.features].mul_(self.slope),
-            grad_key[:, :, : self.features].mul_(self.slope),
-            grad_value[:, :, : self.value_dim],
-            -2.0 * grad_weight.sum((0, 1))[: self.features],
+            grad_query.sum(0).mul_(self.slope)[:, :, : self.features].contiguous(),
+            grad_key.mul_(self.slope)[:, :, : self.features].contiguous(),
+            grad_value[:, :, : self.value_dim].contiguous(),
+            -2.0 * grad_weight.sum(0)[:, : self.features],
         )
 
 

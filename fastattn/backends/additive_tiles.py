@@ -44,16 +44,17 @@ class Call:
         return out, (maximum + total.log2()).masked_fill(empty, float("-inf"))
 
     def backward(self, lse: Tensor, delta: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v and w; delta [B, Lq] is rowsum(grad_out * out)."""
+        """Gradients of q, k, v, and of w for each sequence [B, D]; delta [B, Lq] is rowsum(grad_out * out)."""
         q, k, v, w, mask = self.inputs
-        grad_q, grad_k, grad_v, grad_w = (torch.zeros_like(x) for x in (q, k, v, w))
+        grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
+        grad_w = w.new_zeros(q.shape[0], w.shape[0])
         lse = _finite(lse)
         for i, j in _tiles(q, k):
             t = torch.tanh(q[:, i, None] + k[:, None, j])  # [B, block_q, block_k, D]
             p = (_masked(t @ w * _LOG2_E, mask, j) - lse[:, i, None]).exp2()  # [B, block_q, block_k]
             grad_v[:, j] += p.transpose(1, 2) @ grad_out[:, i]
             grad_score = p * (grad_out[:, i] @ v[:, j].transpose(1, 2) - delta[:, i, None])
-            grad_w += (grad_score.flatten()[None] @ t.flatten(0, 2))[0]
+            grad_w += (grad_score.flatten(1)[:, None] @ t.flatten(1, 2))[:, 0]
             grad_t = (1 - t * t) * grad_score[..., None] * w
             grad_q[:, i] += grad_t.sum(2)
             grad_k[:, j] += grad_t.sum(1)

@@ -53,7 +53,7 @@ class Call:
         return launch_forward(*self.inputs)
 
     def backward(self, lse: Tensor, delta: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v and w; delta [B, Lq] is rowsum(grad_out * out)."""
+        """Gradients of q, k, v, and of w for each sequence [B, D]; delta [B, Lq] is rowsum(grad_out * out)."""
         from fastattn.kernels.additive import launch_backward
 
         saved = (x.contiguous() for x in (grad_out, lse, delta))
