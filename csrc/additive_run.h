@@ -64,9 +64,9 @@ class Additive {
 
   void backward(const AdditiveGradients& gradients, int threads) const {
     parallel_for(problem_.batch * gradients.chunks, threads, Workspace(problem_, true, ScratchLayout()).bytes,
-                 [this, &gradients](int64_t item, void* scratch) {
+                 [this, &gradients](Item item, void* scratch) {
                    const Workspace work(problem_, true, ScratchLayout(scratch));
-                   backward_item(item / gradients.chunks, item % gradients.chunks, work, gradients);
+                   backward_item(item, work, gradients);
                  });
   }
 
@@ -205,7 +205,8 @@ class Additive {
         V::store(out + d, V::mul(V::set1(factor[0]), V::load(out + d)));
   }
 
-  void backward_item(long b, long chunk, const Workspace& work, const AdditiveGradients& gradients) const {
+  void backward_item(Item item, const Workspace& work, const AdditiveGradients& gradients) const {
+    const long b = item / gradients.chunks, chunk = item % gradients.chunks;
     const long features = problem_.features, width = problem_.value_dim, queries = problem_.queries;
     const long size = round_up(ceil_div(problem_.keys, gradients.chunks), block_keys);
     const long end = min(problem_.keys, (chunk + 1) * size);
@@ -213,7 +214,7 @@ class Additive {
     S* grad_weight = at(gradients.grad_weight, chunk * problem_.batch + b, features);
     memset(grad_query, 0, queries * features * sizeof(S));
     memset(grad_weight, 0, features * sizeof(S));
-    for (long j = chunk * size; j < end; j += block_keys) {
+    for (long j = chunk * size; j < end && !item.is_interrupted(); j += block_keys) {
       const long count = min(block_keys, end - j), key_row = b * problem_.keys + j;
       memset(work.grad_key, 0, block_keys * features * sizeof(S));
       memset(work.grad_value, 0, block_keys * width * sizeof(S));

@@ -62,8 +62,8 @@ void backward_of(const Problem& problem, const BackwardArgs& args, int threads) 
   S* const sums = static_cast<S*>(partial.data());
   const LargeShifts<V, T> shifts(problem, plan, args.lse);
   shifts.compute(threads);
-  parallel_for(items, threads, BackwardWorkspace<V>::bytes(plan), [&](int64_t item, void* scratch) {
-    BackwardTask<V, T>(plan, shifts.data(), sums, scratch).run(sorted[item]);
+  parallel_for(items, threads, BackwardWorkspace<V>::bytes(plan), [&](Item item, void* scratch) {
+    BackwardTask<V, T>(plan, shifts.data(), sums, scratch).run(sorted[item], item);
   });
   if (plan.partial_size()) sum_partial_queries<V, T>(plan, sums, threads);
   if (args.grad_bias && args.grad_lse && problem.bias.stride[3] == 0) add_row_bias_gradient(plan);

@@ -42,7 +42,9 @@ class BackwardTask {
         partial_(partial),
         work_(plan, scratch) {}
 
-  void run(long item) {
+  // `share` is the one of the call's items that this is: it may be interrupted between stretches.
+  void run(long item, const Item& share) {
+    share_ = &share;
     chunks_ = plan_.chunks_of(item);
     const long heads = item / plan_.items_per_head();
     const long batch = heads / plan_.head_items * plan_.batches_per_item;
@@ -165,7 +167,7 @@ class BackwardTask {
 
   void query_head(const Band& band) {
     const Range span = query_span(band, keys_, problem_.queries, block_queries);
-    for (long q = span.begin; q < span.end; q += stretch_queries) {
+    for (long q = span.begin; q < span.end && !share_->is_interrupted(); q += stretch_queries) {
       const Range queries{q, min(span.end, q + stretch_queries)};
       if (queries.end < span.end)
         fetch_later(band, queries, head_, {queries.end, min(span.end, queries.end + stretch_queries)});
@@ -631,6 +633,7 @@ class BackwardTask {
   const Shift<S>* const shifts_;
   S* const partial_;
   BackwardWorkspace<V> work_;
+  const Item* share_ = nullptr;
 
   Range chunks_{0, 0};
   long batch_ = 0, kv_head_ = 0, head_ = 0;

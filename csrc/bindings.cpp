@@ -1,5 +1,6 @@
 // The Python module fastattn._C, which fastattn/backends call. Built without torch: tensors.h reads its
 // tensors.
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,12 +18,33 @@ namespace py = pybind11;
 namespace fastattn {
 namespace {
 
-// Computes without Python's lock.
+// The thread that Python handles signals on.
+unsigned long main_thread = 0;
+
+void find_main_thread() {
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  // Of a child it is the one that forked.
+  pthread_atfork(nullptr, nullptr, [] { main_thread = PyThread_get_thread_ident(); });
+}
+
+bool is_main_thread() { return PyThread_get_thread_ident() == main_thread; }
+
+// Runs the handlers of signals that have come; true if one raises, as that of Ctrl-C does.
+bool handlers_raise() {
+  const py::gil_scoped_acquire locked;
+  return PyErr_CheckSignals() != 0;
+}
+
+// Computes without Python's lock. What a signal's handler raised meanwhile is raised here.
 template <class Computation>
 auto unlocked(Computation&& computation) {
   const Engine& chosen = engine();
-  const py::gil_scoped_release release;
-  return computation(chosen);
+  try {
+    const py::gil_scoped_release release;
+    return computation(chosen);
+  } catch (const Interrupted&) {
+    throw py::error_already_set();
+  }
 }
 
 Tensor4<uint8_t> read_tensor4(py::handle tensor) {
@@ -255,6 +277,8 @@ void probe_read(py::handle tensor, int threads) {
 PYBIND11_MODULE(_C, m) {
   using namespace fastattn;
   m.doc() = "The C++ engine of fastattn. Use fastattn.backends.cpu.";
+  find_main_thread();
+  set_interrupt_source({is_main_thread, handlers_raise});
   m.def("use_torch", &use_torch, "The module torch and its exchange table, or None; to be called first.");
   m.def("fit_as_they_are", &fit_as_they_are,
         "Can the engine read query, key and value where they lie, one like the other? False in any doubt.");

@@ -108,7 +108,7 @@ class Forward {
   void run(int threads) const {
     parallel_for(problem_.batch * problem_.query_heads * blocks_, threads,
                  Workspace(*this, ScratchLayout()).bytes,
-                 [this](Item item, void* scratch) { run_item(item.index, item.next, scratch); });
+                 [this](Item item, void* scratch) { run_item(item, scratch); });
   }
 
  private:
@@ -171,7 +171,7 @@ class Forward {
     return static_cast<int>(min(panels, max(1L, ceil_div(problem_.queries, width))));
   }
 
-  void run_item(long item, long next, void* scratch) const {
+  void run_item(Item item, void* scratch) const {
     const long head_index = item / blocks_, b = head_index / problem_.query_heads,
                h = head_index % problem_.query_heads;
     // Later queries see more keys when causal: heaviest first within a head, heads in turn for the cache.
@@ -192,9 +192,10 @@ class Forward {
       const long steps = ceil_div(keys.size(), block_keys_);
       const long step = min(block_keys_, round_up(ceil_div(keys.size(), steps), 2));
       const long tiles = swept_tiles(work, panels, keys, steps);
-      work.ahead.item = after_item(next, b, h, first);
+      work.ahead.item = after_item(item.next, b, h, first);
       work.ahead.item.share_among(tiles ? tiles : panels * steps);
       for (long begin = keys.begin; begin < keys.end; begin += step) {
+        if (begin > keys.begin && item.is_interrupted()) return;
         const Range range{begin, min(begin + step, keys.end)};
         const KeyBlock<V> key_block = prepare_keys(b, h / problem_.group(), range, work);
         work.ahead.block = values_of(b, h, {range.end, min(range.end + step, keys.end)});

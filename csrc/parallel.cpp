@@ -5,13 +5,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
 
 #include "result_memory.h"
 
-#if defined(__SSE2__)
+#if defined(__x86_64__)
+#include <x86intrin.h>
+#elif defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
 
@@ -25,20 +28,57 @@ constexpr size_t kThreadSkew = 9 * kCacheLine;
 bool forked = false;
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-// Flushes denormal numbers to zero while it lives: softmax weights underflow by nature, and one
-// denormal operand costs an FMA some 150 cycles on Intel cores.
-class FlushDenormals {
+// Whether denormal numbers are flushed to zero while it lives. In the kernels they are: softmax weights
+// underflow by nature, and one denormal operand costs an FMA some 150 cycles on Intel cores.
+class Denormals {
  public:
 #if defined(__SSE2__)
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
+  explicit Denormals(bool flushed) : saved_(_mm_getcsr()) {
+    _mm_setcsr(flushed ? saved_ | 0x8040u : saved_ & ~0x8040u);
+  }
+  ~Denormals() { _mm_setcsr(saved_); }
 
  private:
   unsigned saved_;
+#else
+  explicit Denormals(bool) {}
 #endif
 };
 
+InterruptSource interrupt_source{};
+
+// A clock that is cheap beside the smallest item (a few ns), with no unit that matters.
+#if defined(__x86_64__)
+uint64_t ticks() { return __rdtsc(); }
+constexpr uint64_t kAskEvery = uint64_t{1} << 27;  // 30 to 100 ms at 1.3 to 4.5 GHz
+#else
+uint64_t ticks() {
+  return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
+}
+constexpr uint64_t kAskEvery = 50 * 1000 * 1000;
+#endif
+constexpr uint64_t kNever = ~uint64_t{0};
+
 }  // namespace
+
+void set_interrupt_source(InterruptSource source) { interrupt_source = source; }
+
+bool Interruption::ask() {
+  const uint64_t now = ticks();
+  if (now < next_) return is_seen();
+  if (next_ == 0) {
+    next_ = now + kAskEvery;
+  } else if (!interrupt_source.is_wanted || !interrupt_source.may_ask()) {
+    next_ = kNever;
+  } else {
+    const Denormals kept(false);  // a signal's handler may compute
+    if (interrupt_source.is_wanted()) seen_.store(true, std::memory_order_relaxed);
+    // Asking waits for the interpreter's lock: that takes a sixteenth of the time at most.
+    const uint64_t answered = ticks();
+    next_ = answered + std::max(kAskEvery, 16 * (answered - now));
+  }
+  return is_seen();
+}
 
 AlignedBuffer::AlignedBuffer(size_t bytes) : data_(nullptr), pooled_(0) {
   constexpr size_t large = size_t{2} << 20;
@@ -69,7 +109,7 @@ namespace {
 // new one can take longer than a short call's work.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : own_(bytes > kMostKept ? bytes : 0), data_(own_.data()) {
+  explicit Scratch(size_t bytes) : own_(bytes > kMostKept || kept_.is_used ? bytes : 0), data_(own_.data()) {
     if (bytes == 0 || data_) return;
     if (kept_.bytes < bytes) {
       kept_.bytes = 0;
@@ -78,7 +118,13 @@ class Scratch {
       kept_.bytes = bytes;
     }
     data_ = kept_.buffer->data();
+    kept_.is_used = uses_kept_ = true;
   }
+  ~Scratch() {
+    if (uses_kept_) kept_.is_used = false;
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   void* data() const { return data_; }
 
  private:
@@ -86,10 +132,12 @@ class Scratch {
   struct Kept {
     std::unique_ptr<AlignedBuffer> buffer;
     size_t bytes = 0;
+    bool is_used = false;  // by a call that a signal's handler, which may call the engine, has interrupted
   };
   static thread_local Kept kept_;
   const AlignedBuffer own_;
   void* data_;
+  bool uses_kept_ = false;
 };
 
 thread_local Scratch::Kept Scratch::kept_;
@@ -145,9 +193,14 @@ void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(vo
   const Scratch scratch(scratch_bytes ? block * static_cast<size_t>(team) : 0);
   char* const base = static_cast<char*>(scratch.data());
 
+  Interruption interruption;
   if (team == 1) {
-    const FlushDenormals flush;
-    for (int64_t item = 0; item < items; ++item) body(context, {item, item + 1}, base);
+    const Denormals flushed(true);
+    for (int64_t item = 0; item < items; ++item) {
+      if (item > 0 && interruption.ask()) throw Interrupted();
+      body(context, {item, item + 1, &interruption, true}, base);
+    }
+    if (interruption.is_seen()) throw Interrupted();
     return;
   }
   const std::unique_ptr<Share[]> shares(new Share[team]);
@@ -156,15 +209,22 @@ void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(vo
     for (int i = 0; i < team; ++i) shares[i].set(count * i / team, count * (i + 1) / team);
 #pragma omp parallel num_threads(team)
     {
-      const FlushDenormals flush;
+      const Denormals flushed(true);
       const int self = omp_get_thread_num();
       char* const mine = base ? base + block * static_cast<size_t>(self) : nullptr;
+      const auto is_interrupted = [&] { return self == 0 ? interruption.ask() : interruption.is_seen(); };
+      const auto run = [&](int64_t item, int64_t next) {
+        body(context, {first + item, next, &interruption, self == 0}, mine);
+        return !is_interrupted();
+      };
       int64_t item, next;
-      while (shares[self].take_first(&item, &next))
-        body(context, {first + item, next < 0 ? items : first + next}, mine);
+      bool goes_on = true;
+      while (goes_on && shares[self].take_first(&item, &next))
+        goes_on = run(item, next < 0 ? items : first + next);
       for (int k = 1; k < team; ++k)
-        while (shares[(self + k) % team].take_last(&item)) body(context, {first + item, items}, mine);
+        while (goes_on && shares[(self + k) % team].take_last(&item)) goes_on = run(item, items);
     }
+    if (interruption.is_seen()) throw Interrupted();
   }
 }
 

@@ -5,6 +5,7 @@
 // small and the threads finish together.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -12,17 +13,45 @@
 
 namespace fastattn {
 
+// Who may interrupt a call. `may_ask` says whether the thread that makes the call may ask at all, `is_wanted`
+// asks; both are called on that thread, `is_wanted` at most every 30 to 100 ms.
+struct InterruptSource {
+  bool (*may_ask)();
+  bool (*is_wanted)();
+};
+void set_interrupt_source(InterruptSource source);
+
+// Thrown by run_items, when all threads have stopped. What the call would have written is unspecified.
+struct Interrupted {};
+
+// Tells the threads of a call that it has been interrupted. Only the one that made the call asks the source.
+class Interruption {
+ public:
+  bool is_seen() const { return seen_.load(std::memory_order_relaxed); }
+  bool ask();
+
+ private:
+  std::atomic<bool> seen_{false};
+  uint64_t next_ = 0;  // when to ask, in ticks
+};
+
 // A piece of work, and the one that the same thread takes next: the number of items if that is not known yet.
 struct Item {
   int64_t index, next;
+  Interruption* interruption;
+  bool is_callers;  // computed by the thread that made the call
+
   operator int64_t() const { return index; }
+  // A long item asks between its parts, and returns if so.
+  bool is_interrupted() const { return is_callers ? interruption->ask() : interruption->is_seen(); }
 };
 
 // Calls body(context, item, scratch) for every item in [0, items) on at most `threads` threads.
 //
 // scratch is a cache-line-aligned block of scratch_bytes, private to the thread and not initialised.
 // All memory is allocated before the team starts: std::bad_alloc leaves from here, in the calling
-// thread.  body must not throw.  Runs serially inside another parallel region and in a child process
+// thread.  body must not throw.  Throws Interrupted where the interrupt source says so, asked between
+// items and by long ones.  Runs serially inside another parallel region and in a child process
 // forked from one that had loaded this library: the runtime's worker threads do not survive fork().
 void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, Item, void*),
                void* context);
