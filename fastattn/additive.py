@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastattn import additive_ops
 from fastattn.checks import check_dense, check_sequences, check_size, shown
+from fastattn.integrations import onnx
 from fastattn.integrations.symbolic import LeafModule, is_symbolic, record_function_call
 from fastattn.problem import INTEGER_DTYPES, SUPPORTED_DTYPES
 
@@ -50,6 +51,8 @@ def additive_attention(
     if is_symbolic(arguments):
         return record_function_call(additive_attention, arguments)
     mask = _checked_mask(*arguments)
+    if onnx.is_exporting():
+        return onnx.additive_attention(query, key, value, weight, mask)
     out, _ = additive_ops.additive_forward(query, key, value, weight, mask)
     return out.to(query.dtype)
 
@@ -66,6 +69,8 @@ def additive_weights(
     if is_symbolic(arguments):
         return record_function_call(additive_weights, arguments)
     mask = _checked_mask(query, key, None, weight, key_lengths, key_mask)
+    if onnx.is_exporting():
+        return onnx.additive_weights(query, key, weight, mask)
     return additive_ops.additive_weights(query, key, weight, mask)
 
 

@@ -167,6 +167,11 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
         average_attn_weights: bool,
         is_causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        if torch.jit.is_tracing():  # the tracer of ONNX makes tensors of the default flags
+            need_weights, average_attn_weights, is_causal = (
+                bool(flag) if isinstance(flag, Tensor) and flag.dim() == 0 else flag
+                for flag in (need_weights, average_attn_weights, is_causal)
+            )
         self._check(query, key, value, key_padding_mask, attn_mask)
         check_flag("is_causal", is_causal)
         for name, flag in (("need_weights", need_weights), ("average_attn_weights", average_attn_weights)):
@@ -206,11 +211,11 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
         size = self.embed_dim
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is not None and query is key and key is value:
-            query, key, value = F.linear(query, weight, bias).unflatten(-1, (3, size)).unbind(-2)
+            query, key, value = _split_last(F.linear(query, weight, bias), 3, size).unbind(-2)
         elif weight is not None and key is value:
             query_bias, pair_bias = (None, None) if bias is None else (bias[:size], bias[size:])
             query = F.linear(query, weight[:size], query_bias)
-            key, value = F.linear(key, weight[size:], pair_bias).unflatten(-1, (2, size)).unbind(-2)
+            key, value = _split_last(F.linear(key, weight[size:], pair_bias), 2, size).unbind(-2)
         else:
             if weight is not None:
                 weights = weight.chunk(3)
@@ -244,7 +249,7 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
 
     def _split_heads(self, projected: Tensor) -> Tensor:
         """[N, L, E], or [L, N, E] without batch_first -> a view [N, H, L, D]."""
-        heads = projected.unflatten(-1, (self.num_heads, self.head_dim))
+        heads = _split_last(projected, self.num_heads, self.head_dim)
         return heads.permute(0, 2, 1, 3) if self.batch_first else heads.permute(1, 2, 0, 3)
 
     def _merge_heads(self, heads: Tensor, is_batched: bool) -> Tensor:
@@ -363,6 +368,13 @@ class SelfAttention(MultiHeadAttention):
             attn_mask=attn_mask,
             is_causal=is_causal,
         )[0]
+
+
+def _split_last(tensor: Tensor, outer: int, inner: int) -> Tensor:
+    """[..., outer * inner] -> [..., outer, inner]."""
+    if torch.jit.is_tracing():  # torch.onnx.export would take the sizes of what is unflattened for constants
+        return tensor.view(*tensor.shape[:-1], outer, inner)
+    return tensor.unflatten(-1, (outer, inner))
 
 
 def _check_mask_type(name: str, mask: Tensor, query: Tensor) -> None:

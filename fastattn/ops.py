@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastattn import dispatch, memory, reference
 from fastattn.eager import is_eager, is_observed, is_transformed
+from fastattn.integrations import onnx
 from fastattn.problem import (
     Arguments,
     Problem,
@@ -141,7 +142,7 @@ def _backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _without_values(problem: Problem) -> Problem:
-    """What dropout of every weight leaves: no value reaches out, and the scores only lse. Kept ones cannot be scaled."""
+    """What dropout of every weight leaves: no value reaches out, and the scores only lse."""
     value = problem.value.new_zeros(problem.value.shape)
     return problem._replace(value=value, dropout_p=0.0, rng_state=None)
 
@@ -410,6 +411,8 @@ def register(name: str, signature: str, compute, fake, differentiate, remember, 
     operator = getattr(torch.ops.fastattn, name).default
     tensors = _tensor_arguments(operator)
 
+    written_out = getattr(onnx, name, operator)
+
     def compute_or_dispatch(*arguments):
         return operator(*arguments) if is_observed(tensors(arguments)) else compute(*arguments)
 
@@ -428,6 +431,8 @@ def register(name: str, signature: str, compute, fake, differentiate, remember, 
     eager = type(name, (torch.autograd.Function,), backward | {"forward": staticmethod(compute_and_remember)})
 
     def call(*arguments):
+        if onnx.is_exporting():
+            return written_out(*arguments)
         if torch.compiler.is_compiling():
             return operator(*arguments)
         if is_transformed():

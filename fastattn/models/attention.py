@@ -217,4 +217,6 @@ class Attention(LeafModule):
         return q, k, v
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, L, E] -> [B, H, L, D], a view
+        return x.view(*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads).transpose(
+            1, 2
+        )  # [B, L, E] -> [B, H, L, D], a view
