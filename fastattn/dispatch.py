@@ -15,7 +15,9 @@ from functools import cache
 from types import ModuleType
 
 from torch import Tensor
+from torch.autograd import profiler
 
+from fastattn.integrations.profiling import RecordingEngine
 from fastattn.problem import Problem
 
 #: Every backend by name, the best first.
@@ -77,7 +79,7 @@ def select(problem: Problem, backend: str = "auto") -> ModuleType:
         why = backend_reasons(backend, problem)
         if why:
             raise ValueError(f"backend={backend!r} cannot compute this call: {'; '.join(why)}")
-        return load(backend)
+        return _watched(load(backend))
     refusals = []
     device = "cpu" if problem.query.is_cpu else problem.query.device.type  # the type is slow to ask for
     for name in AUTO.get(device, ("reference",)):
@@ -90,14 +92,21 @@ def select(problem: Problem, backend: str = "auto") -> ModuleType:
             "fastattn computes with the dense reference, slowly and in O(Lq * Lk) memory, because "
             + " and ".join(refusals)
         )
-    return load(name)
+    return _watched(load(name))
 
 
 def select_plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> ModuleType | None:
     """What :func:`select` would choose for a call of these alone, if it takes them unchecked; None in any doubt."""
     engine = load("cpu")
     takes = getattr(engine, "takes_as_they_are", None)
-    return engine if takes is not None and takes(query, key, value, enable_gqa) else None
+    if takes is None or not takes(query, key, value, enable_gqa):
+        return None
+    return RecordingEngine(engine) if profiler._is_profiler_enabled else engine
+
+
+def _watched(engine: ModuleType) -> ModuleType | RecordingEngine:
+    """The engine, with rows in the profile of a profiler that runs."""
+    return RecordingEngine(engine) if profiler._is_profiler_enabled else engine
 
 
 def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:

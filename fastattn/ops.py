@@ -19,6 +19,7 @@ from torch import Tensor
 from fastattn import dispatch, memory, reference
 from fastattn.eager import is_eager, is_observed, is_transformed
 from fastattn.integrations import onnx
+from fastattn.integrations.on_import import integrate_on_import
 from fastattn.problem import (
     Arguments,
     Problem,
@@ -517,3 +518,5 @@ attention_weights = register(
 _all_forward_tensors, _all_backward_tensors = map(
     _tensor_arguments, (torch.ops.fastattn.attention_forward.default, torch.ops.fastattn.attention_backward.default)
 )
+
+integrate_on_import("torch.utils.flop_counter", "fastattn.integrations.flops")

@@ -1,0 +1,44 @@
+"""Registering with a part of PyTorch when that part is imported, because importing it takes long and few need it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.abc import MetaPathFinder
+
+
+class _Watcher(MetaPathFinder):
+    """Finds nothing itself: it lets the others find the awaited modules, and acts after they have run."""
+
+    def __init__(self) -> None:
+        self.awaited: dict[str, str] = {}
+
+    def find_spec(self, name, path, target=None):
+        integration = self.awaited.get(name)
+        if integration is None:
+            return None
+        finders = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_integrate(module) -> None:
+                execute(module)
+                self.awaited.pop(name, None)
+                importlib.import_module(integration)
+
+            spec.loader.exec_module = execute_and_integrate
+        return spec
+
+
+_watcher = _Watcher()
+
+
+def integrate_on_import(name: str, integration: str) -> None:
+    """Import the module ``integration`` as soon as the module ``name`` has been, which may be now."""
+    if name in sys.modules:
+        importlib.import_module(integration)
+        return
+    _watcher.awaited[name] = integration
+    if _watcher not in sys.meta_path:
+        sys.meta_path.insert(0, _watcher)
