@@ -55,8 +55,8 @@ def combine_masks(
             causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
             allowed = causal if allowed is None else allowed & causal
             is_causal = False
-        allowed, kept = (_padded(mask, extra_keys, True) for mask in (allowed, kept))
-        bias, padding_bias = (_padded(mask, extra_keys, 0.0) for mask in (bias, padding_bias))
+        allowed, kept = (_padded(mask, keys, extra_keys, True) for mask in (allowed, kept))
+        bias, padding_bias = (_padded(mask, keys, extra_keys, 0.0) for mask in (bias, padding_bias))
 
     if padding_bias is not None:
         padding_bias = padding_bias[:, None, None, :]
@@ -120,7 +120,7 @@ def _can_look_at(tensor: Tensor) -> bool:
     return tensor.is_cpu and is_eager() and is_ordinary(tensor)
 
 
-def _padded(mask: Tensor | None, count: int, value: bool | float) -> Tensor | None:
-    if mask is None or mask.shape[-1] == 0:
-        return mask
-    return F.pad(mask, (0, count), value=value)
+def _padded(mask: Tensor | None, keys: int, extra_keys: int, value: bool | float) -> Tensor | None:
+    if mask is None:
+        return None
+    return F.pad(mask.expand(*mask.shape[:-1], keys), (0, extra_keys), value=value)

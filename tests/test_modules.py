@@ -154,6 +154,21 @@ def test_a_four_dimensional_mask():
         torch.testing.assert_close(left, right)
 
 
+@pytest.mark.parametrize("keys", [0, S])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_masks_of_one_column_or_none_beside_extra_keys(dtype, keys):
+    theirs, ours = pair("extra_keys")
+    query, key, value = sequences(ours, keys=keys)
+    mask = torch.rand(N, H, L, 1) < 0.5 if dtype == torch.bool else torch.randn(N, H, L, 1, dtype=dtype)
+    dense = mask.expand(N, H, L, keys)
+    expected = theirs(query, key, value, attn_mask=dense.reshape(N * H, L, keys))[0]
+    for each in (mask, dense):
+        torch.testing.assert_close(ours(query, key, value, attn_mask=each)[0], expected)
+    padding = torch.zeros(N, keys, dtype=torch.bool)
+    expected = theirs(query, key, value, key_padding_mask=padding)[0]
+    torch.testing.assert_close(ours(query, key, value, key_padding_mask=padding)[0], expected)
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_gradients_through_the_weights(average):
     theirs, ours = pair()
