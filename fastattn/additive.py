@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastattn import additive_ops
 from fastattn.checks import check_dense, check_sequences, check_size, shown
+from fastattn.fork import serial_after_fork
 from fastattn.integrations import onnx
 from fastattn.integrations.symbolic import LeafModule, is_symbolic, record_function_call
 from fastattn.problem import INTEGER_DTYPES, SUPPORTED_DTYPES
@@ -26,6 +27,7 @@ from fastattn.problem import INTEGER_DTYPES, SUPPORTED_DTYPES
 _LAYOUT = {"query": "[B, Lq, D]", "key": "[B, Lk, D]", "value": "[B, Lk, Dv]", "weight": "[D]"}
 
 
+@serial_after_fork
 def additive_attention(
     query: Tensor,
     key: Tensor,
@@ -57,6 +59,7 @@ def additive_attention(
     return out.to(query.dtype)
 
 
+@serial_after_fork
 def additive_weights(
     query: Tensor,
     key: Tensor,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import additive_cpu, additive_tiles, additive_triton
+from fastattn.fork import serial_after_fork
 from fastattn.ops import fold, one_by_one, register, vector_jacobian_product
 
 _SCHEMA = "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask"
@@ -57,12 +58,14 @@ def _without_autocast(compute):
     return wrapped
 
 
+@serial_after_fork
 @_without_autocast
 def _forward(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """out [B, Lq, Dv] and lse [B, Lq]; -inf for a query that may attend to nothing."""
     return _make_call(query, key, value, weight, mask).forward()
 
 
+@serial_after_fork
 @_without_autocast
 def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value, and of the weight for each sequence [B, D]."""

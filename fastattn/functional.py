@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastattn import dispatch, ops, plain
 from fastattn.checks import check_flag
+from fastattn.fork import serial_after_fork
 from fastattn.integrations.symbolic import is_symbolic, record_function_call
 from fastattn.problem import (
     Arguments,
@@ -134,6 +135,7 @@ def draw_rng_state_for(arguments: Arguments) -> Tensor | None:
     return draw_rng_state(arguments.query.device) if arguments.dropout_p > 0.0 else None
 
 
+@serial_after_fork
 def _autocast(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastattn import dispatch, memory, reference
 from fastattn.eager import is_eager, is_observed, is_transformed
+from fastattn.fork import serial_after_fork
 from fastattn.integrations import onnx
 from fastattn.integrations.on_import import integrate_on_import
 from fastattn.problem import (
@@ -88,6 +89,7 @@ def empty_lse(query: Tensor) -> Tensor:
 # The computations on real tensors.
 
 
+@serial_after_fork
 def _forward(*arguments, wants_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """out [B, Hq, Lq, Dv] in query's layout and lse [B, Hq, Lq], which is None if that saves time."""
     problem = problem_from_arguments(*arguments[:-1])
@@ -102,6 +104,7 @@ def _forward(*arguments, wants_lse: bool = True) -> tuple[Tensor, Tensor | None]
     return out, lse
 
 
+@serial_after_fork
 def _gradients(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -148,6 +151,7 @@ def _without_values(problem: Problem) -> Problem:
     return problem._replace(value=value, dropout_p=0.0, rng_state=None)
 
 
+@serial_after_fork
 def _weights(lse: Tensor, average: bool, *arguments) -> Tensor:
     problem = problem_from_arguments(*arguments[:-1])
     check_problem(problem)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastattn.checks import check_dense, check_dropout, check_flag, check_scale, check_window
 from fastattn.eager import PLAIN_TENSORS
+from fastattn.fork import serial_after_fork
 
 #: ``Problem.causal`` values, in the order of the engines' enumeration (0 = none).
 CAUSAL_MODES = (None, "upper_left", "lower_right")
@@ -130,6 +131,7 @@ def draw_rng_state(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
+@serial_after_fork
 def problem_from_arguments(
     query: Tensor,
     key: Tensor,
@@ -216,6 +218,7 @@ def bias_gradient_shape(bias: Tensor) -> tuple[int, ...]:
     return tuple(1 if stride == 0 else size for size, stride in zip(bias.shape, bias.stride(), strict=True))
 
 
+@serial_after_fork
 def check_arguments(
     query: Tensor,
     key: Tensor,
