@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from fastattn import dispatch, ops, plain
 from fastattn.checks import check_flag
 from fastattn.fork import serial_after_fork
-from fastattn.integrations.symbolic import is_symbolic, record_function_call
 from fastattn.problem import (
     Arguments,
     check_arguments,
@@ -16,6 +16,7 @@ from fastattn.problem import (
     draw_rng_state,
     problem_from_arguments,
 )
+from fastattn.subclasses import has_rules, is_causal_bias
 
 
 def scaled_dot_product_attention(
@@ -72,12 +73,16 @@ def scaled_dot_product_attention(
         out = plain.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths)
         if out is not None:
             return out
-    if is_symbolic((query, key, value, attn_mask, key_lengths)):
-        return record_function_call(
+    if has_rules(query, key, value, attn_mask, key_lengths):
+        return handle_torch_function(
             scaled_dot_product_attention,
-            (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
-            **{"causal": causal, "window": window, "key_lengths": key_lengths},
-            **{"backend": backend, "return_lse": return_lse},
+            [x for x in (query, key, value, attn_mask, key_lengths) if not is_causal_bias(x)],
+            *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
+            causal=causal,
+            window=window,
+            key_lengths=key_lengths,
+            backend=backend,
+            return_lse=return_lse,
         )
     if backend != "auto":
         dispatch.check_backend_name(backend)
@@ -148,9 +153,9 @@ def _autocast(
     dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-            return tensor.to(dtype)
-        return tensor
+        if not isinstance(tensor, Tensor) or is_causal_bias(tensor):
+            return tensor
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
     return cast(query), cast(key), cast(value), cast(attn_mask)
 

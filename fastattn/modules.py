@@ -13,6 +13,7 @@ from fastattn.integrations import scripting
 from fastattn.integrations.symbolic import LeafModule
 from fastattn.masks import combine_masks
 from fastattn.problem import Arguments
+from fastattn.subclasses import check_no_rules, is_causal_bias, materialized
 
 
 class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
@@ -172,6 +173,8 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
                 bool(flag) if isinstance(flag, Tensor) and flag.dim() == 0 else flag
                 for flag in (need_weights, average_attn_weights, is_causal)
             )
+        if is_causal_bias(attn_mask):
+            attn_mask = ~materialized(attn_mask, getattr(query, "device", None))
         self._check(query, key, value, key_padding_mask, attn_mask)
         check_flag("is_causal", is_causal)
         for name, flag in (("need_weights", need_weights), ("average_attn_weights", average_attn_weights)):
@@ -381,6 +384,7 @@ def _check_mask_type(name: str, mask: Tensor, query: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
     check_dense(name, mask)
+    check_no_rules(name, mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{name} must be bool (True = masked out) or float (added), got {mask.dtype}")
     if mask.device != query.device:

@@ -146,7 +146,7 @@ def _backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _without_values(problem: Problem) -> Problem:
-    """What dropout of every weight leaves: no value reaches out, and the scores only lse."""
+    """What dropout of every weight leaves: no value reaches out, and the scores reach lse alone."""
     value = problem.value.new_zeros(problem.value.shape)
     return problem._replace(value=value, dropout_p=0.0, rng_state=None)
 

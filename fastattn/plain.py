@@ -14,8 +14,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
 from fastattn import dispatch
-from fastattn.eager import is_eager, is_ordinary
-from fastattn.integrations.symbolic import is_symbolic
+from fastattn.eager import PLAIN_TENSORS, is_eager, is_ordinary
 from fastattn.ops import attention_gradients, empty_gradient, empty_lse, empty_result
 from fastattn.problem import Problem, check_length_values, check_lengths
 
@@ -50,7 +49,7 @@ def attention(
     elif type(scale) is not float or not math.isfinite(scale):
         return None
     if key_lengths is not None:
-        if is_symbolic((key_lengths,)):
+        if type(key_lengths) is not list and type(key_lengths) not in PLAIN_TENSORS:
             return None
         key_lengths = check_lengths(key_lengths, query, key.shape[2], query.shape[:1])
     problem = _problem(query, key, value, attn_mask, key_lengths, scale, "upper_left" if is_causal else None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastattn.checks import check_dense, check_dropout, check_flag, check_scale, check_window
 from fastattn.eager import PLAIN_TENSORS
 from fastattn.fork import serial_after_fork
+from fastattn.subclasses import causal_of, check_no_rules, is_causal_bias, materialized
 
 #: ``Problem.causal`` values, in the order of the engines' enumeration (0 = none).
 CAUSAL_MODES = (None, "upper_left", "lower_right")
@@ -261,6 +262,8 @@ def check_arguments(
     if scale is not None:
         scale = check_scale(scale)
     bias = None
+    if is_causal_bias(attn_mask):
+        attn_mask, causal = _split_causal_bias(attn_mask, query, key, causal, window, key_lengths)
     if attn_mask is not None:
         attn_mask, bias = _check_mask(attn_mask, query, key, batch_shape, has_heads)
     if key_lengths is not None:
@@ -268,6 +271,26 @@ def check_arguments(
     return Arguments(
         query, key, value, attn_mask, bias, key_lengths, scale, causal, window_left, window_right, dropout_p
     )
+
+
+def _split_causal_bias(
+    mask: Tensor,
+    query: Tensor,
+    key: Tensor,
+    causal: str | None,
+    window: tuple[int | None, int | None] | None,
+    key_lengths: Tensor | list[int] | None,
+) -> tuple[Tensor | None, str | None]:
+    """(mask, ``causal``) that mean the same; without a mask wherever ``causal`` alone does.
+
+    A causal bias counts from the last key, ``causal="lower_right"`` from the last that ``key_lengths`` leaves, and a
+    window from the position that ``causal`` gives a query.
+    """
+    meant = causal_of(mask, query.shape[2], key.shape[2])
+    is_free = causal is None and (meant == "upper_left" or (window is None and key_lengths is None))
+    if is_free or (causal == meant and (meant == "upper_left" or key_lengths is None)):
+        return None, meant
+    return materialized(mask, query.device), causal
 
 
 def _is_canonical(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -404,6 +427,7 @@ def _check_mask(
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
     check_dense("attn_mask", attn_mask)
+    check_no_rules("attn_mask", attn_mask)
     dtype = attn_mask.dtype
     if dtype not in (torch.bool, torch.float32, query.dtype):
         raise TypeError(
@@ -442,6 +466,7 @@ def check_lengths(key_lengths: Tensor | list[int], query: Tensor, keys: int, bat
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"key_lengths must be an integer tensor or a list of ints, got {key_lengths!r}") from None
     check_dense("key_lengths", key_lengths)
+    check_no_rules("key_lengths", key_lengths)
     if key_lengths.dtype not in INTEGER_DTYPES and key_lengths.numel() > 0:
         raise TypeError(f"key_lengths must be integers, got {key_lengths.dtype}")
     if tuple(key_lengths.shape) != tuple(batch_shape):
