@@ -91,7 +91,7 @@ def scaled_dot_product_attention(
     arguments = check_arguments(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal, window, key_lengths
     )
-    rng_state = draw_rng_state(query.device) if arguments.dropout_p > 0.0 else None
+    rng_state = draw_rng_state_for(arguments)
     if return_lse:
         out, lse = ops.attention_forward(*arguments, rng_state, backend)
     else:
@@ -137,7 +137,14 @@ def explain(
 
 def draw_rng_state_for(arguments: Arguments) -> Tensor | None:
     """A new dropout state, or None if the call does not drop."""
-    return draw_rng_state(arguments.query.device) if arguments.dropout_p > 0.0 else None
+    if arguments.dropout_p == 0.0:
+        return None
+    if type(arguments.query).__name__ == "DTensor":
+        raise ValueError(
+            f"dropout_p must be 0.0 where query is a DTensor, got {arguments.dropout_p}: each rank would drop by the "
+            "positions in its own part"
+        )
+    return draw_rng_state(arguments.query.device)
 
 
 @serial_after_fork

@@ -524,3 +524,4 @@ _all_forward_tensors, _all_backward_tensors = map(
 )
 
 integrate_on_import("torch.utils.flop_counter", "fastattn.integrations.flops")
+integrate_on_import("torch.distributed.tensor", "fastattn.integrations.sharding")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from importlib.abc import MetaPathFinder
 
 
@@ -24,11 +25,17 @@ class _Watcher(MetaPathFinder):
 
             def execute_and_integrate(module) -> None:
                 execute(module)
-                self.awaited.pop(name, None)
-                importlib.import_module(integration)
+                _integrate(name, self.awaited.pop(name, integration))
 
             spec.loader.exec_module = execute_and_integrate
         return spec
+
+
+def _integrate(name: str, integration: str) -> None:
+    try:
+        importlib.import_module(integration)
+    except Exception as error:  # the import of ``name`` has succeeded, and must not fail because of this one
+        warnings.warn(f"{name} will not know fastattn's operators: {error!r}", RuntimeWarning, stacklevel=2)
 
 
 _watcher = _Watcher()
@@ -37,7 +44,7 @@ _watcher = _Watcher()
 def integrate_on_import(name: str, integration: str) -> None:
     """Import the module ``integration`` as soon as the module ``name`` has been, which may be now."""
     if name in sys.modules:
-        importlib.import_module(integration)
+        _integrate(name, integration)
         return
     _watcher.awaited[name] = integration
     if _watcher not in sys.meta_path:
