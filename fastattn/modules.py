@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +59,8 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
         backend: str = "auto",
     ) -> None:
         check_module_sizes(embed_dim, num_heads, dropout)
+        _check_feature_size("kdim", kdim)
+        _check_feature_size("vdim", vdim)
         dispatch.check_backend_name(backend)
         super().__init__(
             embed_dim,
@@ -378,6 +382,15 @@ def _split_last(tensor: Tensor, outer: int, inner: int) -> Tensor:
     if torch.jit.is_tracing():  # torch.onnx.export would take the sizes of what is unflattened for constants
         return tensor.view(*tensor.shape[:-1], outer, inner)
     return tensor.unflatten(-1, (outer, inner))
+
+
+def _check_feature_size(name: str, size: int | None) -> None:
+    if size is None:
+        return
+    if not isinstance(size, Integral) or isinstance(size, bool):
+        raise TypeError(f"{name} must be an int or None (embed_dim), got {shown(size)}")
+    if size <= 0:
+        raise ValueError(f"{name} must be positive or None (embed_dim), got {shown(size)}")
 
 
 def _check_mask_type(name: str, mask: Tensor, query: Tensor) -> None:

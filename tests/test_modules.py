@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -331,6 +332,18 @@ def test_nested_tensors_are_refused_with_advice():
     nested = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)])
     with pytest.raises(TypeError, match="fastattn.convert"):
         module(nested, nested, nested)
+
+
+@pytest.mark.parametrize("name", ["kdim", "vdim"])
+def test_sizes_of_features_that_are_none_are_refused_by_name(name):
+    for size in (-1, 0, numpy.int64(0)):
+        with pytest.raises(ValueError, match=f"{name} must be positive"):
+            MultiHeadAttention(E, H, **{name: size})
+    for size in (4.0, "4", True):
+        with pytest.raises(TypeError, match=f"{name} must be an int or None"):
+            MultiHeadAttention(E, H, **{name: size})
+    module = MultiHeadAttention(numpy.int64(E), numpy.int32(H), **{name: numpy.int64(12)})
+    assert module(*[tensor.float() for tensor in sequences(module)])[0].shape == (L, N, E)
 
 
 def test_an_explicit_backend_is_kept():
