@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastattn import dispatch, ops
 from fastattn.checks import check_dense, check_dropout, check_flag, check_module_sizes, shown
-from fastattn.functional import draw_rng_state_for
+from fastattn.functional import draw_rng_state_for, scaled_dot_product_attention
 from fastattn.integrations import scripting
 from fastattn.integrations.symbolic import LeafModule
 from fastattn.masks import combine_masks
@@ -190,6 +190,12 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
             key_padding_mask = key_padding_mask.unsqueeze(0)
         extra_keys = (self.bias_k is not None) + self.add_zero_attn
         masks = combine_masks(query, key.shape[2] - extra_keys, attn_mask, key_padding_mask, is_causal, extra_keys)
+        dropout_p = check_dropout(self.dropout, "dropout") if self.training else 0.0
+        if not need_weights and masks.attn_mask is None and masks.bias is None:
+            is_causal = masks.causal is not None
+            options = {"key_lengths": masks.key_lengths, "backend": self.backend}
+            heads = scaled_dot_product_attention(query, key, value, None, dropout_p, is_causal, **options)
+            return self.out_proj(self._merge_heads(heads, is_batched)), None
         arguments = Arguments(
             query,
             key,
@@ -201,7 +207,7 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
             causal=masks.causal,
             window_left=None,
             window_right=None,
-            dropout_p=check_dropout(self.dropout, "dropout") if self.training else 0.0,
+            dropout_p=dropout_p,
         )
         rng_state = draw_rng_state_for(arguments)
         if not need_weights:
