@@ -42,6 +42,13 @@ def _where(condition, a, b):
     return torch.where(condition, a.to(dtype), b.to(dtype))
 
 
+def _maximum_along(value, axis):
+    """The maximum of what is no NaN, NaN where all are: so the hardware's instruction does."""
+    value = as_tensor(value)
+    largest = value.masked_fill(value.isnan(), -torch.inf).amax(axis)
+    return largest.masked_fill(value.isnan().all(axis), torch.nan)
+
+
 class MBarriers:
     """An array of mbarriers in shared memory."""
 
@@ -244,8 +251,8 @@ class Kernels:
         gl.convert_layout = lambda value, layout, assert_trivial=False: as_tensor(value)
         gl.to_tensor = lambda value: value
         gl.expand_dims = lambda value, axis: value.unsqueeze(axis)
-        gl.maximum, gl.minimum = _numeric(max, torch.maximum), _numeric(min, torch.minimum)
-        gl.max = lambda value, axis: as_tensor(value).amax(axis)
+        gl.maximum, gl.minimum = _numeric(max, torch.fmax), _numeric(min, torch.fmin)
+        gl.max = _maximum_along
         gl.sum = lambda value, axis: as_tensor(value).sum(axis)
         gl.where, gl.cdiv = _where, lambda a, b: -(-a // b)
         gl.exp2, gl.log2 = torch.exp2, torch.log2

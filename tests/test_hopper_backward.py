@@ -1,18 +1,23 @@
 """The Hopper backward kernels' own source, run on the CPU emulator against fp64 autograd."""
 
+import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
 
-from fastattn.kernels.hopper import plan
-from fastattn.kernels.hopper.configs import BACKWARD, BackwardConfig, keys_of_program, tile_columns
-from fastattn.kernels.hopper.plan import LOG2_E, STATISTICS_ROWS, band_of, fused_plan, keys_plan, queries_plan
-from gluon_emulator import Descriptor, EmulationError, Pointer
+pytest.importorskip("triton")
+
+from fastattn.kernels.hopper import launch_backward, plan
+from fastattn.kernels.hopper.configs import BACKWARD, BackwardConfig
+from fastattn.kernels.hopper.plan import LOG2_E, STATISTICS_ROWS, band_of, fused_plan
+from gluon_emulator import EmulationError
 from gluon_emulator_language import load_kernels
-from hopper_cases import KERNELS, definition, make_case
+from hopper_cases import KERNELS, definition, emulated, hidden, make_case
 
 INGREDIENTS = ["primitives", "schedule", "band"]
+KERNELS_OF_BACKWARD = ["gradients", "gradients_of_keys", "gradients_of_wide_keys", "gradients_of_queries"]
 
 
 def saved(problem):
@@ -33,80 +38,41 @@ def saved(problem):
     return [leaf.grad for leaf in leaves], grad_out, lse_2.contiguous(), delta.contiguous()
 
 
+def run_backward(problem, config, seed, programs, wanted, edits=(), together=False):
+    """The wanted gradients ("query", "key", "value") of the emulated kernels, launched as on a device; the truth."""
+    sources = ["backward_keys", "backward_keys_wide", "backward_queries", "backward_fused"]
+    kernels = load_kernels(KERNELS, [*INGREDIENTS, *sources], edits)
+    expected, grad_out, lse_2, delta = saved(problem)
+    dtype = torch.float32 if config.fused else problem.query.dtype
+    grads = {
+        "query": torch.full_like(problem.query, math.nan, dtype=dtype),
+        "key": torch.full_like(problem.key, math.nan),
+        "value": torch.full_like(problem.value, math.nan),
+    }
+    given = [grad if name in wanted else None for name, grad in grads.items()]
+    statistics = mock.patch.object(launch_backward, "row_statistics", lambda *_: (lse_2, delta))
+    with emulated(launch_backward, kernels, KERNELS_OF_BACKWARD, seed, programs, together), statistics:
+        launch_backward.backward(problem, None, torch.empty(0), grad_out, None, *given, config)
+    for name in set(wanted) - {"query"}:
+        assert not grads[name].masked_fill(~hidden(problem), 0.0).any(), name
+    truths = dict(zip(grads, expected, strict=True))
+    return [grads[name] for name in wanted], [truths[name] for name in wanted]
+
+
 def run_keys(problem, config, seed, programs, edits=()):
     """(grad_key, grad_value) of the emulated kernel for the head dimension, and the truth."""
-    kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_keys", "backward_keys_wide"], edits)
-    (_, *expected), grad_out, lse_2, delta = saved(problem)
-    plan = keys_plan(problem, band_of(problem), config, programs)
-    D = tile_columns(problem.query.shape[-1])
-    grads = [torch.full_like(t, float("nan")) for t in (problem.key, problem.value)]
-    queries, keys, rows = [1, 1, config.block_m, D], [1, 1, 64, D], [1, config.block_m]
-    tensors = {
-        "q_desc": Descriptor(problem.query, queries),
-        "do_desc": Descriptor(grad_out, queries),
-        "lse_desc": Descriptor(lse_2, rows),
-        "delta_desc": Descriptor(delta, rows),
-        "k_desc": Descriptor(problem.key, keys),
-        "v_desc": Descriptor(problem.value, keys),
-        "dk_desc": Descriptor(grads[0], keys),
-        "dv_desc": Descriptor(grads[1], keys),
-        "lengths": Pointer(problem.key_lengths if problem.key_lengths is not None else lse_2),
-    }
-    arguments = {**tensors, **plan.scalars, "OPTIONS": plan.options}
-    wide = keys_of_program(problem.query.shape[-1]) == 64
-    kernels.launch("gradients_of_wide_keys" if wide else "gradients_of_keys", plan.programs, arguments, seed)
-    return grads, expected
+    return run_backward(problem, config, seed, programs, ("key", "value"), edits)
 
 
 def run_queries(problem, config, seed, programs, edits=()):
     """[grad_query] of the emulated kernel, and the truth."""
-    kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_queries"], edits)
-    (expected, *_), grad_out, lse_2, delta = saved(problem)
-    plan = queries_plan(problem, band_of(problem), config, programs)
-    D = tile_columns(problem.query.shape[-1])
-    grad = torch.full_like(problem.query, float("nan"))
-    queries, keys = [1, 1, 64, D], [1, 1, config.block_n, D]
-    tensors = {
-        "q_desc": Descriptor(problem.query, queries),
-        "do_desc": Descriptor(grad_out, queries),
-        "k_desc": Descriptor(problem.key, keys),
-        "v_desc": Descriptor(problem.value, keys),
-        "dq_desc": Descriptor(grad, queries),
-        "lse_ptr": Pointer(lse_2),
-        "delta_ptr": Pointer(delta),
-        "lengths": Pointer(problem.key_lengths if problem.key_lengths is not None else lse_2),
-    }
-    arguments = {**tensors, **plan.scalars, "OPTIONS": plan.options}
-    kernels.launch("gradients_of_queries", plan.programs, arguments, seed)
-    return [grad], [expected]
+    return run_backward(problem, config, seed, programs, ("query",), edits)
 
 
 def run_fused(problem, config, seed, programs, edits=(), together=False):
-    """All gradients of the emulated kernel that adds dQ across programs, and the truth."""
-    kernels = load_kernels(KERNELS, [*INGREDIENTS, "backward_keys", "backward_fused"], edits)
-    expected, grad_out, lse_2, delta = saved(problem)
-    plan = fused_plan(problem, band_of(problem), config)
-    B, H, L, _ = problem.query.shape
-    D = tile_columns(problem.query.shape[-1])
-    grads = [torch.full_like(t, float("nan")) for t in (problem.key, problem.value)]
-    total = torch.zeros(problem.query.shape)
-    queries, keys, rows = [1, 1, config.block_m, D], [1, 1, 128, D], [1, config.block_m]
-    tensors = {
-        "q_desc": Descriptor(problem.query, queries),
-        "do_desc": Descriptor(grad_out, queries),
-        "lse_desc": Descriptor(lse_2, rows),
-        "delta_desc": Descriptor(delta, rows),
-        "k_desc": Descriptor(problem.key, keys),
-        "v_desc": Descriptor(problem.value, keys),
-        "dq_desc": Descriptor(total, [1, 1, config.block_m, D // 2]),
-        "dk_desc": Descriptor(grads[0], [1, 1, 64, D]),
-        "dv_desc": Descriptor(grads[1], [1, 1, 64, D]),
-        "counters": Pointer(torch.zeros(B * H * -(-L // config.block_m), dtype=torch.int32)),
-        "lengths": Pointer(problem.key_lengths if problem.key_lengths is not None else lse_2),
-    }
-    arguments = {**tensors, **plan.scalars, "DS_LAYOUT": None, "OPTIONS": plan.options}
-    kernels.launch("gradients", plan.programs, arguments, seed, together=together)
-    return [total * problem.scale, *grads], expected
+    """All gradients of the emulated kernel that adds dQ (here fp32) across programs, and the truth."""
+    fused = dataclasses.replace(config, fused=True)
+    return run_backward(problem, fused, seed, programs, ("query", "key", "value"), edits, together)
 
 
 RUNS = {"keys": run_keys, "queries": run_queries, "fused": run_fused}
@@ -145,10 +111,16 @@ PROBLEMS = {
         "lengths": (3, 128, 197),
         "causal": "lower_right",
     },
+    "right only": {"Lq": 130, "Lk": 300, "window": (None, 5)},
+    "window, more keys": {"Lq": 130, "Lk": 333, "window": (70, 33)},
+    "lower right, window": {"Lq": 130, "Lk": 333, "window": (70, None), "causal": "lower_right"},
+    "key lengths, causal": {"B": 3, "H": 1, "Lq": 70, "Lk": 200, "lengths": (0, 40, 200), "causal": "upper_left"},
+    "key lengths, window": {"B": 2, "H": 1, "Lq": 140, "Lk": 300, "lengths": (100, 300), "window": (20, 9)},
     "grouped heads": {"B": 2, "H": 6, "group": 3, "Lq": 128, "Lk": 128},
     "grouped heads, causal": {"H": 4, "group": 2, "Lq": 200, "Lk": 300, "causal": "upper_left"},
     "fp16": {"Lq": 192, "Lk": 192, "dtype": torch.float16, "causal": "upper_left"},
     "D=128": {"Lq": 128, "Lk": 192, "D": 128},
+    "D=128, window": {"Lq": 70, "Lk": 333, "D": 128, "window": (40, None), "causal": "lower_right"},
     "D=72": {"Lq": 131, "Lk": 192, "D": 72, "causal": "upper_left"},
 }
 
@@ -230,15 +202,6 @@ def test_fused_programs_of_few_heads_at_a_time(section, monkeypatch):
     check_backward("fused", problem, SMALL, section)
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_padded_nan_does_not_leak(run):
-    problem = make_case(B=2, H=2, Lq=140, Lk=200, lengths=(77, 130))
-    for b, length in enumerate((77, 130)):
-        problem.key[b, :, length:] = math.nan
-        problem.value[b, :, length:] = math.nan
-    check_backward(run, problem, SMALL)
-
-
 WIDE = {
     "plain": {"Lq": 130, "Lk": 130, "D": 256},
     "D=136": {"Lq": 70, "Lk": 65, "D": 136},
@@ -246,6 +209,8 @@ WIDE = {
     "lower right": {"B": 3, "H": 1, "Lq": 70, "Lk": 140, "D": 256, "lengths": (0, 66, 140), "causal": "lower_right"},
     "window, groups": {"H": 4, "group": 2, "Lq": 200, "Lk": 200, "D": 256, "window": (40, 20)},
     "left only": {"Lq": 200, "Lk": 200, "D": 256, "window": (40, None)},
+    "causal, more keys": {"Lq": 70, "Lk": 130, "D": 256, "causal": "upper_left"},
+    "lower right, window": {"Lq": 70, "Lk": 200, "D": 256, "window": (9, None), "causal": "lower_right"},
 }
 
 
@@ -373,8 +338,6 @@ def test_faults_are_caught(run, module, fault):
     problem = make_case(
         B=2, H=4, group=2, Lq=length, Lk=length, D=256 if wide else 64, lengths=(padded, length), causal="upper_left"
     )
-    problem.key[0, :, padded:] = math.nan
-    problem.value[0, :, padded:] = math.nan
     with pytest.raises((EmulationError, AssertionError)):
         for seed in range(12):
             check_backward(run.removeprefix("wide "), problem, SMALL, seed, edits=[(module, old, new)])

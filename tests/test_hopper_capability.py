@@ -150,6 +150,15 @@ def test_every_ingredient_that_is_not_taken_is_refused():
     assert set(Problem._fields) == taken | refused.keys() | {"rng_state"}
 
 
+def test_a_left_bound_at_a_place_of_each_sequence_is_refused():
+    """Its first seen key would be another in each: what lies before may be NaN."""
+    problem = make_case(B=2, H=2, Lq=8, Lk=24, lengths=(24, 20), causal="lower_right", window=(3, None))
+    (reason,) = capability.problem_reasons(problem)
+    assert "left bound" in reason and "each sequence's own last key" in reason
+    for changes in ({"window_left": None}, {"window_left": 100}, {"key_lengths": None}, {"causal": "upper_left"}):
+        assert narrow(problem, **changes) == []
+
+
 def test_what_tma_cannot_address_is_refused():
     problem = make_case(B=2, H=2, Lq=8, Lk=8)
     key = torch.zeros(4096, dtype=torch.bfloat16)

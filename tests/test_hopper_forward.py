@@ -5,33 +5,24 @@ import math
 import pytest
 import torch
 
-from fastattn.kernels.hopper.configs import ForwardConfig, tile_columns
-from fastattn.kernels.hopper.plan import band_of, forward_plan
-from gluon_emulator import Descriptor, EmulationError, Pointer
+pytest.importorskip("triton")
+
+from fastattn.kernels.hopper import launch
+from fastattn.kernels.hopper.configs import ForwardConfig
+from gluon_emulator import EmulationError
 from gluon_emulator_language import load_kernels
-from hopper_cases import KERNELS, definition, make_case
+from hopper_cases import KERNELS, definition, emulated, make_case
 
 SOURCES = ["primitives", "schedule", "band", "forward"]
 
 
 def run_forward(problem, config, seed=0, programs=2, edits=()):
-    """(out, lse) of the emulated kernel."""
+    """(out, lse) of the emulated kernel, launched as on a device."""
     kernels = load_kernels(KERNELS, SOURCES, edits)
-    query = problem.query
-    out = torch.full_like(query, float("nan"))
-    lse = torch.full(query.shape[:3], float("nan"))
-    plan = forward_plan(problem, band_of(problem), config, programs)
-    D = tile_columns(query.shape[-1])
-    lengths = problem.key_lengths if problem.key_lengths is not None else lse
-    tensors = {
-        "q_desc": Descriptor(query, [1, 1, 64, D]),
-        "k_desc": Descriptor(problem.key, [1, 1, config.block_n, D]),
-        "v_desc": Descriptor(problem.value, [1, 1, config.block_n, D]),
-        "o_desc": Descriptor(out, [1, 1, 64, D]),
-        "lse_ptr": Pointer(lse),
-        "lengths": Pointer(lengths),
-    }
-    kernels.launch("attention_forward", plan.programs, {**tensors, **plan.scalars, "OPTIONS": plan.options}, seed)
+    out = torch.full_like(problem.query, float("nan"))
+    lse = torch.full(problem.query.shape[:3], float("nan"))
+    with emulated(launch, kernels, ["attention_forward"], seed, programs):
+        launch.forward(problem, out, lse, config)
     return out, lse
 
 
@@ -70,10 +61,17 @@ PROBLEMS = {
         "lengths": (3, 128, 197),
         "causal": "lower_right",
     },
+    "right only": {"Lq": 130, "Lk": 300, "window": (None, 5)},
+    "window, more keys": {"Lq": 130, "Lk": 333, "window": (70, 33)},
+    "lower right, window": {"Lq": 130, "Lk": 333, "window": (70, None), "causal": "lower_right"},
+    "key lengths, causal": {"B": 3, "H": 1, "Lq": 70, "Lk": 200, "lengths": (0, 40, 200), "causal": "upper_left"},
+    "key lengths, window": {"B": 2, "H": 1, "Lq": 140, "Lk": 300, "lengths": (100, 300), "window": (20, 9)},
     "grouped heads": {"B": 2, "H": 6, "group": 3, "Lq": 128, "Lk": 128},
     "fp16": {"Lq": 192, "Lk": 192, "dtype": torch.float16, "causal": "upper_left"},
     "D=128": {"Lq": 128, "Lk": 192, "D": 128},
+    "D=128, window": {"Lq": 70, "Lk": 333, "D": 128, "window": (40, None), "causal": "lower_right"},
     "D=256": {"Lq": 70, "Lk": 130, "D": 256},
+    "D=256, more keys": {"Lq": 70, "Lk": 130, "D": 256, "causal": "upper_left"},
     "D=40": {"Lq": 128, "Lk": 192, "D": 40, "causal": "upper_left"},
     "D=96": {"Lq": 131, "Lk": 192, "D": 96},
     "D=192": {"Lq": 70, "Lk": 130, "D": 192, "causal": "lower_right"},
@@ -121,12 +119,19 @@ def test_strided_inputs():
     check_forward(problem, SMALL)
 
 
-def test_padded_nan_does_not_leak():
-    problem = make_case(B=2, H=2, Lq=140, Lk=200, lengths=(77, 130))
-    for b, length in enumerate((77, 130)):
-        problem.key[b, :, length:] = math.nan
-        problem.value[b, :, length:] = math.nan
-    check_forward(problem, SMALL)
+@pytest.mark.parametrize("shape", [{}, {"causal": "upper_left"}], ids=str)
+def test_a_nan_that_is_seen_shows(shape):
+    """In the lse and the output of every query that sees its key; tiles that no query sees it from stay clean."""
+    problem = make_case(Lq=300, Lk=300, **shape)
+    problem.key[0, 0, 130, 5] = math.nan
+    problem.value[0, 1, 200, 7] = math.nan
+    out, lse = run_forward(problem, SMALL)
+    expected, expected_lse = definition(problem)
+    assert torch.equal(lse.isnan(), expected_lse.isnan())
+    assert (lse > -math.inf)[~lse.isnan()].all()
+    assert out[0, 0][lse[0, 0].isnan()].isnan().all()
+    first = 200 if shape else 0
+    assert out[0, 1, first:, 7].isnan().all() and not out[0, 1, : first // 128 * 128].isnan().any()
 
 
 FAULTS = {

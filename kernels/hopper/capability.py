@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from .plan import band_of
+
 #: (smallest, largest) head dimension.  Below, tiles of 64 columns would be half empty, and the plain kernels have
 #: smaller ones.
 HEAD_DIMS = (40, 256)
@@ -94,6 +96,8 @@ def problem_reasons(problem) -> list[str]:
         found.append("the Hopper kernels take no attn_mask")
     if problem.dropout_p:
         found.append("the Hopper kernels take no dropout")
+    if problem.key_lengths is not None and problem.causal == "lower_right" and band_of(problem).has_left:
+        found.append("the Hopper kernels take no left bound of a window that ends at each sequence's own last key")
     if not problem.scale > 0:
         found.append(f"the Hopper kernels take a positive scale, not {problem.scale}")
     if query.numel() and key.numel():

@@ -202,7 +202,7 @@ def consumer(CONSUMER: gl.constexpr, descriptors, q_bufs, ring, lse_ptr, lengths
         mbarrier.wait(v_full.index(stage), ((loads - 1) // STAGES) & 1)
         o_token = warpgroup_mma(p_operand, v_tiles.index(stage).reshape((N, D)), output, is_async=True)
         row_sum = gl.convert_layout(gl.sum(quad_sums, 1), s_row)
-        seen = row_sum > 0.0
+        seen = row_sum != 0.0  # a NaN was seen
         lse = gl.where(seen, (row_max + gl.log2(row_sum)) * 0.6931471805599453, -float("inf"))
         gl.store(lse_ptr + (batch * Hq + head) * Lq + row, lse, mask=row < Lq)
         inverse = gl.convert_layout(gl.where(seen, 1.0 / row_sum, 0.0), o_row)[:, None]

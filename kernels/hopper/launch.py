@@ -11,7 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .capability import tma_reason
 from .configs import forward_config, tile_columns
 from .forward import attention_forward
-from .plan import band_of, forward_plan
+from .plan import band_of, forward_plan, without_unseen
 
 GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
@@ -77,15 +77,16 @@ def compiler_options(config) -> dict:
 
 def forward(problem, out: torch.Tensor, lse: torch.Tensor, config=None) -> None:
     """Launch the forward kernel on the current stream; see :func:`fastattn.kernels.hopper.forward`."""
-    query, key, value = problem.query, problem.key, problem.value
+    query = problem.query
     if not out.numel():
         lse.fill_(-math.inf)
         return
-    if not key.shape[2]:
+    if not problem.key.shape[2]:
         out.zero_()
         lse.fill_(-math.inf)
         return
     band = band_of(problem)
+    problem = without_unseen(problem, band)
     config = config or forward_config(query.shape[-1], band.has_left or band.has_right)
     plan = forward_plan(problem, band, config, multiprocessors(query.device))
     target = writable(out)
@@ -93,8 +94,8 @@ def forward(problem, out: torch.Tensor, lse: torch.Tensor, config=None) -> None:
     with on_device(query):
         attention_forward[(plan.programs,)](
             tile_descriptor(query, 64),
-            tile_descriptor(key, config.block_n),
-            tile_descriptor(value, config.block_n),
+            tile_descriptor(problem.key, config.block_n),
+            tile_descriptor(problem.value, config.block_n),
             tile_descriptor(target, 64),
             lse,
             lengths,

@@ -13,7 +13,7 @@ from .backward_queries import gradients_of_queries
 from .capability import tma_reason
 from .configs import BackwardConfig, backward_config, keys_of_program, tile_columns
 from .launch import compiler_options, multiprocessors, on_device, tile_descriptor, tile_layout, writable
-from .plan import Band, band_of, fused_is_faster, fused_plan, keys_plan, queries_plan
+from .plan import Band, band_of, fused_is_faster, fused_plan, keys_plan, queries_plan, seen_keys, without_unseen
 from .statistics import row_statistics
 
 
@@ -50,6 +50,15 @@ def deliver(targets, gradients) -> None:
     for target, gradient in zip(targets, gradients, strict=True):
         if gradient is not None and target is not gradient:
             gradient.copy_(target)
+
+
+def seen_part(gradient: torch.Tensor | None, low: int, high: int) -> torch.Tensor | None:
+    """dK or dV of the keys from low up to high; zeros are written to the others, which no query sees."""
+    if gradient is None or high - low == gradient.shape[2]:
+        return gradient
+    gradient[:, :, :low].zero_()
+    gradient[:, :, high:].zero_()
+    return gradient[:, :, low:high]
 
 
 def query_descriptors(problem, grad_out, lse_2, delta, rows: int) -> tuple:
@@ -136,6 +145,8 @@ def backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_v
     if tma_reason("grad_out", grad_out):
         grad_out = grad_out.contiguous()
     band = band_of(problem)
+    grad_key, grad_value = (seen_part(gradient, *seen_keys(problem, band)) for gradient in (grad_key, grad_value))
+    problem = without_unseen(problem, band)
     config = config or chosen_config(problem, band)
     lengths = problem.key_lengths if problem.key_lengths is not None else lse
     with on_device(query):

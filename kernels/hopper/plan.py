@@ -116,6 +116,31 @@ def band_of(problem) -> Band:
     )
 
 
+def seen_keys(problem, band: Band) -> tuple[int, int]:
+    """(low, high): no query sees a key below low or from high on, whatever the key lengths; high > low.
+
+    With lower_right, a left bound and key lengths, low would be one for each batch entry: :func:`.capability.reasons`
+    refuses them.
+    """
+    Lq, Lk = problem.query.shape[2], problem.key.shape[2]
+    offset = Lk - Lq if band.lower_right else 0
+    low = max(0, offset - band.left) if band.has_left else 0
+    high = min(Lk, Lq + offset + band.right) if band.has_right else Lk
+    return low, high
+
+
+def without_unseen(problem, band: Band):
+    """The problem without the keys and values that no query sees.
+
+    A tile's product adds 0 * NaN = NaN for a key of probability 0. Outside the tensor TMA reads zeros, and
+    lower_right finds its offset again, as both ends of the keys move together.
+    """
+    low, high = seen_keys(problem, band)
+    if high - low == problem.key.shape[2]:
+        return problem
+    return problem._replace(key=problem.key[:, :, low:high], value=problem.value[:, :, low:high])
+
+
 def heads_in_l2(problem) -> int:
     """Query heads whose keys and values fit in L2 together."""
     key = problem.key

@@ -48,7 +48,7 @@ def statistics_kernel(
     if HAS_GRAD_LSE:
         value -= tl.load(grad_lse + index, mask=real, other=0.0)
     row_lse = tl.load(lse + index, mask=real, other=float("-inf"))
-    sees = row_lse > float("-inf")
+    sees = row_lse != float("-inf")  # also a NaN, which shows in the row's gradients
     target = head.to(tl.int64) * padded + row
     tl.store(lse_2 + target, tl.where(sees, row_lse * log2_e, float("inf")))
     tl.store(delta + target, tl.where(sees, value, 0.0))
