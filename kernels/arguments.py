@@ -36,7 +36,8 @@ def dropout_of(problem) -> Dropout | None:
     if not problem.dropout_p > 0:
         return None
     threshold = int(problem.dropout_p * 2**32) - 2**31
-    return Dropout(problem.rng_state, threshold, 1.0 / (1.0 - problem.dropout_p))
+    keep_scale = 1.0 / (1.0 - problem.dropout_p) if problem.dropout_p < 1 else 0.0  # of 1, nothing is kept
+    return Dropout(problem.rng_state, threshold, keep_scale)
 
 
 def edges(problem) -> tuple[int | None, int | None]:

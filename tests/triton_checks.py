@@ -177,6 +177,36 @@ def check_dropout_of_the_cpu_engine() -> None:
         assert (tensor - theirs[name]).abs().max() < 1e-5, name
 
 
+def check_all_dropped() -> None:
+    """A dropout of 1 gives zeros, and zeros for gradients; the lse is that before dropout."""
+    from fastattn.backends import triton as backend
+
+    case = Case("dropped", **SMALL, dropout_p=0.5)
+    problem = case.make(dtype=torch.float32)
+    results = run_backend(backend, problem._replace(dropout_p=1.0), case.make_grad_out(dtype=torch.float32))
+    exact_lse = run_reference(problem)["lse"]
+    assert (results.pop("lse") - exact_lse).abs().max() < 1e-5
+    for name, tensor in results.items():
+        assert torch.equal(tensor, torch.zeros_like(tensor)), name
+
+
+def check_nan_shows() -> None:
+    """A NaN in a key or query shows in the lse and the output of exactly the queries that see it."""
+    from fastattn.kernels import launch
+    from fastattn.kernels.configs import Config
+
+    forwards = partial(launch.forward, config=Config(16, 32)), lambda *a: launch.decode(*a, 3, Config(16, 32))
+    for forward in forwards:
+        for place in ("key", "query"):
+            case = Case("nan", **SMALL | {"queries": 9}, causal="lower_right")
+            problem = case.make(dtype=torch.float32)
+            getattr(problem, place)[0, 0, 5, 3] = torch.nan
+            results = run_backend(SimpleNamespace(forward=forward), problem)
+            exact = run_reference(problem)
+            assert torch.equal(results["lse"].isnan(), exact["lse"].isnan())
+            assert torch.equal(results["out"].isnan(), exact["out"].isnan())
+
+
 def check_module() -> None:
     """The layer on this backend, with padding: output, averaged weights and gradients as torch's in float64."""
     import fastattn
@@ -266,6 +296,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "weights_average": partial(check_weights, True),
     "same_drops": check_same_drops,
     "dropout_of_the_cpu_engine": check_dropout_of_the_cpu_engine,
+    "all_dropped": check_all_dropped,
+    "nan_shows": check_nan_shows,
     "module": check_module,
     "autocast": check_autocast,
     "guard": check_guard,
