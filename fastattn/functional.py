@@ -46,12 +46,16 @@ def scaled_dot_product_attention(
         key: [..., Hkv, Lk, D]. Batch sizes of 1 broadcast.
         value: [..., Hkv, Lk, Dv].
         attn_mask: broadcastable to [..., Hq, Lq, Lk]. bool: True = attend. float: added to the
-            scores, differentiable; -inf forbids.
+            scores, differentiable; -inf forbids. ``torch.nn.attention.bias.causal_upper_left`` and
+            ``causal_lower_right`` mean their triangle. Other subclasses with rules of their own are asked
+            (``__torch_function__``), and refused where they would have their memory read.
         dropout_p: probability in [0, 1] to drop a weight. Which are dropped depends on PyTorch's
             generator of the device and on the position in the score matrix alone.
         is_causal: the same as ``causal="upper_left"``. With ``attn_mask``, both apply.
-        scale: of the scores; None is 1 / sqrt(D).
-        enable_gqa: let Hq be a multiple of Hkv.
+        scale: of the scores; None is 1 / sqrt(D). Under torch.compile a float that varies compiles anew for
+            each value, as in torch; a tensor without dimensions, or a function of the sizes, does not.
+        enable_gqa: let Hq be a multiple of Hkv, which key and value may have each of its own (the fewer
+            heads are then copied).
         causal: "upper_left": query i attends to keys up to i. "lower_right": up to i + n - Lq, n
             being the sequence's number of keys, so that the last query sees the last key.
         window: (left, right): only keys from ``left`` before the query's position to ``right``

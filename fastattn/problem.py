@@ -262,10 +262,11 @@ def check_arguments(
     if scale is not None:
         scale = check_scale(scale)
     bias = None
-    if is_causal_bias(attn_mask):
-        attn_mask, causal = _split_causal_bias(attn_mask, query, key, causal, window, key_lengths)
     if attn_mask is not None:
-        attn_mask, bias = _check_mask(attn_mask, query, key, batch_shape, has_heads)
+        if is_causal_bias(attn_mask):
+            attn_mask, causal = _split_causal_bias(attn_mask, query, key, causal, window, key_lengths)
+        if attn_mask is not None:
+            attn_mask, bias = _check_mask(attn_mask, query, key, batch_shape, has_heads)
     if key_lengths is not None:
         key_lengths = check_lengths(key_lengths, query, key.shape[2], batch_shape)
     return Arguments(

@@ -6,6 +6,8 @@ rules of its own is read like any tensor.
 
 from __future__ import annotations
 
+from types import NoneType
+
 import torch
 from torch import Tensor
 from torch._C import _disabled_torch_function_impl
@@ -13,10 +15,14 @@ from torch.overrides import has_torch_function
 
 from fastattn.eager import PLAIN_TENSORS
 
+_WITHOUT_RULES = frozenset((*PLAIN_TENSORS, NoneType, list))
+
 
 def has_rules(*arguments: object) -> bool:
     """Is one of a call's arguments to be asked first, as torch's functions do (``handle_torch_function``)?"""
-    asked = [x for x in arguments if type(x) not in PLAIN_TENSORS and hasattr(type(x), "__torch_function__")]
+    if _WITHOUT_RULES.issuperset(map(type, arguments)):
+        return False
+    asked = [x for x in arguments if type(x) not in _WITHOUT_RULES and hasattr(type(x), "__torch_function__")]
     return len(asked) > 0 and has_torch_function([x for x in asked if not is_causal_bias(x)])
 
 
@@ -38,7 +44,7 @@ def check_no_rules(name: str, tensor: Tensor) -> None:
 
 def is_causal_bias(mask: object) -> bool:
     """Is it one of ``torch.nn.attention.bias.causal_upper_left`` and ``causal_lower_right``, which hold no values?"""
-    if mask is None or type(mask) in PLAIN_TENSORS or not isinstance(mask, Tensor):
+    if type(mask) in _WITHOUT_RULES or not isinstance(mask, Tensor):
         return False
     from torch.nn.attention.bias import CausalBias  # costs an import of torch's compiler, unless the mask is one
 
