@@ -7,6 +7,7 @@ from numbers import Integral
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _get_tracing_state
 
 from fastattn import dispatch, ops
 from fastattn.checks import check_dense, check_dropout, check_flag, check_module_sizes, shown
@@ -172,7 +173,7 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
         average_attn_weights: bool,
         is_causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        if torch.jit.is_tracing():  # the tracer of ONNX makes tensors of the default flags
+        if _get_tracing_state() is not None:  # the tracer of ONNX makes tensors of the default flags
             need_weights, average_attn_weights, is_causal = (
                 bool(flag) if isinstance(flag, Tensor) and flag.dim() == 0 else flag
                 for flag in (need_weights, average_attn_weights, is_causal)
@@ -385,7 +386,7 @@ class SelfAttention(MultiHeadAttention):
 
 def _split_last(tensor: Tensor, outer: int, inner: int) -> Tensor:
     """[..., outer * inner] -> [..., outer, inner]."""
-    if torch.jit.is_tracing():  # torch.onnx.export would take the sizes of what is unflattened for constants
+    if _get_tracing_state() is not None:  # torch.onnx.export would take the sizes of what is unflattened for constants
         return tensor.view(*tensor.shape[:-1], outer, inner)
     return tensor.unflatten(-1, (outer, inner))
 

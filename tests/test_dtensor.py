@@ -76,8 +76,8 @@ def check_calls(mesh):
             shardable = tensor.shape[self.dim] > 1
             return distribute_tensor(tensor, mesh, [Shard(self.dim) if shardable else Replicate()])
 
-    for options in CALLS.values():
-        for dim, key_heads in ((0, 2), (1, 2), (1, 1), (2, 2)):
+    for name, options in CALLS.items():
+        for dim, key_heads in ((0, 2), (1, 2), (1, 1), (2, 2)) if name == "plain" else ((0, 1), (1, 2)):
             expected = results(same, key_heads, options)
             found = results(Distribute(dim), key_heads, options)
             torch.testing.assert_close([result.full_tensor() for result in found], list(expected))
@@ -119,9 +119,6 @@ def check_modules(mesh):
     sharded = distribute_tensor(x, mesh, [Shard(0)])
     found = module(sharded, sharded, sharded, is_causal=True)
     torch.testing.assert_close(tuple(result.full_tensor() for result in found), expected)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(sharded, sharded, sharded, need_weights=False)[0].full_tensor(),
-                               module(sharded, sharded, sharded)[0].full_tensor())  # fmt: skip
     module.dropout = 0.5
     with pytest.raises(ValueError, match=r"dropout_p must be 0.0 where query is a DTensor, got 0.5"):
         module(sharded, sharded, sharded)
