@@ -65,9 +65,10 @@ def multi_head_attention(
     rng_state: Tensor | None = None
     if dropout_p > 0.0:
         rng_state = torch.randint(0, 9223372036854775807, [2], dtype=torch.int64, device=query.device)
-    out, lse = torch.ops.fastattn.attention_forward(
+    results = torch.ops.fastattn.attention_forward(
         query, key, value, allowed, bias, None, None, causal, None, None, dropout_p, rng_state, backend
     )
+    out, lse = results[0], results[1]
     weights: Tensor | None = None
     if need_weights:
         weights = torch.ops.fastattn.attention_weights(
