@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _get_tracing_state
+from torch.nn.utils.rnn import pad_sequence
 
 from fastattn import dispatch, ops
 from fastattn.checks import check_dense, check_dropout, check_flag, check_module_sizes, shown
@@ -17,6 +18,25 @@ from fastattn.integrations.symbolic import LeafModule
 from fastattn.masks import combine_masks
 from fastattn.problem import Arguments
 from fastattn.subclasses import check_no_rules, is_causal_bias, materialized
+
+
+def _do_nothing(module: nn.Module, arguments: tuple[()]) -> None:
+    """A hook."""
+
+
+class FusedPathGuard(nn.Module):
+    """A submodule that keeps the fused evaluation path of nn.TransformerEncoderLayer closed.
+
+    That path calls none of the layer's submodules, so torch does not take it where one has a hook. This one has,
+    and as it is never called, its hook costs nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(_do_nothing)
+
+    def forward(self) -> None:
+        """Nothing."""
 
 
 class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
@@ -31,6 +51,7 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
       projection, weights 0 and finite gradients, where torch yields NaN.
     - ``is_causal=True`` is applied, alone or together with ``attn_mask``, rather than taken as a hint.
     - ``attn_mask`` may also be 4-D, broadcastable to [N, num_heads, L, S].
+    - Nested tensors are taken in training too, and with gradients.
 
     As in torch, and unlike in :func:`fastattn.scaled_dot_product_attention`, True in a bool mask
     means that the position is masked out.
@@ -39,9 +60,11 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
     the argument, what was given and what would be right.
 
     Being an ``nn.MultiheadAttention``, it can stand in an ``nn.TransformerEncoderLayer``. That layer's
-    fused evaluation path reads the weights and bypasses this module, so it is told that it does not
-    apply: ``_qkv_same_embed_dim``, which it asks, is False.
+    fused evaluation path reads the weights and would bypass this module; its submodule
+    ``fused_path_guard`` keeps the path closed.
     """
+
+    backend = "auto"
 
     def __init__(
         self,
@@ -77,20 +100,14 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
             dtype,
         )
         self.backend = backend
-        self._qkv_same_embed_dim = False
+        self.fused_path_guard = FusedPathGuard()
 
-    def _reset_parameters(self) -> None:
-        # The parent's asks _qkv_same_embed_dim which parameters there are.
-        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            weight = getattr(self, name)
-            if weight is not None:
-                nn.init.xavier_uniform_(weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
-        for weight in (self.bias_k, self.bias_v):
-            if weight is not None:
-                nn.init.xavier_normal_(weight)
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        # Modules pickled by earlier versions closed the fused path by a flag that was not true.
+        self._qkv_same_embed_dim = self.kdim == self.embed_dim == self.vdim
+        if "fused_path_guard" not in self._modules:
+            self.fused_path_guard = FusedPathGuard()
 
     def forward(
         self,
@@ -107,6 +124,8 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
 
         Args:
             query: [L, N, embed_dim], with ``batch_first`` [N, L, embed_dim], or unbatched [L, embed_dim].
+                For self-attention with ``batch_first`` also a nested tensor of sequences [L, embed_dim], of
+                layout torch.strided and without masks; the output is nested then, the weights are padded by 0.
             key: [S, N, kdim], [N, S, kdim] or [S, kdim].
             value: [S, N, vdim], [N, S, vdim] or [S, vdim].
             key_padding_mask: [N, S] or unbatched [S]; bool, True = padding, or float, added to the scores.
@@ -180,11 +199,14 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
             )
         if is_causal_bias(attn_mask):
             attn_mask = ~materialized(attn_mask, getattr(query, "device", None))
-        self._check(query, key, value, key_padding_mask, attn_mask)
         check_flag("is_causal", is_causal)
         for name, flag in (("need_weights", need_weights), ("average_attn_weights", average_attn_weights)):
             if isinstance(flag, Tensor):  # a mask in the place of another argument
                 raise TypeError(f"{name} must be a bool, got {shown(flag)}")
+        if isinstance(query, Tensor) and query.is_nested:
+            sequences = self._check_nested(query, key, value, key_padding_mask, attn_mask)
+            return self._forward_nested(sequences, need_weights, average_attn_weights, is_causal)
+        self._check(query, key, value, key_padding_mask, attn_mask)
         is_batched = query.dim() == 3
         query, key, value = self._project(query, key, value, is_batched)
         if not is_batched and key_padding_mask is not None:
@@ -219,6 +241,38 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
         weights = weights.to(heads.dtype)
         weights = weights if is_batched else weights.squeeze(0)
         return self.out_proj(self._merge_heads(heads, is_batched)), weights
+
+    def _forward_nested(
+        self, sequences: tuple[Tensor, ...], need_weights: bool, average_attn_weights: bool, is_causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of each of the sequences [length, E], which are a nested tensor's; nested too."""
+        lengths = [sequence.shape[0] for sequence in sequences]
+        is_ragged = len(set(lengths)) > 1
+        device = sequences[0].device
+        has_extra_keys = self.bias_k is not None or self.add_zero_attn
+        if need_weights or not is_ragged or device.type != "cpu" or has_extra_keys:
+            padded, padding = pad_sequence(sequences, batch_first=True), None
+            if is_ragged:
+                positions = torch.arange(padded.shape[1], device=device)
+                padding = positions >= torch.tensor(lengths, device=device)[:, None]
+            out, weights = MultiHeadAttention.forward(
+                self, padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal
+            )
+            if weights is not None and is_ragged:
+                rows = padding if average_attn_weights else padding[:, None]
+                weights = weights.masked_fill(rows[..., None], 0.0)
+            outputs = [sequence[:length] for sequence, length in zip(out, lengths, strict=True)]
+            return torch.nested.as_nested_tensor(outputs), weights
+        # A call for each sequence: on a CPU it costs less than the queries that are padding.
+        packed = F.linear(torch.cat(sequences), self.in_proj_weight, self.in_proj_bias)  # [T, 3 * E]
+        heads = packed.unflatten(-1, (3, 1, self.num_heads, self.head_dim)).permute(1, 2, 3, 0, 4)
+        dropout_p = self.dropout if self.training else 0.0
+        outputs = [
+            scaled_dot_product_attention(*projected, None, dropout_p, is_causal, backend=self.backend).transpose(1, 2)
+            for projected in zip(*(tensor.split(lengths, dim=2) for tensor in heads), strict=True)
+        ]
+        merged = torch.cat(outputs, dim=1)[0].flatten(1)  # [T, E]
+        return torch.nested.as_nested_tensor(list(self.out_proj(merged).split(lengths))), None
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """[N, H, L, D], [N, H, S, D], [N, H, S, D]: strided views of as few matrix products as possible."""
@@ -284,11 +338,6 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if query.is_nested or key.is_nested or value.is_nested:
-            raise TypeError(
-                "query, key and value must not be nested tensors; for an nn.TransformerEncoder, "
-                "fastattn.convert(model) turns off its conversion to them"
-            )
         rank = query.dim()
         if rank not in (2, 3):
             raise ValueError(f"query must be 3-D, or 2-D where it is unbatched, got shape {list(query.shape)}")
@@ -319,6 +368,30 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
         if attn_mask is not None:
             _check_mask_type("attn_mask", attn_mask, query)
             self._check_attn_mask_shape(attn_mask, batch, queries, keys)
+
+    def _check_nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """The same where query is a nested tensor: its sequences."""
+        if key is not query or value is not query:
+            raise TypeError("key and value must be query itself where it is a nested tensor: it is for self-attention")
+        if query.layout is not torch.strided:
+            raise TypeError(f"query must be a nested tensor of layout torch.strided, got {query.layout}")
+        if not self.batch_first:
+            raise ValueError("query must be dense where batch_first is False, got a nested tensor")
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None:
+                raise ValueError(f"{name} must be None where query is a nested tensor, got {shown(mask)}")
+        sequences = query.unbind()
+        shapes = [list(sequence.shape) for sequence in sequences]
+        if not shapes or any(len(shape) != 2 or shape[1] != self.embed_dim for shape in shapes):
+            raise ValueError(f"query must be nested of sequences [length, {self.embed_dim}], got those of {shapes}")
+        return sequences
 
     def _check_attn_mask_shape(self, attn_mask: Tensor, batch: int, queries: int, keys: int) -> None:
         full = (batch, self.num_heads, queries, keys)

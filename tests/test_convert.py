@@ -11,6 +11,9 @@ from torch import nn
 
 import fastattn
 from fastattn import MultiHeadAttention
+from fastattn.modules import FusedPathGuard
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
 N, L, E, H = 3, 10, 32, 4
 
@@ -58,7 +61,7 @@ def test_transformer_encoder(batch_first, norm_first):
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first and not norm_first)
     converted, report = pair(encoder)
     assert report.swapped == ["layers.0.self_attn", "layers.1.self_attn"]
-    assert report.unnested == [""]
+    assert converted.use_nested_tensor == encoder.use_nested_tensor
     x = torch.randn(N, L, E)
     causal = nn.Transformer.generate_square_subsequent_mask(L)
     float_padding = torch.zeros(N, L).masked_fill(padding(), -torch.inf)
@@ -155,38 +158,115 @@ def test_subclasses_with_their_own_forward_are_kept_and_told():
     assert "swapped 1 of 2" in str(report)
 
 
-def test_evaluation_reaches_the_module_and_not_torchs_fused_layer():
-    layer = nn.TransformerEncoderLayer(E, H, 64, batch_first=True).eval()
-    encoder = nn.TransformerEncoder(layer, 1).eval()
-    fastattn.convert(encoder)
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """Of each call of MultiHeadAttention, whether its query is nested."""
+    calls = []
     original = MultiHeadAttention.forward
 
     def spy(self, *arguments, **options):
-        seen.append(arguments[0].is_nested)
+        calls.append(arguments[0].is_nested)
         return original(self, *arguments, **options)
 
-    MultiHeadAttention.forward = spy
-    try:
-        with torch.no_grad():
-            out = encoder(torch.randn(N, L, E), src_key_padding_mask=padding())
-    finally:
-        MultiHeadAttention.forward = original
-    assert seen == [False]
-    assert out.shape == (N, L, E)
+    monkeypatch.setattr(MultiHeadAttention, "forward", spy)
+    return calls
 
 
-def test_a_module_put_into_a_layer_by_hand_is_reached_too():
-    layer = nn.TransformerEncoderLayer(E, H, 64, batch_first=True)
-    layer.self_attn = MultiHeadAttention(E, H, batch_first=True)
-    with pytest.warns(UserWarning, match="_qkv_same_embed_dim"):
-        encoder = nn.TransformerEncoder(layer, 1)
-    assert not encoder.use_nested_tensor
-    calls = []
-    encoder.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+def encoder_layer(**options):
+    return nn.TransformerEncoderLayer(E, H, 64, batch_first=True, **options)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("how", ["converted", "by hand"])
+def test_evaluation_reaches_the_module_and_not_torchs_fused_layer(seen, how, norm_first):
+    """In a layer by itself and after every way to copy it; without gradients, where torch would fuse it."""
+    layer = encoder_layer(norm_first=norm_first)
+    theirs = copy.deepcopy(layer).eval()
+    if how == "converted":
+        fastattn.convert(layer)
+    else:
+        layer.self_attn = MultiHeadAttention(E, H, batch_first=True)
+        layer.self_attn.load_state_dict(theirs.self_attn.state_dict())
+    layer.eval()
+    x = torch.randn(N, L, E)
+    empty = encoder_layer(norm_first=norm_first, device="meta")
+    fastattn.convert(empty)
+    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), empty.eval()):
+        for options in ({}, {"src_key_padding_mask": padding()}):
+            seen.clear()
+            with torch.no_grad():
+                out = other(x, **options)
+                expected = theirs(x, **options)
+            assert seen == [False]
+            where = ~options.get("src_key_padding_mask", torch.zeros(N, L, dtype=torch.bool))
+            torch.testing.assert_close(out[where], expected[where])
+
+
+def test_a_replaced_output_projection_leaves_the_fused_path_closed(seen):
+    layer = encoder_layer().eval()
+    fastattn.convert(layer)
+    layer.self_attn.out_proj = nn.Linear(E, E)
     with torch.no_grad():
-        encoder.eval()(torch.randn(N, L, E), src_key_padding_mask=padding())
-    assert calls == [1]
+        layer(torch.randn(N, L, E))
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("how", ["converted", "by hand"])
+def test_an_encoders_nested_tensors_reach_the_module_and_padding_stays_0(seen, how):
+    encoder = nn.TransformerEncoder(encoder_layer(), 2).eval()
+    if how == "converted":
+        converted, _ = pair(encoder)
+    else:
+        layer = encoder_layer()
+        layer.self_attn = MultiHeadAttention(E, H, batch_first=True)
+        converted = nn.TransformerEncoder(layer, 2).eval()
+        converted.load_state_dict(encoder.state_dict())
+    assert converted.use_nested_tensor
+    x = torch.randn(N, L, E)
+    with torch.no_grad():
+        out = converted(x, src_key_padding_mask=padding())
+        assert seen == [True, True]
+        assert out[padding()].abs().max() == 0
+        torch.testing.assert_close(out, encoder(x, src_key_padding_mask=padding()))
+        holes = padding()
+        holes[0, 3] = True
+        seen.clear()
+        valid = ~holes
+        expected = encoder(x, src_key_padding_mask=holes)[valid]
+        torch.testing.assert_close(converted(x, src_key_padding_mask=holes)[valid], expected)
+        assert seen == [False, False]
+
+
+def test_an_encoder_whose_later_layers_are_trained_in_evaluation():
+    """The first layer is frozen, so torch nests; its own modules would refuse what needs a gradient."""
+    encoder = nn.TransformerEncoder(encoder_layer(), 2).eval()
+    encoder.layers[0].requires_grad_(False)
+    converted, _ = pair(encoder)
+    encoder.use_nested_tensor = False
+    x, cotangent, valid = torch.randn(N, L, E), torch.randn(N, L, E), ~padding()
+    gradients = [
+        torch.autograd.grad(
+            model(x, src_key_padding_mask=padding())[valid], list(model.layers[1].parameters()), cotangent[valid]
+        )
+        for model in (encoder, converted)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_pickled_by_earlier_versions_are_mended(seen):
+    layer = encoder_layer().eval()
+    fastattn.convert(layer)
+    module = layer.self_attn
+    del module.fused_path_guard
+    module._qkv_same_embed_dim = False
+    module.backend = "auto"
+    loaded = pickle.loads(pickle.dumps(layer))
+    assert loaded.self_attn._qkv_same_embed_dim
+    assert isinstance(loaded.self_attn.fused_path_guard, FusedPathGuard)
+    with torch.no_grad():
+        loaded(torch.randn(N, L, E))
+    assert seen == [False]
 
 
 def test_converted_models_copy_pickle_and_compile():
@@ -201,6 +281,8 @@ def test_converted_models_copy_pickle_and_compile():
         torch.compile(model, backend="aot_eager", fullgraph=True),
     ):
         torch.testing.assert_close(other(x), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(other(x), expected)
 
 
 def test_all_padding_is_finite_after_conversion():

@@ -24,6 +24,8 @@ CONSTRUCTIONS = {
     "zero_attn": {"add_zero_attn": True},
 }
 
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
 N, L, S, E, H = 3, 7, 9, 16, 4
 
 
@@ -327,11 +329,66 @@ def test_compiled_module():
             torch.testing.assert_close(left, right)
 
 
-def test_nested_tensors_are_refused_with_advice():
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", ["batch_first", "no_bias", "extra_keys"])
+def test_nested_tensors_are_sequences_by_themselves(name, is_causal):
+    ours = pair(name)[1] if name != "extra_keys" else MultiHeadAttention(E, H, **CONSTRUCTIONS[name]).double()
+    inputs = [torch.randn(length, E, dtype=torch.float64, requires_grad=True) for length in (5, 0, 7, 5)]
+    leaves = [*inputs, *ours.parameters()]
+    expected = [ours(x, x, x, is_causal=is_causal, average_attn_weights=False) for x in inputs]
+    cotangents = [torch.randn_like(x) for x in inputs]
+    truth = torch.autograd.grad([out for out, _ in expected], leaves, cotangents)
+    for options in ({"need_weights": False}, {"average_attn_weights": False}, {}):
+        nested = torch.nested.as_nested_tensor(inputs)
+        out, weights = ours(nested, nested, nested, is_causal=is_causal, **options)
+        torch.testing.assert_close(list(out.unbind()), [out for out, _ in expected])
+        gradients = torch.autograd.grad(out.unbind(), leaves, cotangents, retain_graph=True)
+        for left, right in zip(gradients, truth, strict=True):
+            torch.testing.assert_close(left, right)
+        if options.get("need_weights", True):
+            extra = 2 if name == "extra_keys" else 0
+            dense = torch.zeros(4, H, 7, 7 + extra, dtype=torch.float64)
+            for i, (_, each) in enumerate(expected):
+                length = each.shape[1]
+                dense[i, :, :length, :length] = each.detach()[..., :length]
+                dense[i, :, :length, 7:] = each.detach()[..., length:]
+            torch.testing.assert_close(weights, dense if "average_attn_weights" in options else dense.mean(1))
+
+
+def test_nested_tensors_drop_in_training():
+    module = MultiHeadAttention(E, H, dropout=0.5, batch_first=True)
+    nested = torch.nested.as_nested_tensor([torch.randn(3, E), torch.randn(5, E)])
+    outs = [module(nested, nested, nested, need_weights=False)[0].to_padded_tensor(0.0) for _ in range(2)]
+    assert not torch.equal(*outs)
+    module.eval()
+    outs = [module(nested, nested, nested, need_weights=False)[0].to_padded_tensor(0.0) for _ in range(2)]
+    assert torch.equal(*outs)
+
+
+def test_nested_tensors_that_cannot_be_taken_are_refused_by_name():
     module = MultiHeadAttention(E, H, batch_first=True)
-    nested = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)])
-    with pytest.raises(TypeError, match="fastattn.convert"):
-        module(nested, nested, nested)
+    sequences = [torch.randn(3, E), torch.randn(5, E)]
+    nested, other = torch.nested.as_nested_tensor(sequences), torch.nested.as_nested_tensor(sequences)
+    dense = torch.randn(2, 5, E)
+    with pytest.raises(TypeError, match="key and value must be query itself"):
+        module(nested, other, other)
+    with pytest.raises(TypeError, match="key must be dense"):
+        module(dense, nested, nested)
+    jagged = torch.nested.as_nested_tensor(sequences, layout=torch.jagged)
+    with pytest.raises(TypeError, match="layout torch.strided, got torch.jagged"):
+        module(jagged, jagged, jagged)
+    with pytest.raises(ValueError, match="key_padding_mask must be None"):
+        module(nested, nested, nested, torch.zeros(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="attn_mask must be None"):
+        module(nested, nested, nested, attn_mask=torch.zeros(5, 5))
+    with pytest.raises(ValueError, match="batch_first"):
+        MultiHeadAttention(E, H)(nested, nested, nested)
+    wide = torch.nested.as_nested_tensor([torch.randn(3, E + 1)])
+    with pytest.raises(ValueError, match=r"sequences \[length, 16\], got those of \[\[3, 17\]\]"):
+        module(wide, wide, wide)
+    nothing = torch.nested.nested_tensor([])
+    with pytest.raises(ValueError, match=r"sequences \[length, 16\]"):
+        module(nothing, nothing, nothing)
 
 
 @pytest.mark.parametrize("name", ["kdim", "vdim"])
