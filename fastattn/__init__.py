@@ -1,7 +1,7 @@
 """Fused scaled dot-product attention for PyTorch."""
 
 from fastattn import reference
-from fastattn.convert import convert
+from fastattn.convert import convert, unconvert
 from fastattn.functional import explain, scaled_dot_product_attention
 from fastattn.modules import MultiHeadAttention, SelfAttention
 
@@ -15,4 +15,5 @@ __all__ = [
     "explain",
     "reference",
     "scaled_dot_product_attention",
+    "unconvert",
 ]

@@ -1,21 +1,30 @@
-"""Swap the attention modules of an existing model: :func:`convert`."""
+"""Swap the attention modules of an existing model, and swap them back: :func:`convert`, :func:`unconvert`."""
 
 from __future__ import annotations
 
+import copyreg
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
+from fastattn.checks import shown
 from fastattn.modules import FusedPathGuard, MultiHeadAttention
+
+#: What a subclass of nn.MultiheadAttention must not define by itself: the module computes with its own.
+_NAMES_IN_USE = {"fused_path_guard", *(n for n in vars(MultiHeadAttention) if not hasattr(nn.MultiheadAttention, n))}
 
 
 @dataclass
 class Conversion:
-    """What :func:`convert` did.
+    """What :func:`convert` or :func:`unconvert` did.
 
-    ``swapped`` holds the names of the modules that now are a :class:`MultiHeadAttention`, and ``kept`` those
-    of other kinds of nn.MultiheadAttention with the reason.
+    ``swapped`` holds the names of the modules whose class is now another, and ``kept`` those of the other
+    attention modules with the reason.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -31,29 +40,149 @@ class Conversion:
 def convert(model: nn.Module) -> Conversion:
     """Make every nn.MultiheadAttention in ``model``, or the model itself, a :class:`MultiHeadAttention`, in place.
 
-    The module objects stay the same and so do their parameters, buffers, hooks, training mode and
-    names in the state dict: only their class changes. It can be undone by loading the state dict into a
-    model that is not converted.
+    The module objects stay the same and so do their parameters, buffers, hooks, parametrizations, training mode
+    and names in the state dict: only their class changes, and they get a submodule without parameters (see
+    :class:`MultiHeadAttention`). :func:`unconvert` takes that back.
+
+    Subclasses are converted too, parametrized modules among them, and stay instances of their class. Kept as
+    they are, with the reason, are modules whose forward is another than nn.MultiheadAttention's.
 
     In evaluation, the fused forward of nn.TransformerEncoderLayer no longer bypasses the modules. The nested
     tensors of nn.TransformerEncoder reach them as they are: padding costs nothing, and the outputs there are 0.
 
-    Subclasses of nn.MultiheadAttention are kept as they are, because their forward is their own.
-
-    Returns what was swapped; warns if that is nothing.
+    Returns what was swapped; warns if that is nothing. Raises TypeError if ``model`` is no nn.Module.
     """
+    return _swap(model, "convert", "nn.MultiheadAttention", _why_not_converted, _convert)
+
+
+def unconvert(model: nn.Module) -> Conversion:
+    """Make every :class:`MultiHeadAttention` in ``model`` an nn.MultiheadAttention, in place.
+
+    The inverse of :func:`convert`: the model needs fastattn no longer. Modules that were constructed as
+    MultiHeadAttention become nn.MultiheadAttention too, and forget their ``backend``; subclasses of it, as
+    :class:`SelfAttention`, are kept.
+
+    Returns what was swapped; warns if that is nothing. Raises TypeError if ``model`` is no nn.Module.
+    """
+    return _swap(model, "unconvert", "fastattn.MultiHeadAttention", _why_not_unconverted, _unconvert)
+
+
+def _swap(
+    model: nn.Module,
+    verb: str,
+    sought: str,
+    why_not: Callable[[nn.Module], str | None],
+    swap: Callable[[nn.Module], None],
+) -> Conversion:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     report = Conversion()
-    for name, module in model.named_modules():
-        if type(module) is nn.MultiheadAttention:
-            module.__class__ = MultiHeadAttention
-            module.fused_path_guard = FusedPathGuard()
+    for name, module in list(model.named_modules()):
+        reason = why_not(module)
+        if reason is None:
+            swap(module)
             report.swapped.append(name)
-        elif isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiHeadAttention):
-            report.kept[name] = f"{type(module).__name__} is a subclass with a forward of its own"
+        elif reason:
+            report.kept[name] = reason
     if not report.swapped:
         warnings.warn(
-            f"fastattn.convert found no nn.MultiheadAttention to swap in {type(model).__name__}",
-            RuntimeWarning,
-            stacklevel=2,
+            f"fastattn.{verb} found no {sought} to swap in {type(model).__name__}", RuntimeWarning, stacklevel=3
         )
     return report
+
+
+def _why_not_converted(module: nn.Module) -> str | None:
+    """The reason to keep the module; None if there is none, "" if it is no other attention module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        is_attention = getattr(module, "original_name", "") == nn.MultiheadAttention.__name__
+        return "it is compiled by torch.jit: convert the model before" if is_attention else ""
+    if not isinstance(module, nn.MultiheadAttention) or isinstance(module, MultiHeadAttention):
+        return ""
+    cls = type(module)
+    if cls.forward is not nn.MultiheadAttention.forward:
+        return f"{cls.__name__} has a forward of its own"
+    if _has_replaced_forward(module):
+        return "its forward was replaced on this object by one that may hold on to the old one: convert before that"
+    taken = sorted(name for name in _NAMES_IN_USE if name in module.__dict__ or hasattr(cls, name))
+    if taken:
+        return f"it has a {taken[0]} of its own, a name that MultiHeadAttention uses"
+    return None
+
+
+def _why_not_unconverted(module: nn.Module) -> str | None:
+    if not isinstance(module, MultiHeadAttention):
+        return ""
+    if _original_class(module) is None:
+        return f"{type(module).__name__} is a subclass of fastattn.MultiHeadAttention"
+    if _has_replaced_forward(module):
+        return "its forward was replaced on this object by one that may hold on to the old one: unconvert before that"
+    return None
+
+
+def _has_replaced_forward(module: nn.Module) -> bool:
+    """Does the object have another forward than its class? What undoes a replacement may leave the class's there."""
+    forward = vars(module).get("forward")
+    is_the_class_s = getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    return forward is not None and not is_the_class_s
+
+
+def _convert(module: nn.MultiheadAttention) -> None:
+    module.__class__ = _converted_class(module)
+    vars(module).pop("forward", None)
+    module.fused_path_guard = FusedPathGuard()
+
+
+def _unconvert(module: MultiHeadAttention) -> None:
+    module.__class__ = _original_class(module)
+    del module.fused_path_guard
+    for name in ("backend", "forward"):
+        vars(module).pop(name, None)
+
+
+def _converted_class(module: nn.MultiheadAttention) -> type:
+    cls = parametrize.type_before_parametrizations(module)
+    return _parametrized(module, MultiHeadAttention if cls is nn.MultiheadAttention else _converted_subclass(cls))
+
+
+def _original_class(module: MultiHeadAttention) -> type | None:
+    cls = parametrize.type_before_parametrizations(module)
+    if cls is MultiHeadAttention:
+        return _parametrized(module, nn.MultiheadAttention)
+    return _parametrized(module, cls.__bases__[1]) if cls.__bases__[0] is _Converted else None
+
+
+def _parametrized(module: nn.Module, cls: type) -> type:
+    """``cls`` with the parametrizations that the module's class has.
+
+    Those are properties of a class made for this module, whose base is the class that the module had before.
+    """
+    if not parametrize.is_parametrized(module):
+        return cls
+    namespace = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{cls.__name__}", (cls,), namespace)
+
+
+class _Converted:
+    """Comes first among the bases of a subclass of nn.MultiheadAttention that is converted.
+
+    No module holds such a class, so it is made again where a module is copied or unpickled.
+    """
+
+    def __reduce_ex__(self, protocol: int):
+        construct, arguments, *state = super().__reduce_ex__(max(2, protocol))
+        if construct is not copyreg.__newobj__:
+            return construct, arguments, *state
+        cls, *arguments = arguments
+        return _new_converted, (cls.__bases__[1], *arguments), *state
+
+
+@cache
+def _converted_subclass(cls: type) -> type:
+    """``cls``, whose forward is MultiHeadAttention's."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (_Converted, cls, MultiHeadAttention), names)
+
+
+def _new_converted(cls: type, *arguments) -> MultiHeadAttention:
+    converted = _converted_subclass(cls)
+    return converted.__new__(converted, *arguments)

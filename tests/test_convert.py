@@ -1,13 +1,18 @@
-"""fastattn.convert on torch's own layers and on a model of one's own, in training and evaluation."""
+"""fastattn.convert and unconvert on torch's own layers and on models of one's own, in training and evaluation."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import pickle
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastattn
 from fastattn import MultiHeadAttention
@@ -144,18 +149,269 @@ def test_the_model_itself_and_a_second_time():
     assert "(the model)" in str(report)
     with pytest.warns(RuntimeWarning, match="no nn.MultiheadAttention to swap in MultiHeadAttention"):
         assert fastattn.convert(module).swapped == []
+    assert fastattn.unconvert(module).swapped == [""]
+    with pytest.warns(RuntimeWarning, match="no fastattn.MultiHeadAttention to swap in MultiheadAttention"):
+        assert fastattn.unconvert(module).swapped == []
 
 
-def test_subclasses_with_their_own_forward_are_kept_and_told():
-    class Special(nn.MultiheadAttention):
-        pass
+@pytest.mark.parametrize("swap", [fastattn.convert, fastattn.unconvert])
+@pytest.mark.parametrize("model", [5, None, nn.Linear, [nn.MultiheadAttention(E, H)]])
+def test_what_is_no_module_is_refused_by_name(swap, model):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+        swap(model)
 
-    model = nn.ModuleList([Special(E, H), nn.MultiheadAttention(E, H)])
+
+def self_attention(module, x):
+    return module(x, x, x)[0]
+
+
+class WithoutForward(nn.MultiheadAttention):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.note = "kept"
+
+    def extra_repr(self):
+        return self.note
+
+
+def parametrized(module):
+    parametrizations.weight_norm(module, "in_proj_weight")
+    parametrizations.weight_norm(module.out_proj)
+
+
+def pruned(module):
+    prune.l1_unstructured(module, "in_proj_weight", amount=0.3)
+
+
+VARIANTS = {
+    "plain": (nn.MultiheadAttention, lambda module: None),
+    "subclass": (WithoutForward, lambda module: None),
+    "parametrized": (nn.MultiheadAttention, parametrized),
+    "parametrized subclass": (WithoutForward, parametrized),
+    "pruned": (nn.MultiheadAttention, pruned),
+    "hooks of weight_norm": (nn.MultiheadAttention, lambda m: nn.utils.weight_norm(m, "in_proj_weight")),
+    "forward put back": (nn.MultiheadAttention, lambda m: setattr(m, "forward", m.forward)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_kind_of_module_with_torchs_forward_is_converted_and_back(name):
+    kind, prepare = VARIANTS[name]
+    theirs, ours = kind(E, H, batch_first=True), kind(E, H, batch_first=True)
+    ours.load_state_dict(theirs.state_dict())
+    for module in (theirs, ours):
+        prepare(module)
+    assert fastattn.convert(ours).swapped == [""]
+    assert isinstance(ours, MultiHeadAttention)
+    assert isinstance(ours, kind)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert type(ours).forward is MultiHeadAttention.forward
+    x = torch.randn(N, L, E)
+    assert_same(theirs, ours, lambda module: self_attention(module, x))
+    if all(weight.is_leaf for weight in vars(ours).values() if isinstance(weight, torch.Tensor)):
+        assert_same(theirs, copy.deepcopy(ours), lambda module: self_attention(module, x))
+    assert fastattn.unconvert(ours).swapped == [""]
+    assert type(ours).__name__ == type(theirs).__name__
+    assert type(ours).__mro__[-2:] == type(theirs).__mro__[-2:]
+    assert not isinstance(ours, MultiHeadAttention)
+    assert vars(ours).keys() - {"forward"} == vars(theirs).keys() - {"forward"}
+    assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
+    assert_same(theirs, ours, lambda module: self_attention(module, x))
+
+
+@pytest.mark.parametrize("kind", [nn.MultiheadAttention, WithoutForward])
+def test_parametrizations_come_and_go_after_the_conversion(kind):
+    module = kind(E, H, batch_first=True)
+    parametrized(module)
+    fastattn.convert(module)
+    x = torch.randn(N, L, E)
+    expected = self_attention(module, x)
+    parametrize.remove_parametrizations(module, "in_proj_weight")
+    assert type(module).__name__ == ("WithoutForward" if kind is WithoutForward else "MultiHeadAttention")
+    assert type(module).forward is MultiHeadAttention.forward
+    assert torch.equal(self_attention(module, x), expected)
+    parametrizations.weight_norm(module, "in_proj_weight")
+    fastattn.unconvert(module)
+    assert not isinstance(module, MultiHeadAttention)
+    torch.testing.assert_close(self_attention(module, x), expected)
+    parametrize.remove_parametrizations(module, "in_proj_weight")
+    assert type(module) is kind
+
+
+def test_a_converted_subclass_is_copied_and_pickled():
+    module = WithoutForward(E, H, batch_first=True)
+    fastattn.convert(module)
+    saved = io.BytesIO()
+    torch.save(module, saved)
+    saved.seek(0)
+    x = torch.randn(N, L, E)
+    for other in (
+        copy.copy(module),
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        pickle.loads(pickle.dumps(module, protocol=0)),
+        torch.load(saved, weights_only=False),
+    ):
+        assert type(other) is type(module)
+        assert other.extra_repr() == "kept"
+        assert torch.equal(self_attention(other, x), self_attention(module, x))
+        assert fastattn.unconvert(other).swapped == [""]
+        assert type(other) is WithoutForward
+
+
+def wrapped(module):
+    """As libraries do that move weights, or count calls."""
+    old = module.forward
+    module.forward = functools.update_wrapper(lambda *arguments: old(*arguments), old)
+
+
+def bound(module):
+    module.forward = types.MethodType(lambda self, x, *_, **__: (x, None), module)
+
+
+class OwnForward(nn.MultiheadAttention):
+    def forward(self, query, *_, **__):
+        return query, None
+
+
+class UsesOurName(nn.MultiheadAttention):
+    def _project(self, x):
+        return x
+
+
+KEPT = {
+    "own forward": (OwnForward(E, H), "OwnForward has a forward of its own"),
+    "quantizable": (
+        torch.ao.nn.quantizable.MultiheadAttention(E, H),
+        "MultiheadAttention has a forward of its own",
+    ),
+    "name in use": (UsesOurName(E, H), "it has a _project of its own"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_has_its_own_way_is_kept_with_the_reason(name):
+    module, reason = KEPT[name]
+    model = nn.ModuleList([module, nn.MultiheadAttention(E, H)])
+    kind = type(module)
     report = fastattn.convert(model)
-    assert type(model[0]) is Special
+    assert type(model[0]) is kind
     assert report.swapped == ["1"]
-    assert "Special" in report.kept["0"]
+    assert reason in report.kept["0"]
     assert "swapped 1 of 2" in str(report)
+    assert reason in str(report)
+
+
+def test_an_attribute_named_as_one_of_ours_keeps_the_module():
+    module = nn.MultiheadAttention(E, H)
+    module.backend = "of another library"
+    model = nn.ModuleList([module, nn.MultiheadAttention(E, H)])
+    assert "it has a backend of its own" in fastattn.convert(model).kept["0"]
+    assert module.backend == "of another library"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_scripted_module_is_kept_with_the_reason():
+    model = nn.ModuleList([nn.MultiheadAttention(E, H), torch.jit.script(nn.ModuleList([nn.MultiheadAttention(E, H)]))])
+    report = fastattn.convert(model)
+    assert report.swapped == ["0"]
+    assert list(report.kept) == ["1.0"]
+    assert "compiled by torch.jit" in report.kept["1.0"]
+
+
+@pytest.mark.parametrize("replace", [wrapped, bound])
+def test_a_replaced_forward_keeps_the_module_and_works_on(replace):
+    x = torch.randn(L, N, E)
+    module = nn.MultiheadAttention(E, H)
+    replace(module)
+    expected = self_attention(module, x)
+    with pytest.warns(RuntimeWarning, match="no nn.MultiheadAttention"):
+        report = fastattn.convert(module)
+    assert "its forward was replaced on this object" in report.kept[""]
+    assert torch.equal(self_attention(module, x), expected)
+    converted = nn.MultiheadAttention(E, H)
+    fastattn.convert(converted)
+    replace(converted)
+    expected = self_attention(converted, x)
+    with pytest.warns(RuntimeWarning, match="no fastattn.MultiHeadAttention"):
+        report = fastattn.unconvert(converted)
+    assert "its forward was replaced on this object" in report.kept[""]
+    assert torch.equal(self_attention(converted, x), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_reads_a_converted_modules_attributes_finds_what_they_say(training):
+    """A forward that was saved before, and code that calls torch's function with the module's weights."""
+    x = torch.randn(L, N, E)
+    for options in ({}, {"kdim": E, "vdim": 8}):
+        module = nn.MultiheadAttention(E, H, **options).train(training)
+        value = torch.randn(L, N, module.vdim)
+        expected, weights = module(x, x, value)
+        saved = module.forward
+        fastattn.convert(module)
+        assert module._qkv_same_embed_dim == (module.in_proj_weight is not None)
+        for out in (saved(x, x, value), nn.MultiheadAttention.forward(module, x, x, value), module(x, x, value)):
+            torch.testing.assert_close(out, (expected, weights))
+        separate = {f"{name}_proj_weight": getattr(module, f"{name}_proj_weight") for name in "qkv"}
+        out, _ = F.multi_head_attention_forward(
+            *(x, x, value, E, H, module.in_proj_weight, module.in_proj_bias, module.bias_k, module.bias_v),
+            *(module.add_zero_attn, 0.0, module.out_proj.weight, module.out_proj.bias, training),
+            use_separate_proj_weight=not module._qkv_same_embed_dim,
+            **separate,
+        )
+        torch.testing.assert_close(out, expected)
+
+
+class LowRankAdapter(nn.Module):
+    """Merges an update into the packed weight for each call, as PEFT's layer for nn.MultiheadAttention does."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        assert base_layer._qkv_same_embed_dim
+        self.base_layer = base_layer.requires_grad_(False)
+        self.lora_a, self.lora_b = nn.Parameter(torch.randn(2, E)), nn.Parameter(torch.randn(3 * E, 2))
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_layer, name)
+
+    def forward(self, *arguments, **options):
+        weight = self.base_layer.in_proj_weight
+        del self.base_layer.in_proj_weight
+        self.base_layer.in_proj_weight = weight.detach() + self.lora_b @ self.lora_a
+        out = self.base_layer(*arguments, **options)
+        del self.base_layer.in_proj_weight
+        self.base_layer.register_parameter("in_proj_weight", weight)
+        return out
+
+
+@pytest.mark.parametrize("convert_first", [True, False])
+def test_low_rank_adapters_work_in_training_and_in_evaluation(convert_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(E, H, 64, dropout=0.0, batch_first=True)
+    if convert_first:
+        fastattn.convert(layer)
+    layer.self_attn = LowRankAdapter(layer.self_attn)
+    layer.double()
+    torch_layer = copy.deepcopy(layer)
+    if convert_first:
+        fastattn.unconvert(torch_layer)
+    else:
+        fastattn.convert(layer)
+    x = torch.randn(N, L, E, dtype=torch.float64)
+    expected = torch_layer(x)
+    leaves = ("lora_a", "lora_b")
+    gradients = [
+        torch.autograd.grad(out.sin().sum(), [getattr(module.self_attn, name) for name in leaves])
+        for module, out in ((torch_layer, expected), (layer, layer(x)))
+    ]
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), expected)
 
 
 @pytest.fixture
@@ -267,6 +523,27 @@ def test_modules_pickled_by_earlier_versions_are_mended(seen):
     with torch.no_grad():
         loaded(torch.randn(N, L, E))
     assert seen == [False]
+
+
+def test_models_converted_and_back_are_as_they_were():
+    model = nn.ModuleDict({"transformer": nn.Transformer(E, H, 1, 1, 64, batch_first=True), "own": Custom()})
+    before = copy.deepcopy(model)
+    for _ in range(2):
+        report = fastattn.convert(model)
+        assert fastattn.unconvert(model).swapped == report.swapped
+    for (name, left), (other, right) in zip(model.named_modules(), before.named_modules(), strict=True):
+        assert name == other
+        assert type(left) is type(right)
+        assert vars(left).keys() == vars(right).keys()
+    assert model["own"].shared["again"] is model["own"].attention
+
+
+def test_modules_constructed_as_ours_become_torchs_and_subclasses_of_them_are_kept():
+    model = nn.ModuleList([MultiHeadAttention(E, H, backend="reference"), fastattn.SelfAttention(E, H)])
+    report = fastattn.unconvert(model)
+    assert type(model[0]) is nn.MultiheadAttention
+    assert not hasattr(model[0], "backend")
+    assert report.kept == {"1": "SelfAttention is a subclass of fastattn.MultiHeadAttention"}
 
 
 def test_converted_models_copy_pickle_and_compile():
