@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ from rich.table import Table
 
 import fastattn
 from fastattn import dispatch
+from fastattn.backends import cpu
 from fastattn.cli.console import DTYPES, console
 from fastattn.testing import Case
 
@@ -69,13 +69,12 @@ def _versions() -> dict[str, str]:
 
 def _processor() -> dict[str, str]:
     about = {"name": _cpu_name(), "cores": str(os.cpu_count()), "threads used": str(torch.get_num_threads())}
-    try:
-        engine = importlib.import_module("fastattn._C")
-    except ImportError as error:
-        about["engine"] = f"not built: {error}"
+    missing = cpu.unavailable()
+    if missing is not None:
+        about["engine"] = missing
     else:
-        about["instruction sets"] = ", ".join(engine.available_isas())
-        about["instruction set in use"] = engine.isa()
+        about["instruction sets"] = ", ".join(cpu.available_isas())
+        about["instruction set in use"] = cpu.isa()
     return about
 
 

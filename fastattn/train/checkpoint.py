@@ -23,7 +23,7 @@ from fastattn.models.fields import Range, check_value, shown
 from fastattn.train.errors import CheckpointError, DataError, TrainingError, brief
 from fastattn.train.input_files import is_list_of, read_json
 from fastattn.train.memory import build
-from fastattn.train.output_files import create_file, json_text, write_file
+from fastattn.train.output_files import check_output_directory, create_file, json_text, write_file
 
 FORMAT = "fastattn.checkpoint.1"
 RUN, WEIGHTS, CHECKPOINT, LABELS = "run.json", "model.safetensors", "checkpoint.pt", "labels.json"
@@ -50,8 +50,7 @@ STATE = {
 
 def require_new(directory: Path) -> None:
     """Raise unless ``directory`` is absent or free of a run's files: a run never overwrites another."""
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory}: is a file; --out needs a directory")
+    check_output_directory(directory, "--out")
     for name in (RUN, WEIGHTS, CHECKPOINT):
         if (directory / name).exists():
             raise _holds_a_run(directory, name)

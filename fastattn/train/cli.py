@@ -187,7 +187,6 @@ def train_detect(
 ) -> None:
     """A detection transformer; reports COCO's average precision."""
     from fastattn.models.detector import Detector, DetectorConfig
-    from fastattn.train.checkpoint import require_new
     from fastattn.train.coco import CocoFolder
     from fastattn.train.detect import DetectionTask
     from fastattn.train.memory import require_room
@@ -205,8 +204,6 @@ def train_detect(
         "attention": attention,
     }
     require_room(Detector, DetectorConfig(**sizes))  # before the demonstration is written
-    if not resume:
-        require_new(out)
     folder = write_demonstration(out / "scenes") if data == "demo" else Path(data)
     channels = 3 if rgb else 1
     parts = [CocoFolder(folder / name, channels) for name in ("train", "validation")]
@@ -300,9 +297,18 @@ def predict_detect(
 
 
 def _texts(arguments: list[str] | None) -> list[str]:
+    """The texts given as arguments, else the lines of standard input."""
     from fastattn.train.errors import TrainingError
+    from fastattn.train.input_files import decode
 
-    texts = arguments or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if arguments:
+        # what is not UTF-8 among the arguments comes as lone surrogates
+        texts = [decode("the argument TEXTS", text.encode(errors="surrogateescape")) for text in arguments]
+    elif sys.stdin is None:
+        texts = []
+    else:
+        text = decode("standard input", sys.stdin.buffer.read())
+        texts = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not texts:
         raise TrainingError("no text given, as an argument or on standard input")
     return texts

@@ -108,8 +108,12 @@ def training_command(**defaults: Any) -> Callable[[Callable], Callable]:
 
 def options_of(given: dict[str, Any], defaults: dict[str, Any], out: Path, resume: bool) -> TrainOptions:
     """The options of a new run, or of the one in ``out`` with what may be changed."""
+    from fastattn.train.checkpoint import require_new
+
     options = _options_of(given, defaults, out, resume)
     resolve_device(options.device)
+    if not resume:
+        require_new(out)
     return options
 
 
