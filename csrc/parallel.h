@@ -1,4 +1,4 @@
-// Work distribution: items are drawn one by one from a shared counter by a team of OpenMP threads.
+// Work distribution: each thread of an OpenMP team takes the items of its own share, then the others'.
 //
 // What an item computes never depends on the number of threads or on who draws it, so results are
 // bitwise equal for any team.  Callers number the items heaviest first, so that the last ones drawn are
