@@ -68,7 +68,7 @@ def check_scale(scale: float) -> float:
     """A float; symbolic while it is traced, and then finite only if :func:`fastattn.problem.check_problem` says so."""
     scale = _number("scale", scale, "a float or None (1 / sqrt(head_dim))")
     if is_compiling() or isinstance(scale, (torch.SymInt, torch.SymFloat)):
-        return scale * 1.0
+        return scale * 1.0 if isinstance(scale, (int, torch.SymInt)) else scale
     try:
         number = float(scale)
     except OverflowError:
