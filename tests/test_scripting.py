@@ -104,6 +104,15 @@ def test_a_scripted_model_gives_the_same_and_leaves_the_model_as_it_was(make, in
     assert attention == [module for module in model.modules() if isinstance(module, fastattn.MultiHeadAttention)]
 
 
+def test_a_scripted_encoder_gives_a_sequence_of_padding_finite_results():
+    """torch's fused path through an encoder layer, which scripts ask for by flags alone, gives NaN."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+    fastattn.convert(layer)
+    x, padding = torch.randn(2, 3, 8), torch.tensor([[True] * 3, [False] * 3])
+    with torch.no_grad():
+        assert_same(torch.jit.script(layer), layer, x, src_key_padding_mask=padding)
+
+
 def test_a_scripted_wrong_call_raises():
     scripted = torch.jit.script(fastattn.SelfAttention(8, 2))
     with pytest.raises(RuntimeError):

@@ -28,9 +28,11 @@ def is_exporting() -> bool:
 is_exporting._dynamo_marked_constant = True
 
 
-def attention_forward(*arguments) -> tuple[Tensor, Tensor]:
-    """The operator, written out."""
-    return reference.attention(_problem(arguments))
+def attention_forward(*arguments) -> tuple[Tensor, ...]:
+    """The operator, written out; empty tensors in place of what it gives to the backward pass beside out and lse."""
+    out, lse = reference.attention(_problem(arguments))
+    others = len(torch.ops.fastattn.attention_forward.default._schema.returns) - 2
+    return out, lse, *(out.new_empty(0) for _ in range(others))
 
 
 def attention_weights(lse: Tensor, average: bool, *arguments) -> Tensor:
