@@ -24,7 +24,7 @@ from fastattn.models.set_loss import corners, focal_loss, generalized_iou, match
 from fastattn.train import coco as coco_data
 from fastattn.train.coco import CocoFolder, collate, evaluate
 from fastattn.train.detect import DetectionTask, detect, load_detector
-from fastattn.train.errors import DataError, TrainingError
+from fastattn.train.errors import DataError, OutputError, TrainingError
 from fastattn.train.loop import Run
 from fastattn.train.options import TrainOptions
 from fastattn.train.scenes import compose, load_digit_images, write_scenes
@@ -330,3 +330,21 @@ def test_a_short_run_learns_saves_and_predicts(scenes, tmp_path):
     assert len(found[0]["objects"]) == SMALL["num_queries"]
     expected = task.model.eval().predict(*collate([data[0]])[:2])[0]
     assert [o["score"] for o in found[0]["objects"]] == pytest.approx(expected["scores"].tolist(), rel=1e-4)
+
+
+def test_drawings_overwrite_neither_images_nor_each_other(tmp_path):
+    from PIL import Image
+
+    for name in ("a/one.png", "b/one.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("L", (16, 16)).save(tmp_path / name)
+    paths = [tmp_path / "a/one.png", tmp_path / "b/one.png"]
+    before = paths[0].read_bytes()
+    model, names = Detector(DetectorConfig(**SMALL)).eval(), [str(d) for d in range(10)]
+    with pytest.raises(OutputError, match=r"--pictures, for .*a/one\.png: .*a/one\.png: this file is read"):
+        detect(model, names, paths[:1], pictures=tmp_path / "a")
+    with pytest.raises(OutputError, match=r"--pictures, for .*b/one\.png: .* is written for .*a/one\.png: already"):
+        detect(model, names, paths, pictures=tmp_path / "found")
+    with pytest.raises(OutputError, match=r"--pictures .*one\.png is not a directory"):
+        detect(model, names, paths, pictures=paths[0])
+    assert paths[0].read_bytes() == before
