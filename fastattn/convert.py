@@ -16,7 +16,9 @@ from fastattn.checks import shown
 from fastattn.modules import FusedPathGuard, MultiHeadAttention
 
 #: What a subclass of nn.MultiheadAttention must not define by itself: the module computes with its own.
-_NAMES_IN_USE = {"fused_path_guard", *(n for n in vars(MultiHeadAttention) if not hasattr(nn.MultiheadAttention, n))}
+_NAMES_IN_USE = {"backend", "fused_path_guard"} | {
+    name for name in vars(MultiHeadAttention) if not hasattr(nn.MultiheadAttention, name)
+}
 
 
 @dataclass
@@ -129,14 +131,15 @@ def _has_replaced_forward(module: nn.Module) -> bool:
 def _convert(module: nn.MultiheadAttention) -> None:
     module.__class__ = _converted_class(module)
     vars(module).pop("forward", None)
+    module.backend = "auto"
     module.fused_path_guard = FusedPathGuard()
 
 
 def _unconvert(module: MultiHeadAttention) -> None:
     module.__class__ = _original_class(module)
     del module.fused_path_guard
-    for name in ("backend", "forward"):
-        vars(module).pop(name, None)
+    del module.backend
+    vars(module).pop("forward", None)
 
 
 def _converted_class(module: nn.MultiheadAttention) -> type:

@@ -64,8 +64,6 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
     ``fused_path_guard`` keeps the path closed.
     """
 
-    backend = "auto"
-
     def __init__(
         self,
         embed_dim: int,
