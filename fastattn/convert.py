@@ -19,6 +19,7 @@ from fastattn.modules import FusedPathGuard, MultiHeadAttention
 _NAMES_IN_USE = {"backend", "fused_path_guard"} | {
     name for name in vars(MultiHeadAttention) if not hasattr(nn.MultiheadAttention, name)
 }
+_NAMES_IN_USE.remove("_qkv_same_embed_dim")  # every nn.MultiheadAttention has this attribute; ours is a property
 
 
 @dataclass
@@ -130,13 +131,15 @@ def _has_replaced_forward(module: nn.Module) -> bool:
 
 def _convert(module: nn.MultiheadAttention) -> None:
     module.__class__ = _converted_class(module)
-    vars(module).pop("forward", None)
+    for name in ("forward", "_qkv_same_embed_dim"):
+        vars(module).pop(name, None)
     module.backend = "auto"
     module.fused_path_guard = FusedPathGuard()
 
 
 def _unconvert(module: MultiHeadAttention) -> None:
     module.__class__ = _original_class(module)
+    module._qkv_same_embed_dim = module.kdim == module.embed_dim == module.vdim
     del module.fused_path_guard
     del module.backend
     vars(module).pop("forward", None)

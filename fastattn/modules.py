@@ -61,7 +61,8 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
 
     Being an ``nn.MultiheadAttention``, it can stand in an ``nn.TransformerEncoderLayer``. That layer's
     fused evaluation path reads the weights and would bypass this module; its submodule
-    ``fused_path_guard`` keeps the path closed.
+    ``fused_path_guard`` keeps the path closed, and in TorchScript, which sees no hooks, the flag that the
+    path asks for.
     """
 
     def __init__(
@@ -100,10 +101,20 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
         self.backend = backend
         self.fused_path_guard = FusedPathGuard()
 
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """Are the weights packed into one? A script is told no: torch's fused path, which asks, stays closed."""
+        if torch.jit.is_scripting():
+            return False
+        return self.kdim == self.embed_dim and self.vdim == self.embed_dim
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, value: bool) -> None:
+        """Nothing: it follows from the sizes."""
+
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        # Modules pickled by earlier versions closed the fused path by a flag that was not true.
-        self._qkv_same_embed_dim = self.kdim == self.embed_dim == self.vdim
+        vars(self).pop("_qkv_same_embed_dim", None)  # of modules that were pickled before it was a property
         if "fused_path_guard" not in self._modules:
             self.fused_path_guard = FusedPathGuard()
 
@@ -264,7 +275,7 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
         # A call for each sequence: on a CPU it costs less than the queries that are padding.
         packed = F.linear(torch.cat(sequences), self.in_proj_weight, self.in_proj_bias)  # [T, 3 * E]
         heads = packed.unflatten(-1, (3, 1, self.num_heads, self.head_dim)).permute(1, 2, 3, 0, 4)
-        dropout_p = self.dropout if self.training else 0.0
+        dropout_p = check_dropout(self.dropout, "dropout") if self.training else 0.0
         outputs = [
             scaled_dot_product_attention(*projected, None, dropout_p, is_causal, backend=self.backend).transpose(1, 2)
             for projected in zip(*(tensor.split(lengths, dim=2) for tensor in heads), strict=True)

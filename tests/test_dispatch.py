@@ -173,5 +173,6 @@ def test_the_public_names():
         "explain",
         "reference",
         "scaled_dot_product_attention",
+        "unconvert",
     }
     assert all(hasattr(fastattn, name) for name in fastattn.__all__)
