@@ -237,7 +237,12 @@ struct BF16Pair : F32 {
 
   using F32::load;
   INLINE static vector load(const uint32_t* p) { return _mm512_loadu_ps(p); }
-  INLINE static vector broadcast(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(*p)); }
+  // Rows of bf16 that are read in place may begin at an odd one.
+  INLINE static vector broadcast(const uint32_t* p) {
+    int pair;
+    memcpy(&pair, p, sizeof pair);
+    return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
+  }
 #ifdef __AVX512BF16__
   INLINE static vector multiply_add(vector a, vector b, vector c) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));

@@ -2,6 +2,8 @@
 // See simd_avx512.h for what the operations mean.
 #pragma once
 
+#include <type_traits>
+
 #include "problem.h"
 #include "simd_common.h"
 
@@ -20,6 +22,8 @@ struct Extension {
   static constexpr int exp2_at_once = 4;
   typedef S vector __attribute__((vector_size(16)));
   typedef I mask __attribute__((vector_size(16)));
+  // What wraps around where a sum of bits leaves its range, as one with those of a NaN does.
+  typedef std::make_unsigned_t<I> bits __attribute__((vector_size(16)));
 
   INLINE static vector zero() { return vector{}; }
   INLINE static vector set1(S x) { return x - vector{}; }
@@ -92,11 +96,16 @@ struct Extension {
   // Splits lowest <= x <= highest into the nearest integer, returned shifted into the exponent field, and a
   // fraction in [-1/2, 1/2]. Adding 1.5 * 2^mantissa leaves the integer in the low bits of the sum.
   template <int mantissa_bits>
-  INLINE static mask split(vector x, vector& fraction) {
+  INLINE static bits split(vector x, vector& fraction) {
     const vector magic = set1(static_cast<S>(1.5) * static_cast<S>(I{1} << mantissa_bits));
     const vector shifted = x + magic;
     fraction = x - (shifted - magic);
-    return ((mask)shifted - (mask)magic) << mantissa_bits;
+    return ((bits)shifted - (bits)magic) << mantissa_bits;
+  }
+  // p 2^n for n in the exponent field; 0 where x is below the exponents of normal numbers, and NaN where it
+  // is one, whose payload reaches the exponent.
+  INLINE static vector scaled(vector p, bits n, vector x, S least) {
+    return (vector)(((mask)((bits)p + n) & ~(x < set1(least))) | (x != x));
   }
 };
 
@@ -140,10 +149,9 @@ struct F32 : Extension<float, int32_t> {
     // The order of the operands keeps NaN.
     const vector clamped = min(set1(127.4f), max(set1(-126.0f), x));
     vector fraction[1], p[1];
-    const mask exponent = split<23>(clamped, fraction[0]);
+    const bits exponent = split<23>(clamped, fraction[0]);
     exp2_fractions<F32, Centred<degree>>(fraction, p);
-    // The payload of NaN reaches the exponent.
-    return (vector)((((mask)p[0] + exponent) & ~(x < set1(-126.0f))) | (x != x));
+    return scaled(p[0], exponent, x, -126.0f);
   }
   template <int degree, int n>
   INLINE static void exp2_each(vector (&x)[n]) {
@@ -151,26 +159,24 @@ struct F32 : Extension<float, int32_t> {
   }
 
  private:
-  // A half's exponent and mantissa, moved up, are the value times 2^-112; subnormals become normal.
+  // By integers and normal numbers alone: in fp32's layout a subnormal half is one that is flushed to zero.
   INLINE static vector widen_fp16(mask half) {
-    const mask sign = (half & 0x8000) << 16, magnitude = half & 0x7fff;
-    const vector finite = (vector)(magnitude << 13) * set1(0x1p112f);
-    const mask special = magnitude >= 0x7c00;
-    const mask infinite = (magnitude << 13) | 0x7f800000;
-    return (vector)(sign | (special & infinite) | (~special & (mask)finite));
+    const bits sign = ((bits)half & 0x8000) << 16;
+    const mask magnitude = half & 0x7fff, moved = magnitude << 13;
+    const mask subnormal =
+        (mask)((vector)(magnitude | (mask)set1(0.5f)) - set1(0.5f));  // 0.5 has an ulp of 2^-24
+    mask single = magnitude < 0x400 ? subnormal : moved + (112 << 23);
+    single = magnitude >= 0x7c00 ? moved | 0x7f800000 : single;
+    return (vector)(sign | (bits)single);
   }
   // Round to nearest even at the half's precision by adding and removing a power of two, then rebias.
   INLINE static mask narrow_fp16(vector v) {
-    const mask bits = (mask)v, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-    const vector value = (vector)magnitude;
-    const mask rounded = (magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    const mask normal = rounded - (112 << 10);
-    const mask subnormal = (mask)(value + set1(0.5f)) - (mask)set1(0.5f);  // 0.5 has an ulp of 2^-24
-    const mask overflow = magnitude >= 0x477ff000, tiny = magnitude < 0x38800000,
-               nan = magnitude > 0x7f800000;
-    mask half = tiny ? subnormal : normal;
-    half = overflow ? (mask{} + 0x7c00) : half;
-    half = nan ? (mask{} + 0x7e00) : half;
+    const mask sign = ((mask)v >> 16) & 0x8000, magnitude = (mask)v & 0x7fffffff;
+    const bits rounded = ((bits)magnitude + 0xfff + (((bits)magnitude >> 13) & 1)) >> 13;
+    const mask subnormal = (mask)((vector)magnitude + set1(0.5f)) - (mask)set1(0.5f);
+    mask half = magnitude < 0x38800000 ? subnormal : (mask)(rounded - (112 << 10));
+    half = magnitude >= 0x477ff000 ? mask{} + 0x7c00 : half;
+    half = magnitude > 0x7f800000 ? mask{} + 0x7e00 : half;
     return sign | half;
   }
 };
@@ -194,9 +200,8 @@ struct F64 : Extension<double, int64_t> {
   INLINE static vector exp2(vector x) {
     const vector clamped = min(set1(1023.5), max(set1(-1022.0), x));
     vector fraction;
-    const mask nearest = split<52>(clamped, fraction);
-    const vector p = exp2_fraction_f64<F64>(fraction);
-    return (vector)((((mask)p + nearest) & ~(x < set1(-1022.0))) | (x != x));
+    const bits exponent = split<52>(clamped, fraction);
+    return scaled(exp2_fraction_f64<F64>(fraction), exponent, x, -1022.0);
   }
   template <int degree, int n>
   INLINE static void exp2_each(vector (&x)[n]) {
