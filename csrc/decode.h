@@ -340,7 +340,7 @@ class Decode {
       V::store(log, log2_of<V>(V::set1(total[1])));
       static_cast<S*>(output_.lse)[(b * problem_.query_heads + h) * problem_.queries + i] =
           none                             ? -Limits<S>::infinity
-          : reference <= Limits<S>::lowest ? Limits<S>::lowest  // of a bias too large for log2 units
+          : reference <= Limits<S>::lowest ? Limits<S>::lowest + (total[1] - total[1])  // or NaN (forward.h)
                                            : static_cast<S>((reference + log[0]) * ln_2);
     }
   }

@@ -610,10 +610,12 @@ class Forward {
       const auto log = V::mul(V::add(reference, log2_of<V>(sum)), V::set1(static_cast<S>(ln_2)));
       V::store(inverse + j * V::lanes,
                V::select(none, V::zero(), V::div(V::set1(1), V::mul(multiplied, kept))));
-      // A bias too large for log2 units gives the lowest lse; NaN stays.
+      // A bias too large for log2 units gives the lowest lse. NaN stays, also where no score was a number and
+      // there is no reference.
       const auto lowest = V::set1(Limits<S>::lowest);
-      const auto finite = V::select(V::not_less_equal(reference, lowest), log, lowest);
-      V::store(lse + j * V::lanes, V::select(none, V::set1(-Limits<S>::infinity), finite));
+      const auto known =
+          V::select(V::not_less_equal(reference, lowest), log, V::add(lowest, V::sub(sum, sum)));
+      V::store(lse + j * V::lanes, V::select(none, V::set1(-Limits<S>::infinity), known));
     }
     memcpy(static_cast<S*>(output_.lse) + (b * problem_.query_heads + h) * problem_.queries +
                panel.queries.begin,

@@ -110,6 +110,7 @@ class Weights {
     const Reach reach = kind == TileKind::mixed ? Reach{0, rows, rows, rows} : Reach{0, 0, rows, rows};
     for (int j = 0; j < columns; j++) {
       prepare_scores(rules, j, reach, rows, work.products);
+      keep_unseen_from_nan(work.products + j * V::lanes, rows, reference + j * V::lanes);
       typename V::vector sums[V::depth] = {};  // one, if the lse is right
       exponentiate<V, 5>(work.products + j * V::lanes, rows, rules.remaining_factor(),
                          V::load(reference + j * V::lanes), problem_.dropout_p > 0 ? work.kept + j : nullptr,
@@ -119,6 +120,19 @@ class Weights {
         V::store(total, V::fma(V::load(work.products + r * width + j * V::lanes),
                                V::load(share + j * V::lanes), V::load(total)));
       }
+    }
+  }
+
+  // Where the lse is NaN all weights are, but for those of keys that are not seen: prepared scores of -inf.
+  static void keep_unseen_from_nan(S* column, long rows, S* reference) {
+    const auto given = V::load(reference), infinity = V::set1(Limits<S>::infinity);
+    const auto nan = V::not_less_equal(given, infinity);
+    if (!V::any(nan)) return;
+    V::store(reference, V::select(nan, V::zero(), given));
+    for (long r = 0; r < rows; r++) {
+      const auto score = V::load(column + r * width);
+      const auto seen = V::not_less_equal(score, V::sub(V::zero(), infinity));
+      V::store(column + r * width, V::select(V::both(nan, seen), given, score));
     }
   }
 

@@ -207,9 +207,46 @@ def test_a_key_that_a_bias_forbids_to_all_cannot_leak(isa, queries, dtype):
     assert torch.equal(clean["out"], dirty["out"]) and torch.equal(clean["lse"], dirty["lse"])
 
 
+@pytest.mark.parametrize("form", ("plain", "mask", "causal", "lowest"))
 @pytest.mark.parametrize("queries", (1, 4, 70))
-def test_a_query_of_nan_gives_nan(isa, queries):
-    query, key, value = (torch.randn(1, 2, length, 16) for length in (queries, 5, 5))
-    query[0, 0, 0] = torch.nan
-    out = run_backend(cpu, make_problem(query, key, value))["out"]
-    assert out[0, 0, 0].isnan().all() and out[0, 1].isfinite().all() and out[0, 0, 1:].isfinite().all()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_query_of_nan_gives_nan(form, queries, dtype, isa):
+    """In out, in lse, and in the weights of the keys that it sees."""
+    problem = Case("nan", batch=1, queries=queries, keys=queries + 5, head_dim=16).make(dtype=dtype)
+    if form == "mask":
+        problem = problem._replace(attn_mask=(torch.arange(queries + 5) % 3 > 0).expand(1, 2, queries, queries + 5))
+    elif form == "causal":
+        problem = problem._replace(causal="lower_right")
+    elif form == "lowest":
+        bias = torch.full((1, 2, queries, queries + 5), torch.finfo(dtype).min, dtype=dtype)
+        problem = problem._replace(bias=bias)
+    query = problem.query.clone()
+    query[0, 0, -1] = torch.nan
+    problem = problem._replace(query=query)
+    results, others = run_backend(cpu, problem), torch.ones(1, 2, queries, dtype=torch.bool)
+    others[0, 0, -1] = False
+    for name in ("out", "lse"):
+        assert results[name][0, 0, -1].isnan().all() and results[name][others].isfinite().all(), name
+    weights = torch.empty(1, 2, queries, queries + 5, dtype=problem.lse_dtype)
+    cpu.weights(problem, results["lse"], weights, False)
+    seen = reference.allowed(problem).expand_as(weights)
+    assert torch.equal(weights.isnan(), seen & ~others.unsqueeze(-1))
+    assert (weights[~seen] == 0).all()
+
+
+@pytest.mark.parametrize("queries", (1, 40))
+def test_subnormal_numbers_of_float16_are_read_and_written(queries, isa):
+    """All 1023 of both signs, from 2^-24 on: the engine flushes float32's subnormal numbers alone."""
+    numbers = torch.arange(1024, dtype=torch.int16).view(torch.float16)
+    numbers = torch.cat((numbers, -numbers))[None, None, None]
+    ones, many = torch.ones(1, 1, 1, 2048, dtype=torch.float16), numbers.expand(1, 1, queries, 2048)
+    problem = make_problem(many, ones, numbers, scale=1.0)
+    results = run_backend(cpu, problem, many.contiguous(), None)
+    assert torch.equal(results["out"], many)
+    torch.testing.assert_close(results["grad_value"], queries * numbers, rtol=2**-10, atol=0)
+    # Their sum is 0; that of the positive ones is 1023 * 512 / 2^24.
+    ones[..., 1024:] = 0
+    lse = run_backend(cpu, make_problem(many, ones, numbers, scale=1.0))["lse"]
+    torch.testing.assert_close(lse, torch.full_like(lse, 1023 * 512 / 2**24), rtol=0, atol=3e-7)
+    lse = run_backend(cpu, make_problem(ones.expand(1, 1, queries, 2048), numbers, numbers, scale=1.0))["lse"]
+    torch.testing.assert_close(lse, torch.full_like(lse, 1023 * 512 / 2**24), rtol=0, atol=3e-7)
