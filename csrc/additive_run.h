@@ -223,6 +223,12 @@ class Additive {
         for (long first = 0; first < queries; first += block_queries)
           backward_tile(b, first, key_row, count, work, gradients, grad_query + first * features,
                         grad_weight);
+        // Their weights of 0 have not kept out what is not finite in the gradient of the output.
+        for (long k = 0; k < count; k++) {
+          if (work.bias[k] == 0) continue;
+          memset(work.grad_key + k * features, 0, features * sizeof(S));
+          memset(work.grad_value + k * width, 0, width * sizeof(S));
+        }
       }
       memcpy(at(gradients.grad_key, key_row, features), work.grad_key, count * features * sizeof(S));
       memcpy(at(gradients.grad_value, key_row, width), work.grad_value, count * width * sizeof(S));

@@ -13,6 +13,7 @@
 // (Dao et al., FlashAttention, NeurIPS 2022, gives the recomputation; delta = rowsum(dO O) - dlse.)
 #pragma once
 
+#include "backward_apart.h"
 #include "backward_products.h"
 #include "backward_shift.h"
 #include "backward_workspace.h"
@@ -138,9 +139,13 @@ class BackwardTask {
         value_columns_ = {work_.value_columns, plan_.value_dim_padded};
       }
     }
-    const bool restricted = problem_.mask.data || problem_.bias.data || problem_.causal != Causal::none ||
-                            problem_.window_left >= 0 || problem_.window_right >= 0;
-    guards_keys_ = restricted && !all_finite<F>(key, key_stride, rows, dim);
+    guards_keys_ = is_restricted() && !all_finite<F>(key, key_stride, rows, dim);
+  }
+
+  // Whether some query may not attend to some key of the item.
+  bool is_restricted() const {
+    return problem_.mask.data || problem_.bias.data || problem_.causal != Causal::none ||
+           problem_.window_left >= 0 || problem_.window_right >= 0;
   }
 
 #ifdef FASTATTN_BF16_DOT
@@ -275,12 +280,31 @@ class BackwardTask {
     const long offset = (batch_ * problem_.query_heads + head_) * problem_.queries;
     const S* lse = static_cast<const S*>(args_.lse) + offset;
     const S* grad_lse = args_.grad_lse ? static_cast<const S*>(args_.grad_lse) + offset : nullptr;
+    apart_.clear();
     for (long q = first; q < queries.end; q++) {
       const Shift<S> shift = shifts_ && is_large_lse<S, T>(lse[q]) ? shifts_[offset + q] : shift_of(lse[q]);
       work_.shift[q - first] = shift.high;
       work_.correction[q - first] = shift.low;
       const S product = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim);
-      work_.delta[q - first] = scale_in_scores * (product - (grad_lse ? grad_lse[q] : 0));
+      const S delta = scale_in_scores * (product - (grad_lse ? grad_lse[q] : 0));
+      work_.delta[q - first] = delta;
+      // What is not finite in dO shows in delta, in Q in the lse, which a query without keys has infinite
+      // too.
+      if (is_restricted() && !(delta - delta == 0 && lse[q] - lse[q] == 0) &&
+          !(all_finite<F>(query + q * query_stride, 0, 1, dim) &&
+            all_finite<F>(grad_out + q * grad_out_stride, 0, 1, value_dim)))
+        apart_.add(q);
+    }
+    if (!apart_.empty()) {
+      if constexpr (!pairs) {
+        copy_widened<V>(query_first, query_stride, rows, dim, work_.query_rows, plan_.dim_padded);
+        copy_widened<V>(grad_out_first, grad_out_stride, rows, value_dim, work_.grad_out_rows,
+                        plan_.value_dim_padded);
+        query_rows_ = {work_.query_rows, plan_.dim_padded};
+        grad_out_rows_ = {work_.grad_out_rows, plan_.value_dim_padded};
+      }
+      apart_.template clear_rows<V>(first, work_.query_rows, plan_.dim_padded);
+      apart_.template clear_rows<V>(first, work_.grad_out_rows, plan_.value_dim_padded);
     }
     for (long i = rows; i < round_up(rows, block_queries); i++) {
       work_.shift[i] = static_cast<S>(-1e30);  // weight 0
@@ -313,6 +337,7 @@ class BackwardTask {
     if (args_.grad_key.data)
       accumulate_keys(band, whole, queries, used_keys, gradients(used.begin), query_rows_, plan_.dim_padded,
                       grad_key_);
+    accumulate_apart(queries, keys, used);
     if (!args_.grad_query.data) return;
     const long step = guards_keys_ ? width : block_queries;
     for (long q = queries.begin; q < queries.end; q += step)
@@ -335,6 +360,23 @@ class BackwardTask {
                  b.row((met.begin - first_query_) / depth), b.stride, met.size(),
                  sums + (k - keys_.begin) * columns);
     }
+  }
+
+  // The same from the queries apart, for the keys that have a weight.
+  void accumulate_apart(Range queries, Range keys, Range used) {
+    const long first = keys.begin - keys_.begin;
+    apart_.visit(queries, [&](long q) {
+      const auto add = [&](const auto* coefficients, const T* row, long columns, long padded, S* sums) {
+        for (long k = used.begin; k < used.end; k++)
+          add_multiple<F>(number(coefficients[k * block_queries + q - queries.begin]), row, columns,
+                          sums + (first + k) * padded);
+      };
+      const T* grad_out = element<T>(args_.grad_out, batch_, head_, q);
+      const T* query = element<T>(problem_.query, batch_, head_, q);
+      if (grad_value_)
+        add(weight_elements(), grad_out, problem_.value_dim, plan_.value_dim_padded, grad_value_);
+      if (grad_key_) add(gradient_elements(), query, problem_.head_dim, plan_.dim_padded, grad_key_);
+    });
   }
 
   // dQ += dS K, for some or all queries of a block.
@@ -581,17 +623,24 @@ class BackwardTask {
     }
   }
 
-  const E* weights(long row) const {
+  // P^T and dS^T of a block, [keys][block_queries].
+  const auto* weight_elements() const {
     if constexpr (pairs)
-      return reinterpret_cast<const E*>(work_.weights_pairs + row * block_queries);
+      return work_.weights_pairs;
     else
-      return work_.scores + row * block_queries;
+      return work_.scores;
+  }
+  const auto* gradient_elements() const {
+    if constexpr (pairs)
+      return work_.gradients_pairs;
+    else
+      return work_.products;
+  }
+  const E* weights(long row) const {
+    return reinterpret_cast<const E*>(weight_elements() + row * block_queries);
   }
   const E* gradients(long row) const {
-    if constexpr (pairs)
-      return reinterpret_cast<const E*>(work_.gradients_pairs + row * block_queries);
-    else
-      return work_.products + row * block_queries;
+    return reinterpret_cast<const E*>(gradient_elements() + row * block_queries);
   }
   const E* gradient_columns(long row) const {
     if constexpr (pairs)
@@ -620,6 +669,8 @@ class BackwardTask {
     }
     return {work_.block_key_rows, dim};
   }
+  static S number(bf16 x) { return widen(x); }
+  static S number(S x) { return x; }
   static bool is_zero(float x) { return x == 0; }
   static bool is_zero(double x) { return x == 0; }
   static bool is_zero(uint32_t pair) { return (pair & 0x7fff7fffu) == 0; }
@@ -641,6 +692,7 @@ class BackwardTask {
   Rows<E> key_columns_{}, value_columns_{};  // A of the scores and of dP
   Rows<E> key_rows_{}, query_rows_{}, grad_out_rows_{};
   long first_query_ = 0;  // of the stretch
+  QueriesApart<stretch_queries> apart_;
   Upcoming next_;
   bool guards_keys_ = false;
   S *grad_query_ = nullptr, *grad_key_ = nullptr, *grad_value_ = nullptr;  // sums, from the first row on

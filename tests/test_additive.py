@@ -118,6 +118,17 @@ def test_masked_nan_does_not_leak(engine):
         assert torch.equal(clean, dirty)
 
 
+def test_a_gradient_that_is_not_finite_does_not_reach_masked_keys(engine):
+    tensors, lengths = inputs((2, 3, 6, 4, 4)), torch.tensor([6, 2])
+    out = additive_attention(*tensors, key_lengths=lengths)
+    grad_out = torch.ones_like(out)
+    grad_out[1, 1] = torch.inf
+    _, grad_key, grad_value, _ = torch.autograd.grad(out, tensors, grad_out)
+    for gradient in (grad_key, grad_value):
+        assert (gradient[1, 2:] == 0).all() and gradient[0].isfinite().all()
+        assert not gradient[1, :2].isfinite().all()
+
+
 MEASURE_PEAK = r"""
 import re, sys, torch
 from pathlib import Path

@@ -10,6 +10,7 @@ import torch
 
 from fastattn.backends import cpu
 from fastattn.problem import bias_gradient_shape, make_problem
+from fastattn.reference import allowed
 from fastattn.testing import (
     CASES,
     GRADIENTS,
@@ -222,6 +223,49 @@ def test_a_key_that_is_not_finite_spares_the_queries_that_do_not_attend_to_it(dt
     key[:, :, 5] = torch.nan
     poisoned = run_backend(cpu, problem._replace(key=key), grad_out, grad_lse)["grad_query"][:, :, 64:]
     assert torch.equal(clean, poisoned)
+
+
+@pytest.mark.parametrize("poisoned", ("query", "grad_out"))
+@pytest.mark.parametrize("ingredient", ("mask", "bias", "window", "causal"))
+@pytest.mark.parametrize("queries", (3, 70))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_query_that_is_not_finite_spares_the_keys_that_it_does_not_attend_to(
+    ingredient, queries, poisoned, dtype, isa
+):
+    """Their gradients are what they are where that query gives nothing; those of others are not finite."""
+    # Beside a score of NaN the forward computes a panel's weights another way: others' bits may differ.
+    tolerance = {"rtol": 0, "atol": 0 if poisoned == "grad_out" else 4 * torch.finfo(dtype).eps}
+    case = Case("query", heads=2, kv_heads=1, queries=queries, keys=90, head_dim=24)
+    if ingredient in ("mask", "bias"):
+        case = replace(case, **{ingredient: "full"}, masked_rows=ingredient == "bias")
+    problem, grad_out, _ = _problem_and_gradients(case, dtype)
+    if ingredient == "window":
+        problem = problem._replace(window_left=2, window_right=40)
+    elif ingredient == "causal":
+        problem = problem._replace(causal="upper_left")
+    i = queries - 2  # a masked row is every third
+    silent = grad_out.clone()
+    silent[0, 0, i] = 0
+    expected = run_backend(cpu, problem, silent)
+    if poisoned == "query":
+        query = problem.query.clone()
+        query[0, 0, i] = torch.nan
+        problem = problem._replace(query=query)
+    else:
+        grad_out[0, 0, i] = torch.inf
+        grad_out[0, 0, i, ::2] = torch.nan
+    actual = run_backend(cpu, problem, grad_out)
+    seen = allowed(problem).expand(2, 2, queries, 90)[0, 0, i]
+    assert 0 < seen.sum() < 90
+    for name in ("grad_key", "grad_value"):
+        torch.testing.assert_close(actual[name][0, 0, ~seen], expected[name][0, 0, ~seen], **tolerance)
+        assert torch.equal(actual[name][1], expected[name][1]), name
+        assert not actual[name][0, 0, seen].isfinite().any(), name
+    others = torch.ones(2, 2, queries, dtype=torch.bool)
+    others[0, 0, i] = False
+    torch.testing.assert_close(actual["grad_query"][others], expected["grad_query"][others], **tolerance)
+    if ingredient == "bias":
+        assert torch.equal(actual["grad_bias"][0, 0, i].isfinite(), ~seen)
 
 
 def test_rows_that_only_a_finite_bias_discourages(isa):

@@ -58,6 +58,9 @@ class Call:
             grad_t = (1 - t * t) * grad_score[..., None] * w
             grad_q[:, i] += grad_t.sum(2)
             grad_k[:, j] += grad_t.sum(1)
+        if mask is not None:  # a weight of 0 does not keep out what is not finite in grad_out
+            for grad in (grad_k, grad_v):
+                grad.masked_fill_(~mask[:, :, None], 0.0)
         return grad_q, grad_k, grad_v, grad_w
 
 

@@ -42,7 +42,7 @@ class Call:
     """One call of the kernels: q [B, Lq, D], k [B, Lk, D], v [B, Lk, Dv], w [D], mask bool [B, Lk] or None."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None):
-        self.weight = w
+        self.weight, self.mask = w, mask
         allowed = torch.ones(k.shape[:2], dtype=torch.int8, device=k.device) if mask is None else mask.to(torch.int8)
         self.inputs = (*(x.contiguous() for x in (q, k, v, w * _LOG2_E)), allowed.contiguous())
 
@@ -58,4 +58,8 @@ class Call:
 
         saved = (x.contiguous() for x in (grad_out, lse, delta))
         grad_query, grad_key, grad_value, grad_weight = launch_backward(*self.inputs, *saved)
-        return grad_query.mul_(self.weight), grad_key.mul_(self.weight), grad_value, grad_weight
+        grad_key.mul_(self.weight)
+        if self.mask is not None:  # a weight of 0 does not keep out what is not finite in grad_out
+            for grad in (grad_key, grad_value):
+                grad.masked_fill_(~self.mask[:, :, None], 0.0)
+        return grad_query.mul_(self.weight), grad_key, grad_value, grad_weight
