@@ -55,6 +55,16 @@ def test_bitwise_equal_over_thread_counts(case, dtype, isa, threads):
         assert torch.equal(actual["out"], expected["out"]) and torch.equal(actual["lse"], expected["lse"])
 
 
+def test_subnormal_numbers_are_flushed_in_the_engine_alone(threads):
+    """Each thread gets back the mode that it came with: torch's operations still know such numbers."""
+    threads(2)
+    tiny = torch.full((1 << 20,), 1e-40)
+    for case in CASES[:3]:
+        problem = case.make()
+        run_backend(cpu, problem, case.make_grad_out())
+        assert (tiny * 0.5).count_nonzero() == tiny.numel()
+
+
 @pytest.mark.parametrize("heavy", [0, 3, 5])
 def test_no_item_is_left_out_however_uneven(heavy, threads):
     """One sequence holds nearly all of the work: the threads that are done with theirs take from its heads."""
