@@ -63,6 +63,7 @@ class AttentionCase:
     average: bool = False  # of the weights
     threads: int = 1
     poison: str | None = None  # one of POISONS
+    odd_address: bool = False  # query, key and value begin on an odd element of their memory
 
     def make(self) -> Call:
         """The call, with the same values at every time."""
@@ -77,6 +78,9 @@ class AttentionCase:
         if self.transposed_masks:
             mask, bias = (None if x is None else _by_columns(x) for x in (problem.attn_mask, problem.bias))
             problem = problem._replace(attn_mask=mask, bias=bias)
+        if self.odd_address:
+            query, key, value = (_at_odd_address(x) for x in problem[:3])
+            problem = problem._replace(query=query, key=key, value=value)
         grad_out = self.case.make_grad_out(dtype=self.dtype)
         grad_out = grad_out if self.grad_size == 1.0 else grad_out.mul_(self.grad_size)
         grad_lse = self.case.make_grad_lse(dtype=problem.lse_dtype) if self.has_grad_lse else None
@@ -245,6 +249,7 @@ def _attention_case(seed: int, draw: random.Random) -> AttentionCase:
         average=draw.random() < 0.5,
         threads=2 if draw.random() < 0.1 else 1,
         poison=poison,
+        odd_address=draw.random() < 0.15,
     )
 
 
@@ -297,6 +302,10 @@ def _filled(tensor: Tensor, where: Tensor, number: float) -> Tensor:
 def _written_alike(tensor: Tensor, values: Tensor) -> Tensor:
     """The values, in the tensor's memory unless that is shared between its elements."""
     return values.contiguous() if 0 in tensor.stride() else tensor.copy_(values)
+
+
+def _at_odd_address(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
 
 
 def _by_columns(tensor: Tensor) -> Tensor:
