@@ -3,6 +3,7 @@
 #
 #   make test                 the whole test suite
 #   make fuzz CASES=1000      so many random cases from SEED=0 on, on every instruction set of this machine
+#   make test-sanitize        such cases on an engine built with the sanitizers of addresses and undefined behaviour
 #   make lint                 ruff and clang-format, over the whole tree
 #   make bench                the benchmark report: tables, benchmarks/results/*.json, docs/*.png
 #   make bench-micro          the C++ micro-benchmark of the CPU engine's kernels
@@ -27,13 +28,26 @@ BUILD_SOURCES := $(CPP_SOURCES) setup.py pyproject.toml $(shell find csrc -name 
 CASES ?= 1000
 SEED  ?= 0
 
-.PHONY: test fuzz test-newest-triton lint format bench bench-micro gpu-compile-report readme clean
+# Beside Python the sanitizer of addresses has to be loaded first, with what it intercepts.
+SANITIZED = build/sanitize/_C.so
+PRELOAD   = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)"
+
+.PHONY: test test-sanitize fuzz test-newest-triton lint format bench bench-micro gpu-compile-report readme clean
 
 test: $(VENV)/installed.stamp
 	$(RUN) -m pytest tests
 
 fuzz: $(VENV)/installed.stamp
 	$(RUN) -m tests.fuzz --cases $(CASES) --seed $(SEED)
+
+test-sanitize: $(VENV)/installed.stamp
+	$(VENV)/bin/cmake -S csrc -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTATTN_SANITIZE=ON \
+		-DFASTATTN_BUILD_EMULATED=ON -DFASTATTN_OUTPUT=$(abspath $(SANITIZED)) \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) -DPython_EXECUTABLE=$(abspath $(RUN)) \
+		-Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir)
+	$(VENV)/bin/cmake --build build/sanitize --target _C
+	$(PRELOAD) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(RUN) -m tests.fuzz --cases 400 --extension $(SANITIZED) --progress
 
 bench: $(VENV)/installed.stamp
 	$(RUN) -m benchmarks.report run

@@ -17,6 +17,9 @@
 #elif defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace fastattn {
 namespace {
@@ -59,6 +62,14 @@ constexpr uint64_t kAskEvery = 50 * 1000 * 1000;
 #endif
 constexpr uint64_t kNever = ~uint64_t{0};
 
+// Scratch layouts poison the gaps between their arrays for the sanitizer of addresses (scratch.h), and leave
+// them so.
+void unpoison([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(data, bytes);
+#endif
+}
+
 }  // namespace
 
 void set_interrupt_source(InterruptSource source) { interrupt_source = source; }
@@ -92,6 +103,7 @@ AlignedBuffer::AlignedBuffer(size_t bytes) : data_(nullptr), pooled_(0) {
 }
 
 AlignedBuffer::~AlignedBuffer() {
+  unpoison(data_, pooled_);
   if (pooled_)
     give_back_result_memory(data_, pooled_);
   else
@@ -192,6 +204,7 @@ void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(vo
   const size_t block = (scratch_bytes + kCacheLine - 1) / kCacheLine * kCacheLine + kThreadSkew;
   const Scratch scratch(scratch_bytes ? block * static_cast<size_t>(team) : 0);
   char* const base = static_cast<char*>(scratch.data());
+  if (base) unpoison(base, block * static_cast<size_t>(team));
 
   Interruption interruption;
   if (team == 1) {

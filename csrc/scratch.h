@@ -4,6 +4,10 @@
 
 #include <cstddef>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "simd_common.h"
 
 namespace fastattn {
@@ -18,7 +22,14 @@ class ScratchLayout {
   template <class T>
   T* take(long count) {
     T* array = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (count * sizeof(T) + 63) / 64 * 64 + 5 * 64;
+    const size_t bytes = count * sizeof(T), taken = (bytes + 63) / 64 * 64 + 5 * 64;
+    used_ += taken;
+#if defined(__SANITIZE_ADDRESS__)
+    if (array) {
+      __asan_unpoison_memory_region(array, bytes);
+      __asan_poison_memory_region(reinterpret_cast<char*>(array) + bytes, taken - bytes);
+    }
+#endif
     return array;
   }
   size_t used() const { return used_; }
