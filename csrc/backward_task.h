@@ -198,6 +198,7 @@ class BackwardTask {
     add(problem_.query, problem_.head_dim);
     add(args_.grad_out, problem_.value_dim);
     add(args_.out, problem_.value_dim);
+    if (args_.residual.data) add(args_.residual, problem_.value_dim);
     const long keys = intersect(keys_, band.row((queries.begin + queries.end) / 2)).size();
     next_.share_among(keys / V::tile_rows * ceil_div(queries.size(), width));
   }
@@ -285,7 +286,10 @@ class BackwardTask {
       const Shift<S> shift = shifts_ && is_large_lse<S, T>(lse[q]) ? shifts_[offset + q] : shift_of(lse[q]);
       work_.shift[q - first] = shift.high;
       work_.correction[q - first] = shift.low;
-      const S product = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim);
+      S product = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim);
+      if (args_.residual.data)
+        product +=
+            dot<F>(element<T>(args_.residual, batch_, head_, q), grad_out + q * grad_out_stride, value_dim);
       const S delta = scale_in_scores * (product - (grad_lse ? grad_lse[q] : 0));
       work_.delta[q - first] = delta;
       // What is not finite in dO shows in delta, in Q in the lse, which a query without keys has infinite

@@ -138,9 +138,10 @@ Problem read_problem(const py::tuple& fields) {
   return p;
 }
 
-void forward(const py::tuple& problem_fields, py::handle out, py::handle lse, int threads) {
+void forward(const py::tuple& problem_fields, py::handle out, py::handle lse, py::handle residual,
+             int threads) {
   const Problem problem = read_problem(problem_fields);
-  ForwardOutput output{read_tensor4(out), read_data(lse)};
+  ForwardOutput output{read_tensor4(out), read_data(lse), read_tensor4(residual)};
   // The kernels always write an lse; nobody may want it.
   const size_t size = problem.dtype == DType::f64 ? sizeof(double) : sizeof(float);
   const AlignedBuffer unwanted(lse.is_none() ? size * problem.batch * problem.query_heads * problem.queries
@@ -149,9 +150,9 @@ void forward(const py::tuple& problem_fields, py::handle out, py::handle lse, in
   unlocked([&](const Engine& chosen) { chosen.forward(problem, output, threads); });
 }
 
-void backward(const py::tuple& problem_fields, py::handle out, py::handle lse, py::handle grad_out,
-              py::handle grad_lse, py::handle grad_query, py::handle grad_key, py::handle grad_value,
-              py::handle grad_bias, int threads) {
+void backward(const py::tuple& problem_fields, py::handle out, py::handle lse, py::handle residual,
+              py::handle grad_out, py::handle grad_lse, py::handle grad_query, py::handle grad_key,
+              py::handle grad_value, py::handle grad_bias, int threads) {
   const Problem problem = read_problem(problem_fields);
   BackwardArgs args;
   const auto read_output = [&](py::handle tensor) {
@@ -164,6 +165,7 @@ void backward(const py::tuple& problem_fields, py::handle out, py::handle lse, p
   };
   args.out = read_output(out);
   args.lse = read_statistic(lse);
+  args.residual = read_output(residual);
   args.grad_out = read_output(grad_out);
   args.grad_lse = read_statistic(grad_lse);
   args.grad_query = read_tensor4(grad_query);

@@ -239,6 +239,8 @@ class Forward {
     const long rows = panels_per_item_ * width;
     const auto queries = [&](long begin) { return Range{begin, min(begin + rows, problem_.queries)}; };
     add_rows(result, output_.out.template as<T>(), b, h, queries(first), problem_.value_dim, true);
+    if (output_.residual.data)
+      add_rows(result, output_.residual.template as<T>(), b, h, queries(first), problem_.value_dim, true);
     const long head_index = next / blocks_;
     if (head_index < problem_.batch * problem_.query_heads) {
       const long nb = head_index / problem_.query_heads, nh = head_index % problem_.query_heads;
@@ -622,6 +624,21 @@ class Forward {
            lse, panel.queries.size() * sizeof(S));
     unpack_transposed<V>(panel.out, inverse, panel.queries.size(), problem_.value_dim,
                          output_.out.as<T>().at(b, h, panel.queries.begin), output_.out.stride[2]);
+    if constexpr (sizeof(T) == 2)
+      if (output_.residual.data) write_residual(panel, inverse, b, h);
+  }
+
+  // Takes up the panel's sums.
+  void write_residual(const Panel& panel, const S* inverse, long b, long h) const {
+    for (long d = 0; d < problem_.value_dim; d++)
+      for (int j = 0; j < panel.columns; j++) {
+        S* out = panel.out + d * width + j * V::lanes;
+        V::store(out, rounding_of<F32, T>(V::mul(V::load(out), V::load(inverse + j * V::lanes))));
+      }
+    alignas(64) S one[width];
+    for (S& x : one) x = 1;
+    unpack_transposed<V>(panel.out, one, panel.queries.size(), problem_.value_dim,
+                         output_.residual.as<T>().at(b, h, panel.queries.begin), output_.residual.stride[2]);
   }
 
   const Problem& problem_;

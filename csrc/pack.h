@@ -76,6 +76,14 @@ inline void unpack_transposed(const typename V::scalar* panel, const typename V:
   }
 }
 
+// What rounding to T takes from each lane.
+template <class V, class T>
+INLINE typename V::vector rounding_of(typename V::vector x) {
+  alignas(64) T rounded[V::lanes];
+  V::store(rounded, x);
+  return V::sub(x, V::load(rounded));
+}
+
 // target[rows][width] = rows of T, widened.
 template <class V, class T>
 inline void copy_widened(const T* rows, long row_stride, long row_count, long width,

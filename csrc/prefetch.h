@@ -41,7 +41,7 @@ class Upcoming {
     long stride, count, lines;
     bool written;
   };
-  Region regions_[4];
+  Region regions_[5];
   int size_ = 0, region_ = 0;
   long row_ = 0, lines_at_once_ = 0;
 };

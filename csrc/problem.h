@@ -55,10 +55,12 @@ struct Problem {
 };
 
 // What a forward call writes: out [B, Hq, Lq, Dv] in the problem's dtype (unit last stride) and the
-// contiguous natural-log lse [B, Hq, Lq] in fp32 (fp64 for fp64).
+// contiguous natural-log lse [B, Hq, Lq] in fp32 (fp64 for fp64). `residual`, like out or null, gets what
+// rounding took from out: only of a 16-bit dtype.
 struct ForwardOutput {
   Tensor4<uint8_t> out;
   void* lse = nullptr;
+  Tensor4<uint8_t> residual;
 };
 
 // The softmax weights, recomputed from lse: contiguous fp32 (fp64 for fp64) [B, Hq, Lq, Lk], or their mean

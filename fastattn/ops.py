@@ -2,7 +2,8 @@
 
 They are registered with shape functions for ``torch.compile`` and ``torch.export``, derivatives,
 and ``vmap`` rules. Their arguments are the fields of :class:`fastattn.problem.Arguments`, then the
-dropout's ``rng_state`` and the backend's name.
+dropout's ``rng_state`` and the backend's name.  Beside ``out`` and ``lse`` the forward gives
+``out_residual``, what rounding took from ``out``: see :func:`empty_residual`.
 
 Second derivatives are computed densely: the gradient of ``attention_backward`` differentiates
 :func:`fastattn.reference.gradients`, which takes O(Lq * Lk) memory. So does the gradient of
@@ -44,6 +45,9 @@ _PROBLEM_SCHEMA = (
 _DIFFERENTIABLE = tuple(Arguments._fields.index(name) for name in ("query", "key", "value", "bias"))
 _QUERY, _KEY, _VALUE, _BIAS = _DIFFERENTIABLE
 _DROPOUT = Arguments._fields.index("dropout_p")
+#: What the backward is given before these arguments: grad_out, grad_lse, out, lse, out_residual.
+_GIVEN = 5
+_ROUNDED_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def empty_laid_out_like(tensor: Tensor, last_size: int, new_empty_strided=Tensor.new_empty_strided) -> Tensor:
@@ -86,12 +90,28 @@ def empty_lse(query: Tensor) -> Tensor:
     return query.new_empty((batch, heads, length), dtype=dtype)
 
 
+def empty_residual(out: Tensor) -> Tensor | None:
+    """Uninitialised, like ``out``: what rounding to a 16-bit dtype takes from it; None in wider ones.
+
+    The backward's delta is rowsum(grad_out * out). Where score gradients cancel, a delta of the rounded
+    ``out`` leaves that rounding in their place.
+    """
+    return empty_result(out, out.shape[3]) if out.dtype in _ROUNDED_DTYPES else None
+
+
+def _keeps_residual(query: Tensor, backend: str) -> bool:
+    """Does the operator give a residual? The backend has to be known before there is data to choose it by."""
+    return query.dtype in _ROUNDED_DTYPES and query.is_cpu and backend in ("auto", "cpu")
+
+
 # The computations on real tensors.
 
 
 @serial_after_fork
-def _forward(*arguments, wants_lse: bool = True) -> tuple[Tensor, Tensor | None]:
-    """out [B, Hq, Lq, Dv] in query's layout and lse [B, Hq, Lq], which is None if that saves time."""
+def _forward(
+    *arguments, wants_lse: bool = True, wants_residual: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """out [B, Hq, Lq, Dv] in query's layout, lse [B, Hq, Lq] and out_residual, None if that saves time."""
     problem = problem_from_arguments(*arguments[:-1])
     check_problem(problem)
     engine = dispatch.select(problem, arguments[-1])
@@ -100,8 +120,17 @@ def _forward(*arguments, wants_lse: bool = True) -> tuple[Tensor, Tensor | None]
     query = problem.query
     out = empty_result(query, problem.value.shape[3])
     lse = empty_lse(query) if wants_lse or not engine.LSE_IS_OPTIONAL else None
-    engine.forward(problem, out, lse)
-    return out, lse
+    residual = empty_residual(out) if wants_residual and engine.KEEPS_RESIDUAL else None
+    engine.forward(problem, out, lse, *(() if residual is None else (residual,)))
+    return out, lse, residual
+
+
+def _forward_operator(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, residual = _forward(*arguments)
+    if residual is None:
+        keeps = _keeps_residual(arguments[_QUERY], arguments[-1])  # but no engine was there to do it
+        residual = torch.zeros_like(out) if keeps else out.new_empty(0)
+    return out, lse, residual
 
 
 @serial_after_fork
@@ -110,6 +139,7 @@ def _gradients(
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    out_residual: Tensor | None,
     *rest,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Those of query, key, value and bias, None where one is not needed."""
@@ -133,7 +163,10 @@ def _gradients(
         grad_bias = memory.new_zeros(bias, bias_gradient_shape(problem.bias), problem.lse_dtype)
     if problem.dropout_p == 1.0:
         problem, grad_out = _without_values(problem), torch.zeros_like(grad_out)
-    engine.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
+    residual = ()
+    if engine.KEEPS_RESIDUAL and out_residual is not None and out_residual.numel() > 0:
+        residual = (with_unit_last_stride(out_residual),)
+    engine.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias, *residual)
     if needs_bias:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
     return grad_query, grad_key, grad_value, grad_bias
@@ -176,12 +209,14 @@ def _has_repeated_elements(tensor: Tensor) -> bool:
 # Shapes, dtypes and strides without data.
 
 
-def _fake_forward(*arguments) -> tuple[Tensor, Tensor]:
+def _fake_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     query, value = arguments[_QUERY], arguments[_VALUE]
-    return empty_laid_out_like(query, value.shape[3]), empty_lse(query)
+    out = empty_laid_out_like(query, value.shape[3])
+    residual = torch.empty_like(out) if _keeps_residual(query, arguments[-1]) else out.new_empty(0)
+    return out, empty_lse(query), residual
 
 
-def _fake_backward(grad_out, grad_lse, out, lse, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(grad_out, grad_lse, out, lse, out_residual, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments, needs = rest[:-5], rest[-4:]
     bias = arguments[_BIAS]
     grads = [
@@ -204,10 +239,12 @@ def _remember_forward(ctx, inputs, output) -> None:
     ctx.save_for_backward(*arguments[: _BIAS + 2], rng_state, *output)
     ctx.options = (*arguments[_BIAS + 2 :], backend)
     ctx.set_materialize_grads(False)
+    if output[2] is not None:
+        ctx.mark_non_differentiable(output[2])
 
 
-def _differentiate_forward(ctx, grad_out, grad_lse):
-    *tensors, rng_state, out, lse = ctx.saved_tensors
+def _differentiate_forward(ctx, grad_out, grad_lse, _=None):
+    *tensors, rng_state, out, lse, out_residual = ctx.saved_tensors
     *options, backend = ctx.options
     needs_query, needs_key, needs_value, _, needs_bias, *others = ctx.needs_input_grad
     if grad_out is None:
@@ -215,24 +252,24 @@ def _differentiate_forward(ctx, grad_out, grad_lse):
             return (None,) * len(ctx.needs_input_grad)
         grad_out = torch.zeros_like(out)
     grad_query, grad_key, grad_value, grad_bias = attention_gradients(
-        *(grad_out, grad_lse, out, lse, *tensors, *options, rng_state, backend),
+        *(grad_out, grad_lse, out, lse, out_residual, *tensors, *options, rng_state, backend),
         *(needs_query, needs_key, needs_value, needs_bias),
     )
     return grad_query, grad_key, grad_value, None, grad_bias, *[None] * len(others)
 
 
 def _remember_backward(ctx, inputs, output) -> None:
-    grad_out, grad_lse, _, _, *rest = inputs
-    *arguments, rng_state = rest[:-5]
+    grad_out, grad_lse, *_ = inputs
+    *arguments, rng_state = inputs[_GIVEN:-5]
     ctx.save_for_backward(grad_out, grad_lse, *arguments[: _BIAS + 2], rng_state)
     ctx.options = tuple(arguments[_BIAS + 2 :])
-    ctx.needs = tuple(rest[-4:])
+    ctx.needs = tuple(inputs[-4:])
 
 
 def _differentiate_backward(ctx, *grads_of_gradients):
     """The derivative of the gradients: they are recomputed densely from query, key, value and bias.
 
-    ``out`` and ``lse`` receive no gradient, because the recomputation does not read them.
+    ``out``, ``lse`` and ``out_residual`` receive no gradient, because the recomputation does not read them.
     """
     grad_out, grad_lse, *tensors, rng_state = ctx.saved_tensors
     bias = tensors[_BIAS]
@@ -254,7 +291,7 @@ def _differentiate_backward(ctx, *grads_of_gradients):
         tuple(grad for grad, needed in zip(grads_of_gradients, ctx.needs, strict=True) if needed),
     )
     grads = [None] * len(ctx.needs_input_grad)
-    for index, result in zip((0, 1, 4 + _QUERY, 4 + _KEY, 4 + _VALUE, 4 + _BIAS), results, strict=True):
+    for index, result in zip((0, 1, *(_GIVEN + i for i in _DIFFERENTIABLE)), results, strict=True):
         grads[index] = result
     return tuple(grads)
 
@@ -348,27 +385,32 @@ def one_by_one(operator, info, dims: tuple, arguments: tuple):
 
 
 def _map_forward(info, dims, *arguments):
-    operator = attention_forward
+    operator = _attention_forward
     if arguments[_DROPOUT] > 0.0:
         return one_by_one(operator, info, dims, arguments)
-    folded, batch = _fold_arguments(arguments, dims, info.batch_size)
-    results = operator(*folded)
-    return tuple(result.unflatten(0, (info.batch_size, batch)) for result in results), (0, 0)
+    size = info.batch_size
+    folded, batch = _fold_arguments(arguments, dims, size)
+    *results, residual = operator(*folded)
+    results = [result.unflatten(0, (size, batch)) for result in results]
+    residual = residual.expand(size, 0) if residual.dim() == 1 else residual.unflatten(0, (size, batch))
+    return (*results, residual), (0, 0, 0)
 
 
 def _map_backward(info, dims, *arguments):
     operator = attention_backward
-    if arguments[4 + _DROPOUT] > 0.0:
+    if arguments[_GIVEN + _DROPOUT] > 0.0:
         return one_by_one(operator, info, dims, arguments)
     size, needs = info.batch_size, arguments[-4:]
     # A shared bias has one gradient for each example, so it may not stay shared.
-    folded, batch = _fold_arguments(arguments[4:], dims[4:], size, keep_shared=not needs[3])
-    results = operator(*(fold(tensor, dim, size) for tensor, dim in zip(arguments[:4], dims[:4], strict=True)), *folded)
+    folded, batch = _fold_arguments(arguments[_GIVEN:], dims[_GIVEN:], size, keep_shared=not needs[3])
+    results = operator(
+        *(fold(tensor, dim, size) for tensor, dim in zip(arguments[:_GIVEN], dims[:_GIVEN], strict=True)), *folded
+    )
     unfolded = [
         result.unflatten(0, (size, batch)) if needed else result.expand(size, 0)
         for result, needed in zip(results, needs, strict=True)
     ]
-    bias, bias_dim = arguments[4 + _BIAS], dims[4 + _BIAS]
+    bias, bias_dim = arguments[_GIVEN + _BIAS], dims[_GIVEN + _BIAS]
     if needs[3] and (bias if bias_dim is None else bias.movedim(bias_dim, 0)[0]).shape[0] == 1:
         unfolded[3] = unfolded[3].sum(dim=1, keepdim=True)
     return tuple(unfolded), (0, 0, 0, 0)
@@ -452,18 +494,26 @@ def register(name: str, signature: str, compute, fake, differentiate, remember, 
 
 
 _forward_tensors = itemgetter(*_DIFFERENTIABLE)
-_backward_tensors = itemgetter(0, 1, 2, 3, *(4 + index for index in _DIFFERENTIABLE))
+_backward_tensors = itemgetter(*range(_GIVEN), *(_GIVEN + index for index in _DIFFERENTIABLE))
 
-attention_forward = register(
+_attention_forward = register(
     "attention_forward",
-    f"({_PROBLEM_SCHEMA}) -> (Tensor, Tensor)",
-    _forward,
+    f"({_PROBLEM_SCHEMA}) -> (Tensor out, Tensor lse, Tensor out_residual)",
+    _forward_operator,
     _fake_forward,
     _differentiate_forward,
     _remember_forward,
     _map_forward,
     _forward_tensors,
 )
+
+
+def attention_forward(*arguments) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]."""
+    is_plain = is_eager() and not is_observed(_all_forward_tensors(arguments))
+    if is_plain and not _wants_gradient(_forward_tensors(arguments)):
+        return _forward(*arguments, wants_residual=False)[:2]
+    return _attention_forward(*arguments)[:2]
 
 
 class _Output(torch.autograd.Function):
@@ -486,7 +536,7 @@ def attention_output(*arguments) -> Tensor:
         return attention_forward(*arguments)[0]
     if _wants_gradient(_forward_tensors(arguments)):
         return _Output.apply(*arguments)
-    return _forward(*arguments, wants_lse=False)[0]
+    return _forward(*arguments, wants_lse=False, wants_residual=False)[0]
 
 
 def attention_gradients(*arguments) -> tuple[Tensor | None, ...]:
@@ -500,7 +550,7 @@ def attention_gradients(*arguments) -> tuple[Tensor | None, ...]:
 
 attention_backward = register(
     "attention_backward",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_PROBLEM_SCHEMA}, "
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor? out_residual, {_PROBLEM_SCHEMA}, "
     "bool need_query, bool need_key, bool need_value, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,

@@ -15,7 +15,7 @@ from torch._C import _is_any_autocast_enabled
 
 from fastattn import dispatch
 from fastattn.eager import PLAIN_TENSORS, is_eager, is_ordinary
-from fastattn.ops import attention_gradients, empty_gradient, empty_lse, empty_result
+from fastattn.ops import attention_gradients, empty_gradient, empty_lse, empty_residual, empty_result
 from fastattn.problem import Problem, check_length_values, check_lengths
 
 
@@ -98,9 +98,10 @@ class _Attention(torch.autograd.Function):
         ctx, engine: ModuleType, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, problem: Problem
     ):
         out, lse = empty_result(query, value.shape[3]), empty_lse(query)
-        engine.forward(problem, out, lse)
+        residual = None if out.dtype is torch.float32 else empty_residual(out)
+        engine.forward(problem, out, lse, residual)
         # The mask as it was given: hooks may copy what is saved, and would copy an expanded one in full.
-        ctx.save_for_backward(query, key, value, out, lse, mask, problem.key_lengths)
+        ctx.save_for_backward(query, key, value, out, lse, residual, mask, problem.key_lengths)
         ctx.options = problem.scale, problem.causal
         ctx.set_materialize_grads(False)
         return out
@@ -124,6 +125,7 @@ def _gradients(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    out_residual: Tensor | None,
     mask: Tensor | None,
     key_lengths: Tensor | None,
     scale: float,
@@ -136,6 +138,7 @@ def _gradients(
     engine = problem = None
     # Hooks may return saved tensors in another form.
     as_engines_read = grad_out.stride(3) == 1 == out.stride(3) and lse.is_contiguous()
+    as_engines_read = as_engines_read and (out_residual is None or out_residual.stride(3) == 1)
     as_engines_read = as_engines_read and (key_lengths is None or key_lengths.is_contiguous())
     if as_engines_read and is_ordinary(grad_out) and is_eager() and not torch.is_grad_enabled():
         engine = dispatch.select_plain(query, key, value, True)
@@ -148,9 +151,10 @@ def _gradients(
             mask = mask[(None,) * (4 - mask.dim())]
         masks = (mask, None) if mask is None or mask.dtype == torch.bool else (None, mask)
         arguments = (query, key, value, *masks, key_lengths, scale, causal, None, None, 0.0, None, "auto")
-        return attention_gradients(grad_out, None, out, lse, *arguments, needs_query, needs_key, needs_value, False)[:3]
+        given = (grad_out, None, out, lse, out_residual)
+        return attention_gradients(*given, *arguments, needs_query, needs_key, needs_value, False)[:3]
     grad_query = empty_gradient(query) if needs_query else None
     grad_key = empty_gradient(key) if needs_key else None
     grad_value = empty_gradient(value) if needs_value else None
-    engine.backward(problem, out, lse, grad_out, None, grad_query, grad_key, grad_value, None)
+    engine.backward(problem, out, lse, grad_out, None, grad_query, grad_key, grad_value, None, out_residual)
     return grad_query, grad_key, grad_value

@@ -216,7 +216,7 @@ def test_what_the_engine_cannot_read_is_an_error(table):
         with pytest.raises(RuntimeError):
             cpu.forward(problem._replace(query=problem.query.to_sparse()), out, lse)
         with pytest.raises(ValueError, match="malformed"):
-            cpu._C.forward(problem[:-1], out, lse, 1)
+            cpu._C.forward(problem[:-1], out, lse, None, 1)
     finally:
         cpu._C.use_torch(torch, EXCHANGE_TABLE)
 

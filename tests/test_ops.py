@@ -32,8 +32,8 @@ INGREDIENTS = {
 }
 
 
-def operator_arguments(requires_grad=True, dropout_p=0.0, **ingredients):
-    query, key, value = tensors(*SHAPES, requires_grad=requires_grad)
+def operator_arguments(requires_grad=True, dropout_p=0.0, dtype=torch.float64, **ingredients):
+    query, key, value = tensors(*SHAPES, requires_grad=requires_grad, dtype=dtype)
     given = {
         "attn_mask": None,
         "is_causal": False,
@@ -50,6 +50,7 @@ def operator_arguments(requires_grad=True, dropout_p=0.0, **ingredients):
 
 CHECKED = {
     "plain": {},
+    "rounded": {"dtype": torch.bfloat16},
     "everything": {
         "attn_mask": torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True),
         "causal": "lower_right",
@@ -65,11 +66,11 @@ def test_opcheck(name):
     arguments = operator_arguments(**CHECKED[name])
     operators = torch.ops.fastattn
     torch.library.opcheck(operators.attention_forward.default, arguments)
-    out, lse = (tensor.detach() for tensor in operators.attention_forward(*arguments))
+    out, lse, residual = (tensor.detach() for tensor in operators.attention_forward(*arguments))
     needs = (True, True, False, arguments[4] is not None)
     torch.library.opcheck(
         operators.attention_backward.default,
-        (torch.randn_like(out), torch.randn_like(lse), out, lse, *arguments, *needs),
+        (torch.randn_like(out), torch.randn_like(lse), out, lse, residual, *arguments, *needs),
     )
     torch.library.opcheck(operators.attention_weights.default, (lse, True, *arguments))
 
@@ -246,13 +247,13 @@ def test_an_operator_called_by_hand_refuses_what_it_cannot_read(name, backend):
     change, message = WRONG_VALUES[name]
     query, key = tensors((2, 2, 5, 3), (2, 2, 6, 3))
     plain = Arguments(query, key, key, None, None, None, None, None, None, None, 0.0)
-    out, lse = torch.ops.fastattn.attention_forward(*plain, None, backend)
+    out, lse, residual = torch.ops.fastattn.attention_forward(*plain, None, backend)
     rng_state = change.get("rng_state")
     wrong = plain._replace(**{field: value for field, value in change.items() if field != "rng_state"})
     calls = (
         lambda: torch.ops.fastattn.attention_forward(*wrong, rng_state, backend),
         lambda: torch.ops.fastattn.attention_backward(
-            *(out, None, out, lse, *wrong, rng_state, backend), *(True, True, True, False)
+            *(out, None, out, lse, residual, *wrong, rng_state, backend), *(True, True, True, False)
         ),
         lambda: torch.ops.fastattn.attention_weights(lse, False, *wrong, rng_state, backend),
     )

@@ -20,6 +20,8 @@ except (ImportError, AttributeError) as error:  # an extension built from older 
 
 #: Whether :func:`forward` takes None in the place of lse.
 LSE_IS_OPTIONAL = True
+#: Whether :func:`forward` writes, and :func:`backward` reads, what rounding takes from a 16-bit ``out``.
+KEEPS_RESIDUAL = True
 
 
 @cache
@@ -93,9 +95,12 @@ def kept_results() -> int:
     return _C.kept_result_memory()
 
 
-def forward(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
-    """Write attention's output [B, Hq, Lq, Dv] and, unless None, its natural-log lse [B, Hq, Lq]."""
-    _C.forward(problem, out, lse, torch.get_num_threads())
+def forward(problem: Problem, out: Tensor, lse: Tensor | None, out_residual: Tensor | None = None) -> None:
+    """Write attention's output [B, Hq, Lq, Dv] and, unless None, its natural-log lse [B, Hq, Lq].
+
+    ``out_residual``, like out and unless None, gets what rounding took from it: only of a 16-bit dtype.
+    """
+    _C.forward(problem, out, lse, out_residual, torch.get_num_threads())
 
 
 def backward(
@@ -108,10 +113,12 @@ def backward(
     grad_key: Tensor | None,
     grad_value: Tensor | None,
     grad_bias: Tensor | None,
+    out_residual: Tensor | None = None,
 ) -> None:
     """Write the gradients that are not None, given the forward's results and their gradients."""
     threads = torch.get_num_threads()
-    _C.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias, threads)
+    gradients = (grad_query, grad_key, grad_value, grad_bias)
+    _C.backward(problem, out, lse, out_residual, grad_out, grad_lse, *gradients, threads)
 
 
 def weights(problem: Problem, lse: Tensor, out: Tensor, average: bool) -> None:

@@ -11,6 +11,7 @@ from fastattn import reference
 from fastattn.problem import Problem
 
 LSE_IS_OPTIONAL = False
+KEEPS_RESIDUAL = False
 
 
 def unavailable() -> str | None:

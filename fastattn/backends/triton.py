@@ -16,6 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 512
 LEAST_CAPABILITY = (8, 0)
 LSE_IS_OPTIONAL = False
+KEEPS_RESIDUAL = False
 
 
 @cache

@@ -1,0 +1,122 @@
+"""The CPU engine where rounding is all there is: cancellation.
+
+Each case is one in which naive attention loses little or nothing, so that the error budget is tight.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from fastattn import scaled_dot_product_attention
+from fastattn.backends import cpu
+from fastattn.problem import make_problem
+from fastattn.testing import assert_within_budget, run_backend, run_reference
+
+if cpu.unavailable():
+    pytest.skip(cpu.unavailable(), allow_module_level=True)
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+#: Queries and keys: on the path of a few queries, in part of a panel, and in a whole one and more.
+SIZES = ((1, 70), (5, 70), (20, 70), (70, 130))
+
+
+@pytest.fixture(params=cpu.available_isas())
+def isa(request):
+    chosen = cpu.isa()
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa(chosen)
+
+
+def _normal(generator, *shape):
+    return torch.randn(shape, generator=generator)
+
+
+# What a case changes of normal query, key, value and grad_out [1, 2, L, 64], and its other arguments.
+
+
+def _lone_keys(generator, query, key, value, grad_out):
+    """One key for each query: its weight is 1 whatever the score, and moves with nothing."""
+    return {"attn_mask": torch.eye(*query.shape[2:3], key.shape[2], dtype=torch.bool), "dropout_p": 0.9}
+
+
+def _offset_values(generator, query, key, value, grad_out):
+    """Gradients of out that do not see what all values share."""
+    value += 100
+    grad_out[..., 1::2] = -grad_out[..., ::2]
+    return {}
+
+
+CASES = {
+    _lone_keys: HALF_DTYPES,
+    _offset_values: HALF_DTYPES,
+}
+
+
+@cache
+def _problem_and_references(case, dtype, queries, keys):
+    generator = torch.Generator().manual_seed(queries)
+    tensors = [_normal(generator, 1, 2, length, 64) for length in (queries, keys, keys, queries)]
+    arguments = case(generator, *tensors)
+    query, key, value, grad_out = (tensor.to(dtype) for tensor in tensors)
+    problem = make_problem(query, key, value, **arguments, rng_state=torch.tensor([queries, 0]))
+    references = run_reference(problem, grad_out), run_reference(problem, grad_out, dtype=None)
+    return problem, grad_out, references
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case, dtypes in CASES.items() for dtype in dtypes],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_within_budget(case, dtype, sizes, isa):
+    problem, grad_out, references = _problem_and_references(case, dtype, *sizes)
+    results = run_backend(cpu, problem, grad_out)
+    assert_within_budget(results, problem, *references, grad_out)
+
+
+def _plain(*tensors):
+    return scaled_dot_product_attention(*tensors)
+
+
+def _with_lse(*tensors):
+    return scaled_dot_product_attention(*tensors, return_lse=True)[0]
+
+
+def _compiled(*tensors):
+    return torch.compile(_plain, fullgraph=True, backend="aot_eager")(*tensors)
+
+
+def _gradients(attend, query, key, value, grad_out):
+    query, key = query.clone().requires_grad_(), key.clone().requires_grad_()
+    return torch.autograd.grad(attend(query, key, value), (query, key), grad_out)
+
+
+def _pullback(query, key, value, grad_out):
+    return torch.func.vjp(lambda query, key: _plain(query, key, value), query, key)[1](grad_out)
+
+
+WAYS = {
+    "plain": lambda *given: _gradients(_plain, *given),
+    "with lse": lambda *given: _gradients(_with_lse, *given),
+    "compiled": lambda *given: _gradients(_compiled, *given),
+    "functional": _pullback,
+    "mapped": lambda *given: torch.vmap(_pullback, in_dims=1, out_dims=1)(*(t.unsqueeze(2) for t in given)),
+    "checkpointed": lambda *given: _gradients(
+        lambda *tensors: torch.utils.checkpoint.checkpoint(_plain, *tensors, use_reentrant=False), *given
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_what_rounding_takes_from_out_reaches_the_backward(way, dtype):
+    problem, grad_out, (exact, naive) = _problem_and_references(_offset_values, dtype, 5, 70)
+    names = ("grad_query", "grad_key")
+    gradients = WAYS[way](problem.query, problem.key, problem.value, grad_out)
+    gradients = {name: gradient.reshape(exact[name].shape) for name, gradient in zip(names, gradients, strict=True)}
+    assert_within_budget(gradients, problem, exact, naive, grad_out)
