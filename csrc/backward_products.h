@@ -45,11 +45,11 @@ INLINE void panel_product(typename V::vector (&sum)[rows][vectors], A a, const t
   multiply<V, rows, vectors>(sum, a, panel, panel_width<V>, depth);
 }
 
-// weights[keys][vectors of the panel] = exp2(factor A B + shift + correction); the last is 0 unless
-// corrected.
-template <class V, int vectors, bool corrected, class A>
+// weights[keys][vectors of the panel] = exp2(factor (A B - reference) + shift), of references that are not
+// all 0.
+template <class V, int vectors, bool has_references, class A>
 void weights_product(long keys, A a, const typename V::element* panel, long depth,
-                     const typename V::scalar* shift, const typename V::scalar* correction,
+                     const typename V::scalar* reference, const typename V::scalar* shift,
                      typename V::scalar factor, Block<typename V::scalar> weights) {
   constexpr int degree = V::depth == 2 ? 3 : 5;
   for_each_row_tile<V>(keys, [&](auto count, long row) {
@@ -58,8 +58,8 @@ void weights_product(long keys, A a, const typename V::element* panel, long dept
     panel_product<V>(sum, a.rows_from(row), panel, depth);
     UNROLL for (int i = 0; i < rows; i++) {
       UNROLL for (int j = 0; j < vectors; j++) {
-        sum[i][j] = V::fma(sum[i][j], V::set1(factor), V::load(shift + j * V::lanes));
-        if constexpr (corrected) sum[i][j] = V::add(sum[i][j], V::load(correction + j * V::lanes));
+        if constexpr (has_references) sum[i][j] = V::sub(sum[i][j], V::load(reference + j * V::lanes));
+        sum[i][j] = V::fused(sum[i][j], V::set1(factor), V::load(shift + j * V::lanes));
       }
       V::template exp2_each<degree>(sum[i]);
       UNROLL for (int j = 0; j < vectors; j++) V::store(weights.row(row + i) + j * V::lanes, sum[i][j]);
@@ -68,14 +68,13 @@ void weights_product(long keys, A a, const typename V::element* panel, long dept
 }
 
 // The same for one vector of queries whose scores Decode has summed.
-template <class V, bool corrected>
+template <class V, bool has_references>
 void few_weights_product(long keys, DepthContiguous<typename V::element> a, const typename V::element* panel,
-                         long depth, const typename V::scalar* shift, const typename V::scalar* correction,
+                         long depth, const typename V::scalar* reference, const typename V::scalar* shift,
                          typename V::scalar factor, Block<typename V::scalar> weights) {
   few_queries_product<V>(keys, a, panel, panel_width<V>, depth, [&](long key, typename V::vector x) {
-    x = V::fma(x, V::set1(factor), V::load(shift));
-    if constexpr (corrected) x = V::add(x, V::load(correction));
-    V::store(weights.row(key), V::template exp2<5>(x));
+    if constexpr (has_references) x = V::sub(x, V::load(reference));
+    V::store(weights.row(key), V::template exp2<5>(V::fused(x, V::set1(factor), V::load(shift))));
   });
 }
 
@@ -99,12 +98,12 @@ void gradients_product(long keys, A a, const typename V::element* panel, long de
 }
 
 // The same two for whole panels and tiles, as a sweep's work. The weights' sweeps fetch what comes next.
-template <class V, bool corrected>
+template <class V, bool has_references>
 struct WeightsWork {
   using S = typename V::scalar;
   static constexpr bool takes_part_tiles = false;
   static constexpr int degree = V::depth == 2 ? 3 : 5;
-  const S *shift, *correction;
+  const S *reference, *shift;
   const S factor;
   const Block<S> weights;
   Upcoming& next;
@@ -115,8 +114,9 @@ struct WeightsWork {
   INLINE void unit(const S* product, long key, int at) {
     typename V::vector x[n];
     UNROLL for (int i = 0; i < n; i++) {
-      x[i] = V::fma(V::load(product + i * Sweep<V>::width), V::set1(factor), V::load(shift + at));
-      if constexpr (corrected) x[i] = V::add(x[i], V::load(correction + at));
+      x[i] = V::load(product + i * Sweep<V>::width);
+      if constexpr (has_references) x[i] = V::sub(x[i], V::load(reference + at));
+      x[i] = V::fused(x[i], V::set1(factor), V::load(shift + at));
     }
     exp2_below_one<V, degree>(x);
     UNROLL for (int i = 0; i < n; i++) V::store(weights.row(key + i) + at, x[i]);

@@ -1,12 +1,11 @@
-// What is added to the scores of a query to recompute its weights: -lse in log2 units, as a sum of two
-// numbers.
+// What is taken from the scores of a query to recompute its weights: lse, as a sum of two numbers.
 //
 // P = exp2(s - lse) inherits the rounding of lse as a relative error of |lse| epsilon / 2. Where |lse| is
 // large that is more than naive attention's error, whose weights add up to one by construction; beside a
 // finite bias that stands for -inf nothing is left of the sum of weights. There the scores are computed once
-// more, by the very product that the weights will come of, and -lse becomes minus the largest score, then
-// minus the logarithm of the sum of the weights beside it: in the backward one product more than its five,
-// for the panels of queries that need it.
+// more, by the very product that the weights will come of, and lse becomes the largest score, which is
+// subtracted exactly, and the logarithm of the sum of the weights beside it: in the backward one product more
+// than its five, for the panels of queries that need it.
 #pragma once
 
 #include "backward_operands.h"
@@ -19,13 +18,14 @@ namespace FASTATTN_ISA_NAMESPACE {
 
 template <class S>
 struct Shift {
-  S high, low;
+  S reference;  // subtracted from scores, or from products where there is no bias
+  S rest;       // then added in log2 units
 };
 
 // Of an lse that is not large; a row without keys has lse -inf and only masked weights.
 template <class S>
 INLINE Shift<S> shift_of(S lse) {
-  return {lse == -Limits<S>::infinity ? 0 : static_cast<S>(-lse * log2_e), 0};
+  return {0, lse == -Limits<S>::infinity ? 0 : static_cast<S>(-lse * log2_e)};
 }
 
 // Whether rounding this lse, and scores of its size, costs the gradients more than their own sums do: some 16
@@ -97,8 +97,8 @@ class LargeShifts {
     if (!any_large({offset + queries.begin, offset + queries.end})) return;
 
     const Tensor4<const T> query = problem_.query.template as<const T>();
-    pack_panel<V>(query.at(b, h, queries.begin), query.stride[2], queries.size(), problem_.head_dim,
-                  scores_.query_scale, work.query);
+    pack_panel<V>(query.at(b, h, queries.begin), query.stride[2], queries.size(), problem_.head_dim, S(1),
+                  work.query);
     alignas(64) S largest[width], sum[width];
     for (long q = 0; q < width; q++) largest[q] = -Limits<S>::infinity, sum[q] = 0;
     const Band band(problem_, b);
@@ -108,8 +108,9 @@ class LargeShifts {
     for (long q = queries.begin; q < queries.end; q++) {
       const long lane = q - queries.begin;
       if (is_large_lse<S, T>(lse_[offset + q]))
-        static_cast<Shift<S>*>(memory_.data())[offset + q] = {-largest[lane],
-                                                              -static_cast<S>(__builtin_log2(sum[lane]))};
+        static_cast<Shift<S>*>(memory_.data())[offset + q] = {
+            problem_.bias.data ? largest[lane] : largest[lane] * scores_.units.multiplier,
+            -static_cast<S>(__builtin_log2(sum[lane]))};
     }
   }
 
@@ -126,27 +127,28 @@ class LargeShifts {
     scores_.multiply(columns, rows, keys_of(tile, work), work.query, elements, work.products);
 
     constexpr int degree = depth == 2 ? 3 : 5;
-    const auto factor = V::set1(scores_.score_factor), none = V::set1(-Limits<S>::infinity);
+    const auto multiplier = V::set1(scores_.units.multiplier), factor = V::set1(scores_.units.factor);
+    const auto none = V::set1(-Limits<S>::infinity);
     for (long q = 0; q < columns * V::lanes; q += V::lanes) {
-      // score - reference, rounded as the tiles round it; -inf where the query may not attend.
-      const auto score = [&](long k, typename V::vector shift) {
+      // Rounded as the tiles round it; -inf where the query may not attend.
+      const auto score = [&](long k) {
         auto x = V::load(work.products + k * width + q);
         if (biased) {
           const auto bias = V::load(work.bias + k * width + q);
-          x = V::add(V::max(V::set1(Limits<S>::lowest), V::fma(x, factor, bias)), shift);
+          x = V::max(V::set1(lowest_score<S>), V::fma(x, multiplier, bias));
           x = V::select(V::not_less_equal(bias, none), x, none);
         } else {
-          x = V::fma(x, factor, shift);
+          x = V::mul(x, multiplier);
         }
         return masked ? V::select(V::nonzero(work.allowed + k * width + q), x, none) : x;
       };
       const auto old = V::load(largest + q);
       auto now = old;
-      for (long k = 0; k < rows; k++) now = V::max(now, score(k, V::zero()));
+      for (long k = 0; k < rows; k++) now = V::max(now, score(k));
       const auto reference = V::select(V::greater(V::set1(Limits<S>::lowest), now), V::zero(), now);
-      auto total = V::mul(V::load(sum + q), V::exp2(V::sub(old, reference)));
+      auto total = V::mul(V::load(sum + q), V::exp2(V::mul(V::sub(old, reference), factor)));
       for (long k = 0; k < rows; k++)
-        total = V::add(total, V::template exp2<degree>(score(k, V::sub(V::zero(), reference))));
+        total = V::add(total, V::template exp2<degree>(V::mul(V::sub(score(k), reference), factor)));
       V::store(largest + q, now);
       V::store(sum + q, total);
     }

@@ -256,7 +256,7 @@ class BackwardTask {
     const S scale_in_scores = static_cast<S>(plan_.scale_in_scores);
     for (long q = first; q < queries.end; q += width) {
       const long count = min(width, queries.end - q);
-      pack_panel<V>(query + q * query_stride, query_stride, count, dim, plan_.query_scale,
+      pack_panel<V>(query + q * query_stride, query_stride, count, dim, S(1),
                     work_.query_panels + (q - first) * ceil_div(dim, depth));
       pack_panel<V>(grad_out + q * grad_out_stride, grad_out_stride, count, value_dim, scale_in_scores,
                     work_.grad_out_panels + (q - first) * ceil_div(value_dim, depth));
@@ -284,8 +284,8 @@ class BackwardTask {
     apart_.clear();
     for (long q = first; q < queries.end; q++) {
       const Shift<S> shift = shifts_ && is_large_lse<S, T>(lse[q]) ? shifts_[offset + q] : shift_of(lse[q]);
-      work_.shift[q - first] = shift.high;
-      work_.correction[q - first] = shift.low;
+      work_.reference[q - first] = shift.reference;
+      work_.shift[q - first] = shift.rest;
       S product = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim);
       if (args_.residual.data)
         product +=
@@ -312,7 +312,7 @@ class BackwardTask {
     }
     for (long i = rows; i < round_up(rows, block_queries); i++) {
       work_.shift[i] = static_cast<S>(-1e30);  // weight 0
-      work_.correction[i] = work_.delta[i] = 0;
+      work_.reference[i] = work_.delta[i] = 0;
     }
   }
 
@@ -458,26 +458,26 @@ class BackwardTask {
     const long query = queries.begin - first_query_;
     const E* query_panel = work_.query_panels + query * dim;
     const E* grad_out_panel = work_.grad_out_panels + query * value_dim;
-    const S *shift = work_.shift + query, *correction = work_.correction + query,
-            *delta = work_.delta + query;
+    const S *reference = work_.reference + query, *shift = work_.shift + query, *delta = work_.delta + query;
     const bool has_bias = problem_.bias.data, has_dropout = problem_.dropout_p > 0;
 
     if (kind == TileKind::full && !has_bias) {
-      const auto product = [&](auto corrected) {
-        constexpr bool is_corrected = decltype(corrected)::value;
+      const auto product = [&](auto referenced) {
+        constexpr bool has_references = decltype(referenced)::value;
         if constexpr (depth == 1)
           if (plan_.as_decoded)
-            return few_weights_product<V, is_corrected>(count, key_columns, query_panel, dim, shift,
-                                                        correction, plan_.score_factor, scores);
+            return few_weights_product<V, has_references>(count, key_columns, query_panel, dim, reference,
+                                                          shift, plan_.product_factor, scores);
         const long swept = swept_keys(queries, count, dim);
         if (swept)
-          sweep_panel<V>(swept, key_columns, query_panel, dim,
-                         WeightsWork<V, is_corrected>{shift, correction, plan_.score_factor, scores, next_});
+          sweep_panel<V>(
+              swept, key_columns, query_panel, dim,
+              WeightsWork<V, has_references>{reference, shift, plan_.product_factor, scores, next_});
         if (swept == count) return;
         for_each_piece<V>(queries.size(), [&](auto vectors, long q) {
-          weights_product<V, decltype(vectors)::value, is_corrected>(
-              count - swept, key_columns.rows_from(swept), query_panel + q, dim, shift + q, correction + q,
-              plan_.score_factor, {scores.row(swept) + q, scores.stride});
+          weights_product<V, decltype(vectors)::value, has_references>(
+              count - swept, key_columns.rows_from(swept), query_panel + q, dim, reference + q, shift + q,
+              plan_.product_factor, {scores.row(swept) + q, scores.stride});
         });
       };
       if (shifts_)
@@ -489,11 +489,11 @@ class BackwardTask {
       if (has_bias) read_bias(where);
       score_product(band, where, key_columns, query_panel, dim, scores);
       if (has_bias && allowed)
-        weights_of<V, true, true>(scores, count, shift, correction, plan_.score_factor, work_.bias, allowed);
+        weights_of<V, true, true>(scores, count, reference, shift, plan_, work_.bias, allowed);
       else if (has_bias)
-        weights_of<V, true, false>(scores, count, shift, correction, plan_.score_factor, work_.bias, nullptr);
+        weights_of<V, true, false>(scores, count, reference, shift, plan_, work_.bias, nullptr);
       else
-        weights_of<V, false, true>(scores, count, shift, correction, plan_.score_factor, nullptr, allowed);
+        weights_of<V, false, true>(scores, count, reference, shift, plan_, nullptr, allowed);
     }
     if (has_dropout) mark_dropped<V>(problem_, where, scores);
 

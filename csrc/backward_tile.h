@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward_operands.h"
+#include "few_queries.h"
 #include "softmax.h"
 
 namespace fastattn {
@@ -54,12 +55,11 @@ void add_transposed(Block<typename V::scalar> gradient, long queries, long keys,
   }
 }
 
-// Scores -> softmax weights exp2(factor * score + bias - lse), in place. `shift` holds -lse in log2 units
-// for each query, `correction` what it lacks in precision; bias [keys][panel] and
-// allowed [keys][panel] are null where the template says so.
+// Products -> softmax weights exp(score - lse), in place. `reference` and `shift` are the query's Shift; bias
+// [keys][panel] and allowed [keys][panel] are null where the template says so.
 template <class V, bool has_bias, bool has_mask>
-void weights_of(Block<typename V::scalar> scores, long keys, const typename V::scalar* shift,
-                const typename V::scalar* correction, typename V::scalar factor,
+void weights_of(Block<typename V::scalar> scores, long keys, const typename V::scalar* reference,
+                const typename V::scalar* shift, const ForwardScores<V>& units,
                 const typename V::scalar* bias, const uint8_t* allowed) {
   using S = typename V::scalar;
   constexpr int degree = V::depth == 2 ? 3 : 5;
@@ -75,12 +75,13 @@ void weights_of(Block<typename V::scalar> scores, long keys, const typename V::s
       typename V::vector x = V::load(scores.row(k) + q);
       if constexpr (has_bias) {
         const typename V::vector b = V::load(bias + k * width + q);
-        x = V::max(V::set1(Limits<S>::lowest), V::fma(x, V::set1(factor), b));
-        x = V::template exp2<degree>(V::add(V::add(x, V::load(shift + q)), V::load(correction + q)));
+        x = V::max(V::set1(lowest_score<S>), V::fma(x, V::set1(units.units.multiplier), b));
+        x = V::sub(x, V::load(reference + q));
+        x = V::template exp2<degree>(V::fused(x, V::set1(units.units.factor), V::load(shift + q)));
         x = V::zero_unless(V::not_less_equal(b, V::set1(-Limits<S>::infinity)), x);
       } else {
-        x = V::fma(x, V::set1(factor), V::load(shift + q));
-        x = V::template exp2<degree>(V::add(x, V::load(correction + q)));
+        x = V::sub(x, V::load(reference + q));
+        x = V::template exp2<degree>(V::fused(x, V::set1(units.product_factor), V::load(shift + q)));
       }
       if constexpr (has_mask) x = V::zero_unless(V::nonzero(allowed + k * width + q), x);
       V::store(scores.row(k) + q, x);

@@ -24,7 +24,7 @@ struct BackwardWorkspace {
   E *key_rows, *key_columns;          // [ceil(keys / depth)][padded], [keys][ceil(D / depth)]
   E* value_columns;                   // [keys][ceil(Dv / depth)]
   E* block_key_rows;                  // key_rows of one block, without those that are not finite
-  S *shift, *correction, *delta;      // [stretch]: -lse in log2 units, what that lacks, rowsum(dO O) - dlse
+  S *reference, *shift, *delta;       // [stretch]: the Shift by its parts, rowsum(dO O) - dlse
   S *grad_query, *grad_key, *grad_value;
   S* chunk_grad_query;                    // a chunk's share of grad_query
   S *scores, *products, *bias;            // [block_keys][scores_stride], bias [block_keys][width]
@@ -55,8 +55,8 @@ struct BackwardWorkspace {
     grad_out_panels = layout_.template take<E>(queries * ceil_div(p.value_dim, depth));
     query_rows = layout_.template take<E>(ceil_div(queries, depth) * dim);
     grad_out_rows = layout_.template take<E>(ceil_div(queries, depth) * value_dim);
+    reference = layout_.template take<S>(queries);
     shift = layout_.template take<S>(queries);
-    correction = layout_.template take<S>(queries);
     delta = layout_.template take<S>(queries);
     if (plan.items_per_head() == 1) grad_query = layout_.template take<S>(queries * dim);
     if (plan.chunks_per_item > 1) chunk_grad_query = layout_.template take<S>(queries * dim);

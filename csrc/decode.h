@@ -23,14 +23,6 @@ class Decode {
   using S = typename V::scalar;
   using vector = typename V::vector;
   static constexpr int W = V::lanes;
-  static constexpr int degree = sizeof(T) == 2 ? 3 : 5;
-  // As in the backward, which recomputes these scores: Q carries the scale but where pairs of bf16 are
-  // multiplied.
-#ifdef FASTATTN_BF16_DOT
-  static constexpr bool scales_query = sizeof(S) == 4 && !std::is_same_v<T, bf16>;
-#else
-  static constexpr bool scales_query = sizeof(S) == 4;
-#endif
   static constexpr long block_keys = 64;  // per step: fits the L1 cache beside the queries
   // Keys and values of this size come from memory; from a cache, fetching them ahead costs more than it
   // gains.
@@ -42,8 +34,7 @@ class Decode {
   Decode(const Problem& problem, const ForwardOutput& output)
       : problem_(problem),
         output_(output),
-        query_scale_(scales_query ? static_cast<S>(problem.scale * log2_e) : S(1)),
-        score_factor_(scales_query ? S(1) : static_cast<S>(problem.scale * log2_e)),
+        units_(problem.scale, problem.bias.data),
         rows_(problem.group() * problem.queries),
         record_(problem.value_dim + 2),
         chunk_keys_(choose_chunk(problem)),
@@ -98,7 +89,6 @@ class Decode {
       S* row = work.query + r * padded;
       memset(row, 0, padded * sizeof(S));
       copy_widened<V>(query.at(b, head_of(kv_head, r), query_of(r)), 0, 1, problem_.head_dim, row, 0);
-      for (long d = 0; d < padded; d += W) V::store(row + d, V::mul(V::load(row + d), V::set1(query_scale_)));
       S* record = records + r * record_;
       memset(record, 0, record_ * sizeof(S));
       record[0] = -Limits<S>::infinity;
@@ -187,11 +177,12 @@ class Decode {
     const Range seen = intersect(band.row(i), keys);
     auto largest = V::set1(-Limits<S>::infinity), strange = V::zero();
     for (long k = 0; k < count; k += W) {
-      const auto factor = V::set1(score_factor_);
-      const auto product = V::load(scores + k);
-      vector score = V::mul(product, factor);
+      vector score = V::load(scores + k);
       if (problem_.bias.data)
-        score = with_bias<V>(product, factor, bias(b, h, i, keys.begin + k, min<long>(W, count - k)));
+        score = with_bias<V>(score, V::set1(units_.multiplier),
+                             bias(b, h, i, keys.begin + k, min<long>(W, count - k)));
+      else
+        score = V::mul(score, V::set1(units_.multiplier));
       const auto inside =
           V::both(V::first_lanes(seen.end - keys.begin - k), V::lanes_from(seen.begin - keys.begin - k));
       score = V::select(inside, score, V::set1(-Limits<S>::infinity));
@@ -206,7 +197,7 @@ class Decode {
       strange = V::max(strange, one_if_nan(score));
     }
     const S old = record[0];
-    S now = max(old, V::maximum(largest));
+    S now = max(old, V::maximum(largest) * units_.factor);
     // A maximum loses NaN: with a finite reference the weights carry it on.
     if (now < Limits<S>::lowest && V::maximum(strange) > 0) now = 0;
     if (now < Limits<S>::lowest) {  // nothing to attend to yet
@@ -220,8 +211,12 @@ class Decode {
         V::store(record + d, V::mul(V::load(record + d, record_ - d), factor), record_ - d);
     }
     auto total = V::zero();
+    const auto factor = V::set1(units_.factor), reference = V::set1(now);
+    const bool rounds_scores = is_huge<V>(reference);
     for (long k = 0; k < count; k += W) {
-      const auto p = V::template exp2<degree>(V::sub(V::load(scores + k), V::set1(now)));
+      const auto score = V::load(scores + k);
+      const auto p = V::template exp2<5>(rounds_scores ? V::sub(V::mul(score, factor), reference)
+                                                       : V::fused(score, factor, V::set1(-now)));
       total = V::add(total, p);
       V::store(scores + k, p);
     }
@@ -248,7 +243,7 @@ class Decode {
           V::store(buffer + lane, V::load(data + lane * stride, 1), 1);
         x = V::load(buffer);
       }
-      return bias_in_log2<V>(x);
+      return x;
     };
     return problem_.bias_dtype == problem_.dtype ? read(problem_.bias.as<const T>())
                                                  : read(problem_.bias.as<const float>());
@@ -343,15 +338,16 @@ class Decode {
       alignas(64) S log[W];
       V::store(log, log2_of<V>(V::set1(total[1])));
       static_cast<S*>(output_.lse)[(b * problem_.query_heads + h) * problem_.queries + i] =
-          none                             ? -Limits<S>::infinity
-          : reference <= Limits<S>::lowest ? Limits<S>::lowest + (total[1] - total[1])  // or NaN (forward.h)
-                                           : static_cast<S>((reference + log[0]) * ln_2);
+          none ? -Limits<S>::infinity
+          : reference <= lowest_reference<S>
+              ? Limits<S>::lowest + (total[1] - total[1])  // or NaN (forward.h)
+              : static_cast<S>((reference + log[0]) * ln_2);
     }
   }
 
   const Problem& problem_;
   const ForwardOutput& output_;
-  const S query_scale_, score_factor_;
+  const ScoreUnits<S> units_;
   const long rows_, record_, chunk_keys_, chunks_;
   const bool fetches_ahead_;
 };

@@ -62,18 +62,18 @@ INLINE void few_queries_scores(long rows, DepthContiguous<typename V::element> a
                          [&](long row, typename V::vector x) { V::store(c + row * c_stride, x); });
 }
 
-// Scores in log2 units as the forward multiplies and adds them: score_factor * K (query_scale * Q)^T.
+// Scores as the forward multiplies and adds them.
 template <class V>
 struct ForwardScores {
   using S = typename V::scalar;
   using E = typename V::element;
-  static constexpr bool scales_query = sizeof(S) == 4 && V::depth == 1;
-  const S query_scale, score_factor;
+  const ScoreUnits<S> units;
+  const S product_factor;  // takes products to log2 units where there is no bias
   const bool as_decoded;
 
   explicit ForwardScores(const Problem& problem)
-      : query_scale(scales_query ? static_cast<S>(problem.scale * log2_e) : S(1)),
-        score_factor(scales_query ? S(1) : static_cast<S>(problem.scale * log2_e)),
+      : units(problem.scale, problem.bias.data),
+        product_factor(units.multiplier * units.factor),
         as_decoded(V::depth == 1 && is_few<V>(problem.queries)) {}
 
   // products [keys][width] = K times packed queries, in the first `columns` vectors.

@@ -5,7 +5,7 @@
 // while it is in the cache. Per panel and block of keys:
 //
 //   S^T [keys, width] = K [keys, D] Q^T [D, width]      K is read in place, Q^T is packed once
-//   P^T = exp2(factor S^T + bias - reference)           in place; sum of P over keys
+//   P^T = exp2(log2(e) (scale S^T + bias) - reference)  in place; sum of P over keys
 //   O^T [Dv, width] += V^T [Dv, keys] P^T [keys, width] V is read in place
 //
 // The online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022) is lazy: `reference` is
@@ -26,7 +26,8 @@
 namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
 
-// How a dtype is computed: the micro-kernel's vector type, and the degree of exp2 that its precision needs.
+// How a dtype is computed: the micro-kernel's vector type, and the degree of exp2 that its precision needs: 3
+// would do for 16-bit weights, but not for the fp32 lse of their sum.
 template <class T>
 struct Arithmetic;
 template <>
@@ -42,7 +43,7 @@ struct Arithmetic<double> {
 template <>
 struct Arithmetic<fp16> {
   using V = F32;
-  static constexpr int degree = 3;
+  static constexpr int degree = 4;
 };
 template <>
 struct Arithmetic<bf16> {
@@ -51,7 +52,7 @@ struct Arithmetic<bf16> {
 #else
   using V = F32;
 #endif
-  static constexpr int degree = 3;
+  static constexpr int degree = 4;
 };
 
 // A block of keys and values as the micro-kernel reads them.
@@ -81,9 +82,6 @@ class Forward {
   static constexpr long item_queries = 256 * depth;
   static constexpr long least_full_keys = 16;
   static constexpr bool in_place = sizeof(T) == sizeof(E);  // K and V need no conversion
-  // Q carries the scale where that does not cost precision worth having: bf16 pairs would be rounded once
-  // more.
-  static constexpr bool scales_query = depth == 1 && sizeof(S) == 4;
   // A sum of weights above this says that the reference is too low: nothing has overflowed yet.
   static constexpr S overflow_sum = static_cast<S>(4294967296.0);
   static constexpr S vanishing_sum = static_cast<S>(0x1p-60);
@@ -254,8 +252,6 @@ class Forward {
     return result;
   }
 
-  S query_factor() const { return scales_query ? static_cast<S>(problem_.scale * log2_e) : S(1); }
-
   void start_panel(Panel& panel, const Band& band, long b, long h, long first) const {
     panel.queries = {first, min(first + width, problem_.queries)};
     panel.columns = static_cast<int>(ceil_div(panel.queries.size(), V::lanes));
@@ -264,8 +260,7 @@ class Forward {
     panel.begun = panel.ready = panel.has_out = false;
     const T* query = query_.at(b, h, first);
     if constexpr (depth == 1)
-      pack_transposed<V>(query, query_.stride[2], panel.queries.size(), problem_.head_dim, query_factor(),
-                         panel.query);
+      pack_transposed<V>(query, query_.stride[2], panel.queries.size(), problem_.head_dim, S(1), panel.query);
 #ifdef FASTATTN_BF16_DOT
     else
       pack_pairs_transposed(query, query_.stride[2], panel.queries.size(), problem_.head_dim, panel.query);
@@ -366,25 +361,26 @@ class Forward {
                             : band_reach(band, tile, j);
       depth_end[j] = max(ceil_div(reach[j].end, depth), j ? depth_end[j - 1] : 0L);
     }
-    const ScoreRules<V> rules{scales_query ? S(1) : static_cast<S>(problem_.scale * log2_e),
+    const ScoreRules<V> rules{ScoreUnits<S>(problem_.scale, work.bias),
                               work.bias,
                               by_bytes ? work.seen : nullptr,
                               &band,
                               tile.queries,
                               tile.keys};
-    const bool plain = whole && !rules.scales_products();
+    const bool plain = whole && rules.leaves_products();
     const auto score_all = [&] {
       score(panel, keys, rows, depth_end, work.products);
       if (plain) return;
       for (int j = 0; j < panel.columns; j++)
         prepare_scores(rules, j, reach[j], min(rows, depth_end[j] * depth), work.products);
     };
-    const Weighing weighing{work.products, rules.remaining_factor(), rows, depth_end, work.kept};
+    const Weighing weighing{work.products, rules.units.factor, rows, depth_end, work.kept};
     alignas(64) S sum[depth * width];
     // A band's edge on the right alone: the first query sees the first keys, each next one a key more.
     const bool stairs = !whole && !by_bytes && !rules.bias && panel.all.begin <= tile.keys.begin &&
                         tile.keys.begin < panel.all.end;
-    const bool sweeps = (whole || by_bytes || stairs) && rules.factor > 0 && problem_.dropout_p == 0;
+    const bool sweeps =
+        (whole || by_bytes || stairs) && (rules.bias || rules.leaves_products()) && problem_.dropout_p == 0;
     if (!sweeps || !sweep(work, panel, keys, rows, rules, stairs ? reach : nullptr, sum)) {
       if (problem_.mask.data || rules.bias || stairs) forget_unseen(panel);
       score_all();
@@ -451,7 +447,8 @@ class Forward {
       }
       const auto run = [&](auto has_extras) {
         WeightSweep<V, degree, decltype(has_extras)::value> sweep(
-            reinterpret_cast<E*>(work.products), rules.factor, sum, {rules.bias, rules.seen}, work.ahead);
+            reinterpret_cast<E*>(work.products), rules.units.factor, sum,
+            {rules.bias, rules.seen, rules.units.multiplier}, work.ahead);
         const DepthContiguous<E> key{keys.key, keys.key_stride};
         if constexpr (!decltype(has_extras)::value)
           if (stairs) {
@@ -614,9 +611,8 @@ class Forward {
                V::select(none, V::zero(), V::div(V::set1(1), V::mul(multiplied, kept))));
       // A bias too large for log2 units gives the lowest lse. NaN stays, also where no score was a number and
       // there is no reference.
-      const auto lowest = V::set1(Limits<S>::lowest);
-      const auto known =
-          V::select(V::not_less_equal(reference, lowest), log, V::add(lowest, V::sub(sum, sum)));
+      const auto known = V::select(V::not_less_equal(reference, V::set1(lowest_reference<S>)), log,
+                                   V::add(V::set1(Limits<S>::lowest), V::sub(sum, sum)));
       V::store(lse + j * V::lanes, V::select(none, V::set1(-Limits<S>::infinity), known));
     }
     memcpy(static_cast<S*>(output_.lse) + (b * problem_.query_heads + h) * problem_.queries +

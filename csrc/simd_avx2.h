@@ -10,7 +10,7 @@ namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
 
 struct F32 {
-  static constexpr int rows_beside_products = 1;
+  static constexpr int rows_beside_products = 1, step_bits = 0;
   static constexpr float rounding_shift = 12582912;  // 1.5 * 2^23
   using scalar = float;
   using element = float;
@@ -59,6 +59,7 @@ struct F32 {
   INLINE static vector mul(vector a, vector b) { return _mm256_mul_ps(a, b); }
   INLINE static vector div(vector a, vector b) { return _mm256_div_ps(a, b); }
   INLINE static vector fma(vector a, vector b, vector c) { return _mm256_fmadd_ps(a, b, c); }
+  INLINE static vector fused(vector a, vector b, vector c) { return fma(a, b, c); }
   INLINE static vector fms(vector a, vector b, vector c) { return _mm256_fmsub_ps(a, b, c); }
   INLINE static vector max(vector a, vector b) { return _mm256_max_ps(a, b); }
   INLINE static vector min(vector a, vector b) { return _mm256_min_ps(a, b); }
@@ -200,6 +201,7 @@ struct F64 {
   INLINE static vector mul(vector a, vector b) { return _mm256_mul_pd(a, b); }
   INLINE static vector div(vector a, vector b) { return _mm256_div_pd(a, b); }
   INLINE static vector fma(vector a, vector b, vector c) { return _mm256_fmadd_pd(a, b, c); }
+  INLINE static vector fused(vector a, vector b, vector c) { return fma(a, b, c); }
   INLINE static vector fms(vector a, vector b, vector c) { return _mm256_fmsub_pd(a, b, c); }
   INLINE static vector max(vector a, vector b) { return _mm256_max_pd(a, b); }
   INLINE static vector min(vector a, vector b) { return _mm256_min_pd(a, b); }

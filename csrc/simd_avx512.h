@@ -58,6 +58,9 @@ struct F32 {
   INLINE static vector mul(vector a, vector b) { return _mm512_mul_ps(a, b); }
   INLINE static vector div(vector a, vector b) { return _mm512_div_ps(a, b); }
   INLINE static vector fma(vector a, vector b, vector c) { return _mm512_fmadd_ps(a, b, c); }
+  // fma where it is the one rounding that matters, which an instruction set without the instruction has to
+  // see to.
+  INLINE static vector fused(vector a, vector b, vector c) { return fma(a, b, c); }
   INLINE static vector fms(vector a, vector b, vector c) { return _mm512_fmsub_ps(a, b, c); }
   // Like the instruction: the second operand wins when either is NaN.
   INLINE static vector max(vector a, vector b) { return _mm512_max_ps(a, b); }
@@ -86,6 +89,19 @@ struct F32 {
   }
   static constexpr float rounding_shift = 12582912;  // 1.5 * 2^23
   static constexpr int rows_beside_products = 2;
+  static constexpr int step_bits = 4;
+  // 2^(n / 16) for the integer n in the low bits of t: its last bits choose from a table, the others are the
+  // exponent, from which the table has taken what those last bits add to it.
+  INLINE static vector exp2_of_steps(vector t) {
+    alignas(64) static constexpr uint32_t table[] = {
+        0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+        0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+    const uint32_t* entries = table;
+    asm("" : "+r"(entries));  // from memory: accumulators need the registers
+    const __m512i n = _mm512_castps_si512(t);
+    const __m512i power = _mm512_permutexvar_epi32(n, _mm512_load_si512(entries));
+    return _mm512_castsi512_ps(_mm512_add_epi32(power, _mm512_slli_epi32(n, 23 - step_bits)));
+  }
   // p 2^n for the integer n in the low bits of t.
   INLINE static vector add_to_exponent(vector p, vector t) {
     return _mm512_castsi512_ps(
@@ -176,6 +192,7 @@ struct F64 {
   INLINE static vector mul(vector a, vector b) { return _mm512_mul_pd(a, b); }
   INLINE static vector div(vector a, vector b) { return _mm512_div_pd(a, b); }
   INLINE static vector fma(vector a, vector b, vector c) { return _mm512_fmadd_pd(a, b, c); }
+  INLINE static vector fused(vector a, vector b, vector c) { return fma(a, b, c); }
   INLINE static vector fms(vector a, vector b, vector c) { return _mm512_fmsub_pd(a, b, c); }
   INLINE static vector max(vector a, vector b) { return _mm512_max_pd(a, b); }
   INLINE static vector min(vector a, vector b) { return _mm512_min_pd(a, b); }

@@ -112,6 +112,15 @@ struct Extension {
 struct F32 : Extension<float, int32_t> {
   static constexpr int rows_beside_products = 0;
   static constexpr float rounding_shift = 12582912;  // 1.5 * 2^23
+  INLINE static vector fused(vector a, vector b, vector c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return fma(a, b, c);
+#else
+    typedef double doubles __attribute__((vector_size(8 * lanes)));
+    const auto product = __builtin_convertvector(a, doubles) * __builtin_convertvector(b, doubles);
+    return __builtin_convertvector(product + __builtin_convertvector(c, doubles), vector);
+#endif
+  }
   using Extension::load;
   using Extension::store;
   INLINE static vector load(const bf16* p) {
@@ -184,6 +193,7 @@ struct F32 : Extension<float, int32_t> {
 struct F64 : Extension<double, int64_t> {
   static constexpr int rows_beside_products = 0;
   static constexpr double rounding_shift = 6755399441055744.0;  // 1.5 * 2^52
+  INLINE static vector fused(vector a, vector b, vector c) { return fma(a, b, c); }
   using Extension::load;
   INLINE static vector load(const float* p) {
     vector v;

@@ -29,21 +29,45 @@ struct Reach {
   long begin, full_begin, full_end, end;
 };
 
-// What turns a block of products into scores: score = factor * product + bias, -inf where unseen.
+// Scores are kept in the units in which naive attention rounds them, and become log2 units in the exponent
+// itself, by one fused multiply-add: products that are exact stay so, and a bias of thousands costs no more
+// digits than there.
+//
+// A score is multiplier * product + bias, and factor * score is in log2 units. Without a bias the multiplier
+// is the sign of the scale, so that a score is as exact as its product.
+template <class S>
+struct ScoreUnits {
+  S multiplier, factor;  // the factor is positive
+
+  ScoreUnits(double scale, bool has_bias)
+      : multiplier(static_cast<S>(scale)), factor(static_cast<S>(log2_e)) {
+    if (has_bias) return;
+    const double size = scale < 0 ? -scale : scale;
+    const bool is_zero = size < std::numeric_limits<S>::min();
+    multiplier = is_zero ? S(0) : scale < 0 ? S(-1) : S(1);
+    if (!is_zero) factor = static_cast<S>(size * log2_e);
+  }
+};
+
+// The lowest score, and that in log2 units, which do not go much further.
+template <class S>
+constexpr S lowest_score = static_cast<S>(Limits<S>::lowest * ln_2 * (1 - 1e-6));
+template <class S>
+constexpr S lowest_reference = lowest_score<S> * static_cast<S>(log2_e);
+
+// What turns a block of products into scores, -inf where unseen.
 template <class V>
 struct ScoreRules {
   using S = typename V::scalar;
   static constexpr int width = V::lanes * V::tile_vectors;
 
-  S factor;             // scale * log2(e)
-  const S* bias;        // [keys][width] in log2 units, or null
+  ScoreUnits<S> units;
+  const S* bias;        // [keys][width], or null
   const uint8_t* seen;  // [keys][width] bytes from classify(), or null: `band` tells
   const Band* band;
   Range queries, keys;
 
-  // The factor that is left to apply once the products are prepared.
-  INLINE bool scales_products() const { return bias || !(factor > 0); }
-  INLINE S remaining_factor() const { return scales_products() ? S(1) : factor; }
+  INLINE bool leaves_products() const { return !bias && units.multiplier == 1; }
 
   // Lanes of vector j that may attend to key row r.
   INLINE typename V::mask lanes_seeing(long r, int j) const {
@@ -54,16 +78,18 @@ struct ScoreRules {
   }
 };
 
-// factor * product + bias; a bias of -inf forbids the key even if the product is NaN.
+// multiplier * product + bias; a bias of -inf forbids the key even if the product is NaN, and a finite one
+// never does. NaN passes, by the operands' order.
 template <class V>
-INLINE typename V::vector with_bias(typename V::vector product, typename V::vector factor,
+INLINE typename V::vector with_bias(typename V::vector product, typename V::vector multiplier,
                                     typename V::vector bias) {
-  const auto forbidden = V::greater(V::set1(Limits<typename V::scalar>::lowest), bias);
-  return V::select(forbidden, bias, V::fma(product, factor, bias));
+  using S = typename V::scalar;
+  const auto forbidden = V::greater(V::set1(Limits<S>::lowest), bias);
+  return V::select(forbidden, bias, V::max(V::set1(lowest_score<S>), V::fma(product, multiplier, bias)));
 }
 
-// Prepares rows [0, rows) of vector j of the products, so that scores are remaining_factor() times them and
-// every later step can treat all rows alike. Nothing is touched where a positive factor is the only rule.
+// Turns rows [0, rows) of vector j of the products into scores, so that every later step can treat all rows
+// alike. Nothing is touched where a positive scale is the only rule.
 template <class V>
 inline void prepare_scores(const ScoreRules<V>& rules, int j, const Reach& reach, long rows,
                            typename V::scalar* products) {
@@ -71,13 +97,13 @@ inline void prepare_scores(const ScoreRules<V>& rules, int j, const Reach& reach
   constexpr int width = V::lanes * V::tile_vectors;
   const auto nothing = V::set1(-Limits<S>::infinity);
   S* const column = products + j * V::lanes;
-  if (rules.scales_products()) {
-    const auto factor = V::set1(rules.factor);
+  if (!rules.leaves_products()) {
+    const auto multiplier = V::set1(rules.units.multiplier);
     const S* const bias = rules.bias ? rules.bias + j * V::lanes : nullptr;
     for (long r = 0; r < rows; r++) {
       const auto product = V::load(column + r * width);
-      V::store(column + r * width,
-               bias ? with_bias<V>(product, factor, V::load(bias + r * width)) : V::mul(product, factor));
+      V::store(column + r * width, bias ? with_bias<V>(product, multiplier, V::load(bias + r * width))
+                                        : V::mul(product, multiplier));
     }
   }
   const auto restrict_rows = [&](long begin, long end) {
@@ -94,7 +120,7 @@ inline void prepare_scores(const ScoreRules<V>& rules, int j, const Reach& reach
   hide_rows(reach.end, rows);
 }
 
-// The largest score of each query, over `rows` prepared rows of a column of vectors.
+// The largest score of each query in log2 units, over `rows` rows of a column of vectors.
 template <class V>
 inline typename V::vector largest_score(const typename V::scalar* column, typename V::scalar factor,
                                         long rows) {
@@ -139,23 +165,38 @@ INLINE void exp2_below_one(typename V::vector (&x)[n]) {
   exp2_of_parts<V, degree>(x, t);
 }
 
-// Replaces a column of vectors of prepared products by the weights 2^(factor * product - reference), as the
+// Finite references in log2 units whose rounding is not small; scores are rounded alike before these are
+// subtracted.
+template <class V>
+INLINE bool is_huge(typename V::vector reference) {
+  const auto size = V::max(reference, V::sub(V::zero(), reference));
+  const auto finite = V::greater(V::set1(Limits<typename V::scalar>::infinity), size);
+  return V::any(V::both(finite, V::greater(size, V::set1(1 << 20))));
+}
+
+// Replaces a column of vectors of scores by the weights 2^(factor * score - reference), as the
 // micro-kernel reads them (one row per key, or per pair of keys: pair p takes the place of row p, which is
 // used up by then). Adds them to sums[0] and, where they are stored as pairs, as stored and thus rounded to
 // sums[1]. `kept` [keys][tile_vectors], unless null, then drops weights.
 template <class V, int degree>
-inline void exponentiate(typename V::scalar* column, long rows, typename V::scalar scale,
+inline void exponentiate(typename V::scalar* column, long rows, typename V::scalar units_factor,
                          typename V::vector reference, const typename V::mask* kept,
                          typename V::vector (&sums)[V::depth]) {
   using vector = typename V::vector;
   constexpr int width = V::lanes * V::tile_vectors, step = V::exp2_at_once;
-  const auto factor = V::set1(scale);
+  auto factor = V::set1(units_factor);
+  const auto shift = V::sub(V::zero(), reference);
+  // What rounding took from a huge reference would be a power of two of any size.
+  if (is_huge<V>(reference)) {
+    for (long r = 0; r < rows; r++) V::store(column + r * width, V::mul(V::load(column + r * width), factor));
+    factor = V::set1(1);
+  }
   vector sum[2] = {V::zero(), V::zero()};
   long row = 0;
   const auto some = [&](auto count, auto dropout) {
     constexpr int n = decltype(count)::value;
     vector x[n];
-    UNROLL for (int i = 0; i < n; i++) x[i] = V::fms(V::load(column + (row + i) * width), factor, reference);
+    UNROLL for (int i = 0; i < n; i++) x[i] = V::fused(V::load(column + (row + i) * width), factor, shift);
     V::template exp2_each<degree>(x);
     UNROLL for (int i = 0; i < n; i++) sum[i % 2] = V::add(sum[i % 2], x[i]);
     if constexpr (decltype(dropout)::value)
@@ -205,16 +246,7 @@ inline void draw_dropout(const Problem& problem, const Tile& tile, int columns, 
   }
 }
 
-// A finite bias stays finite in log2 units: only -inf forbids.
-template <class V>
-INLINE typename V::vector bias_in_log2(typename V::vector x) {
-  using S = typename V::scalar;
-  // The operands' order lets NaN pass.
-  const auto finite = V::max(V::set1(Limits<S>::lowest), V::mul(x, V::set1(static_cast<S>(log2_e))));
-  return V::select(V::greater(V::set1(Limits<S>::lowest), x), x, finite);
-}
-
-// bias [keys][width] in log2 units from the problem's bias, whatever its layout and dtype.
+// bias [keys][width] from the problem's bias, whatever its layout and dtype.
 template <class V, class T>
 inline void load_bias(const Problem& problem, const Tile& tile, typename V::scalar* bias) {
   using S = typename V::scalar;
@@ -229,7 +261,6 @@ inline void load_bias(const Problem& problem, const Tile& tile, typename V::scal
       const long count = min<long>(W, keys - k);
       alignas(64) S values[W] = {};
       for (long i = 0; i < count; i++) V::store(values + i, V::load(data + (k + i) * key_stride, 1), 1);
-      V::store(values, bias_in_log2<V>(V::load(values)));
       for (long i = 0; i < count; i++)
         UNROLL for (int j = 0; j < width; j += W) V::store(bias + (k + i) * width + j, V::set1(values[i]));
     }
@@ -247,14 +278,13 @@ inline void load_bias(const Problem& problem, const Tile& tile, typename V::scal
     if (key_stride == 1 && count == W) {
       for (; k + W <= keys; k += W) {
         typename V::vector block[W];
-        UNROLL for (int i = 0; i < W; i++) block[i] =
-            bias_in_log2<V>(V::load(data + (q + i) * query_stride + k));
+        UNROLL for (int i = 0; i < W; i++) block[i] = V::load(data + (q + i) * query_stride + k);
         V::transpose(block);
         UNROLL for (int i = 0; i < W; i++) V::store(bias + (k + i) * width + q, block[i]);
       }
     }
     for (; k < keys; k++) {
-      V::store(bias + k * width + q, bias_in_log2<V>(gather(q, k)));
+      V::store(bias + k * width + q, gather(q, k));
     }
   }
 }

@@ -83,7 +83,7 @@ class Weights {
     const long rows = tile.keys.size(), columns = ceil_div(tile.queries.size(), V::lanes);
     const Tensor4<const T> query = problem_.query.as<const T>(), key = problem_.key.as<const T>();
     pack_transposed<V>(query.at(tile.batch, tile.head, tile.queries.begin), query.stride[2],
-                       tile.queries.size(), problem_.head_dim, scores_.query_scale, work.query);
+                       tile.queries.size(), problem_.head_dim, S(1), work.query);
     DepthContiguous<S> from{work.key, problem_.head_dim};
     const T* source = key.at(tile.batch, tile.head / problem_.group(), tile.keys.begin);
     if constexpr (sizeof(T) == sizeof(S))
@@ -101,7 +101,7 @@ class Weights {
 
     alignas(64) S reference[width] = {}, share[width] = {};
     for (long q = 0; q < tile.queries.size(); q++) normalise(tile, q, reference[q], share[q]);
-    const ScoreRules<V> rules{scores_.score_factor,
+    const ScoreRules<V> rules{scores_.units,
                               problem_.bias.data ? work.bias : nullptr,
                               kind == TileKind::mixed ? work.seen : nullptr,
                               &band,
@@ -112,7 +112,7 @@ class Weights {
       prepare_scores(rules, j, reach, rows, work.products);
       keep_unseen_from_nan(work.products + j * V::lanes, rows, reference + j * V::lanes);
       typename V::vector sums[V::depth] = {};  // one, if the lse is right
-      exponentiate<V, 5>(work.products + j * V::lanes, rows, rules.remaining_factor(),
+      exponentiate<V, 5>(work.products + j * V::lanes, rows, rules.units.factor,
                          V::load(reference + j * V::lanes), problem_.dropout_p > 0 ? work.kept + j : nullptr,
                          sums);
       for (long r = 0; r < rows; r++) {
@@ -144,8 +144,20 @@ class Weights {
     const bool anew = shifts_.data() && is_large_lse<S, T>(lse);
     const Shift<S> shift = anew ? shifts_.data()[i] : shift_of(lse);
     // Against +inf every weight of a query without keys is 0.
-    reference = lse == -Limits<S>::infinity ? Limits<S>::infinity : -shift.high;
-    share = anew ? static_cast<S>(__builtin_exp2(shift.low)) : 1;
+    reference = Limits<S>::infinity;
+    share = 1;
+    if (lse == -Limits<S>::infinity) return;
+    if (!anew) {
+      reference = -shift.rest;
+      return;
+    }
+    // The reference in log2 units, and what rounding takes from it unless scores are rounded alike.
+    const double exact =
+        static_cast<double>(problem_.bias.data ? scores_.units.factor : scores_.product_factor) *
+        shift.reference;
+    reference = static_cast<S>(exact);
+    const double rest = is_huge<V>(V::set1(reference)) ? 0 : reference - exact;
+    share = static_cast<S>(__builtin_exp2(shift.rest + rest));
   }
 
   const Problem& problem_;
