@@ -188,6 +188,11 @@ def hidden_keys(problem: Problem) -> Tensor:
     return ~seen.unflatten(1, (heads, problem.group_size)).any(dim=2)
 
 
+def unbroadcast(tensor: Tensor) -> Tensor:
+    """With size 1 where its stride is 0."""
+    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+
+
 def _attention_case(seed: int, draw: random.Random) -> AttentionCase:
     dtype = draw.choice(DTYPES)
     decoding = draw.random() < 0.25
@@ -231,8 +236,8 @@ def _attention_case(seed: int, draw: random.Random) -> AttentionCase:
         poison = "hidden"
     elif draw.random() < 0.08:
         poison = draw.choice(POISONS[1:])
-    if poison in ("query", "key") and case.dropout_p > 0.0:
-        poison = None  # whether a weight that is NaN and dropped is 0 or NaN is nobody's concern
+    if poison != "hidden" and case.dropout_p > 0.0:
+        poison = None  # whether 0 or NaN comes of what is NaN and dropped is nobody's concern
     tiny = 1e-6 if dtype == torch.float16 else 1e-3  # where float16 has subnormal numbers only
     return AttentionCase(
         seed,
@@ -310,5 +315,4 @@ def _at_odd_address(tensor: Tensor) -> Tensor:
 
 def _by_columns(tensor: Tensor) -> Tensor:
     """The same values with the last two dimensions swapped in memory; broadcast dimensions stay so."""
-    kept = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
-    return kept.mT.contiguous().mT.expand(tensor.shape)
+    return unbroadcast(tensor).mT.contiguous().mT.expand(tensor.shape)

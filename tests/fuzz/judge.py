@@ -15,7 +15,7 @@ from fastattn import reference
 from fastattn.additive import additive_attention, additive_weights
 from fastattn.backends import cpu
 from fastattn.testing import Judgement, Results, judge, run_backend, run_reference
-from fuzz.cases import AdditiveCase, AttentionCase, random_case
+from fuzz.cases import AdditiveCase, AttentionCase, random_case, unbroadcast
 
 
 class Trial:
@@ -66,7 +66,7 @@ class _Attention:
         if reverse:
             query, key, value, grad_out = (x.flip(-1) for x in (*problem[:3], grad_out))
             unit = 1.0 - torch.finfo(torch.float64).eps
-            bias = None if problem.bias is None else problem.bias * unit
+            bias = None if problem.bias is None else (unbroadcast(problem.bias) * unit).expand(problem.bias.shape)
             problem = problem._replace(query=query * unit, key=key, value=value, bias=bias)
         results = run_reference(problem, grad_out, self.grad_lse, dtype)
         if reverse:
@@ -91,10 +91,22 @@ class _Additive:
     def __init__(self, case: AdditiveCase):
         tensors, self.lengths, self.mask, self.grad_out = case.make()
         self.tensors = [x.requires_grad_() for x in tensors]
-        self.exact, self.naive = (self._dense(dtype) for dtype in (torch.float64, case.dtype))
+        self.exact = self._dense(torch.float64)
+        self.naive = self._dense(case.dtype, reverse=case.dtype == torch.float64)
 
-    def _dense(self, dtype: torch.dtype) -> Results:
-        query, key, value, weight = tensors = [x.detach().to(dtype).requires_grad_() for x in self.tensors]
+    def _dense(self, dtype: torch.dtype, reverse: bool = False) -> Results:
+        """The formula, written out; in reverse with the queries and the features in the other order, and moved."""
+
+        def turned(query, key, value, weight):
+            return query.flip(1, 2), key.flip(2), value, weight.flip(0)
+
+        tensors = [x.detach().to(dtype) for x in self.tensors]
+        grad_out = self.grad_out.to(dtype)
+        if reverse:
+            query, *others = turned(*tensors)
+            tensors = [query * (1.0 - torch.finfo(dtype).eps), *others]
+            grad_out = grad_out.flip(1)
+        query, key, value, weight = tensors = [x.requires_grad_() for x in tensors]
         keys = key.shape[1]
         seen = torch.ones(key.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
         if self.lengths is not None:
@@ -104,8 +116,11 @@ class _Additive:
         weights = scores.masked_fill(~seen[:, None], torch.finfo(dtype).min).softmax(-1)
         weights = weights.masked_fill(~seen[:, None], 0.0)
         out = weights @ value
-        gradients = torch.autograd.grad(out, tensors, self.grad_out.to(dtype))
-        return _named(out.detach(), gradients) | {"weights": weights.detach()}
+        gradients = torch.autograd.grad(out, tensors, grad_out)
+        out, weights = out.detach(), weights.detach()
+        if reverse:
+            out, weights, gradients = out.flip(1), weights.flip(1), turned(*gradients)
+        return _named(out, gradients) | {"weights": weights}
 
     def results(self) -> Results:
         out = additive_attention(*self.tensors, self.lengths, self.mask)
