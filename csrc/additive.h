@@ -22,6 +22,14 @@ struct AdditiveProblem {
   double offset = 0;
 };
 
+// output = exp(2 input), each row of `features` numbers padded by ones to `padded`, a multiple of 16.
+struct AdditiveExponentials {
+  DType dtype = DType::f32;
+  int64_t rows = 0, features = 0, padded = 0;
+  const void* input = nullptr;  // [rows, features]
+  void* output = nullptr;       // [rows, padded]
+};
+
 // out [B, Lq, Dv], and each row's largest score and sum of 2^(score - largest), [B, Lq]. A row that may
 // attend to nothing has out 0, largest -inf, sum 0.
 struct AdditiveOutput {

@@ -316,6 +316,44 @@ class Additive {
   const AdditiveProblem& problem_;
 };
 
+// exp(2 x) as 2^t with t = 2 log2(e) x, and what rounding takes from t as a factor.
+template <class V>
+double additive_exponentials_of(const AdditiveExponentials& given, int threads) {
+  using S = typename V::scalar;
+  constexpr long double exact = 2.885390081777926814719849362003784L;
+  constexpr S high = static_cast<S>(exact), low = static_cast<S>(exact - high);
+  const S* const input = static_cast<const S*>(given.input);
+  S* const output = static_cast<S*>(given.output);
+  const int64_t block = max<int64_t>(1, 16384 / given.padded), items = ceil_div(given.rows, block);
+  const AlignedBuffer largest(sizeof(S) * items);
+  parallel_for(items, threads, 0, [&](int64_t item, void*) {
+    auto most = V::zero(), not_finite = V::zero();
+    for (int64_t i = item * block; i < min(given.rows, (item + 1) * block); i++)
+      for (int64_t d = 0; d < given.padded; d += V::lanes) {
+        const auto x = V::load(input + i * given.features + d, given.features - d);
+        most = V::max(V::max(x, V::sub(V::zero(), x)), most);
+        not_finite = V::fma(x, V::zero(), not_finite);
+        const auto t = V::mul(x, V::set1(high));
+        const auto rest = V::fma(x, V::set1(low), V::fused(x, V::set1(high), V::sub(V::zero(), t)));
+        V::store(output + i * given.padded + d,
+                 V::mul(V::template exp2<6>(t), V::fma(rest, V::set1(static_cast<S>(ln_2)), V::set1(1))));
+      }
+    static_cast<S*>(largest.data())[item] = V::maximum(most) + V::sum(not_finite);
+  });
+  S result = 0;
+  for (int64_t item = 0; item < items; item++) {
+    const S value = static_cast<S*>(largest.data())[item];
+    result = value <= result ? result : value;
+    if (value != value) return value;
+  }
+  return result;
+}
+
+inline double additive_exponentials(const AdditiveExponentials& given, int threads) {
+  if (given.dtype == DType::f64) return additive_exponentials_of<F64>(given, threads);
+  return additive_exponentials_of<F32>(given, threads);
+}
+
 inline void additive_forward(const AdditiveProblem& problem, const AdditiveOutput& output, int threads) {
   if (problem.dtype == DType::f64) return Additive<F64>(problem).forward(output, threads);
   Additive<F32>(problem).forward(output, threads);

@@ -225,6 +225,21 @@ AdditiveProblem read_additive(const py::tuple& fields) {
   return p;
 }
 
+double additive_exponentials(py::handle input, py::handle output, int threads) {
+  const TensorView in = read_tensor(input), out = read_tensor(output);
+  AdditiveExponentials given;
+  given.dtype = engine_dtype(in);
+  if ((given.dtype != DType::f32 && given.dtype != DType::f64) || in.rank != 3 || out.rank != 3 ||
+      out.shape[2] % 16 || out.shape[2] < in.shape[2])
+    throw std::invalid_argument("additive attention takes float32 or float64, and sizes of whole vectors");
+  given.rows = in.shape[0] * in.shape[1];
+  given.features = in.shape[2];
+  given.padded = out.shape[2];
+  given.input = read_contiguous(input, given.dtype, {in.shape[0], in.shape[1], in.shape[2]});
+  given.output = read_contiguous(output, given.dtype, {in.shape[0], in.shape[1], out.shape[2]});
+  return unlocked([&](const Engine& chosen) { return chosen.additive_exponentials(given, threads); });
+}
+
 void additive_forward(const py::tuple& problem_fields, py::handle out, py::handle largest, py::handle sum,
                       int threads) {
   const AdditiveProblem p = read_additive(problem_fields);
@@ -287,6 +302,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("weights", &weights);
+  m.def("additive_exponentials", &additive_exponentials,
+        "exp(2 input) into output, padded by ones; the largest magnitude, NaN where one is not finite.");
   m.def("additive_forward", &additive_forward);
   m.def("additive_backward", &additive_backward);
   m.def("makes_results", &makes_results, "Can new_result and new_result_like make tensors of this torch?");

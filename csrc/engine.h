@@ -12,6 +12,8 @@ struct Engine {
   void (*forward)(const Problem&, const ForwardOutput&, int threads);
   void (*backward)(const Problem&, const BackwardArgs&, int threads);
   void (*weights)(const Problem&, const WeightsOutput&, int threads);
+  // Returns the largest magnitude of the input, NaN where a number of it is not finite.
+  double (*additive_exponentials)(const AdditiveExponentials&, int threads);
   void (*additive_forward)(const AdditiveProblem&, const AdditiveOutput&, int threads);
   void (*additive_backward)(const AdditiveProblem&, const AdditiveGradients&, int threads);
   // The machine's ceilings: multiply-adds on registers, and reading memory.

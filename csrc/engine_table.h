@@ -17,10 +17,15 @@
 namespace fastattn {
 
 const Engine FASTATTN_JOIN(engine_, FASTATTN_ISA_NAMESPACE) = {
-    FASTATTN_TEXT(FASTATTN_ISA_NAMESPACE),      FASTATTN_ISA_NAMESPACE::forward,
-    FASTATTN_ISA_NAMESPACE::backward,           FASTATTN_ISA_NAMESPACE::weights,
-    FASTATTN_ISA_NAMESPACE::additive_forward,   FASTATTN_ISA_NAMESPACE::additive_backward,
-    FASTATTN_ISA_NAMESPACE::probe_multiply_add, FASTATTN_ISA_NAMESPACE::probe_read,
+    FASTATTN_TEXT(FASTATTN_ISA_NAMESPACE),
+    FASTATTN_ISA_NAMESPACE::forward,
+    FASTATTN_ISA_NAMESPACE::backward,
+    FASTATTN_ISA_NAMESPACE::weights,
+    FASTATTN_ISA_NAMESPACE::additive_exponentials,
+    FASTATTN_ISA_NAMESPACE::additive_forward,
+    FASTATTN_ISA_NAMESPACE::additive_backward,
+    FASTATTN_ISA_NAMESPACE::probe_multiply_add,
+    FASTATTN_ISA_NAMESPACE::probe_read,
 };
 
 }  // namespace fastattn

@@ -40,9 +40,12 @@ def _make_call(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, mask: 
     """The call of the first engine that takes it, on tensors of the dtype that is computed in."""
     query, key, value, weight = (_working(tensor) for tensor in (query, key, value, weight))
     key, value = _without_masked(key, mask), _without_masked(value, mask)
-    for engine in (additive_cpu, additive_triton):
-        if not engine.reasons(query, key, value):
-            return engine.Call(query, key, value, weight, mask)
+    if not additive_cpu.reasons(query, key, value):
+        call = additive_cpu.Call(query, key, value, weight, mask)
+        if not call.overflows:
+            return call
+    if not additive_triton.reasons(query, key, value):
+        return additive_triton.Call(query, key, value, weight, mask)
     return additive_tiles.Call(query, key, value, weight, mask)
 
 

@@ -166,7 +166,7 @@ def test_projections_beyond_the_engines_range_are_computed_all_the_same():
     """Where exp(2 q) would overflow, or tell nothing of q + k, the tiles answer."""
     query, key, value, weight = (x.detach() for x in inputs((1, 4, 6, 3, 2), torch.float32))
     query, key = query * 30 + 100, key * 30 - 100
-    assert additive_cpu.reasons(query, key, value)
+    assert additive_cpu.reasons(query, key, value) or additive_cpu.Call(query, key, value, weight, None).overflows
     expected = naive(*(x.double() for x in (query, key, value, weight)))[0]
     out = additive_attention(query, key, value, weight)
     torch.testing.assert_close(out.double(), expected, atol=2e-7, rtol=2e-7)  # float32's rounding of the result

@@ -32,19 +32,19 @@ def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
         return [f"the tensors are on {q.device}, not on the CPU"]
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:
         return ["a tensor is empty"]
-    for x in (q, k):
-        least, most = x.aminmax()
-        if not (least >= -LARGEST and most <= LARGEST):  # also where it is NaN
-            return [f"projections reach from {least.item()} to {most.item()}, beyond {LARGEST}"]
     return []
 
 
 class Call:
-    """One call of the engine: q [B, Lq, D], k [B, Lk, D], v [B, Lk, Dv], w [D], mask bool [B, Lk] or None."""
+    """One call of the engine: q [B, Lq, D], k [B, Lk, D], v [B, Lk, Dv], w [D], mask bool [B, Lk] or None.
+
+    ``overflows``: the projections are beyond :data:`LARGEST`, or not finite; the call can compute nothing then.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None):
         self.features, self.value_dim = q.shape[2], v.shape[2]
-        self.query, self.key = _padded((2.0 * q).exp_(), 1.0), _padded((2.0 * k).exp_(), 1.0)
+        (self.query, most_of_query), (self.key, most_of_key) = map(_exponentials, (q, k))
+        self.overflows = not (most_of_query <= LARGEST and most_of_key <= LARGEST)
         self.value, self.slope = _padded(v), _padded(-4.0 * w)
         weight, mask = _padded(-2.0 * _LOG2_E * w), None if mask is None else mask.contiguous()
         # As csrc/bindings.cpp reads it.
@@ -78,6 +78,12 @@ class Call:
         )
 
 
-def _padded(x: Tensor, value: float = 0.0) -> Tensor:
+def _exponentials(x: Tensor) -> tuple[Tensor, float]:
+    """exp(2 x), padded by ones, and the largest magnitude in x, NaN where one is not finite."""
+    out = x.new_empty(*x.shape[:2], x.shape[2] + -x.shape[2] % LANES)
+    return out, cpu._C.additive_exponentials(x.contiguous(), out, torch.get_num_threads())
+
+
+def _padded(x: Tensor) -> Tensor:
     missing = -x.shape[-1] % LANES
-    return F.pad(x, (0, missing), value=value) if missing else x.contiguous()
+    return F.pad(x, (0, missing)) if missing else x.contiguous()
