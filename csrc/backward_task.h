@@ -289,7 +289,8 @@ class BackwardTask {
       S product = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim);
       if (args_.residual.data)
         product +=
-            dot<F>(element<T>(args_.residual, batch_, head_, q), grad_out + q * grad_out_stride, value_dim);
+            dot<F>(element<T>(args_.residual, batch_, head_, q), grad_out + q * grad_out_stride, value_dim) /
+            static_cast<S>(residual_scale<T>);
       const S delta = scale_in_scores * (product - (grad_lse ? grad_lse[q] : 0));
       work_.delta[q - first] = delta;
       // What is not finite in dO shows in delta, in Q in the lse, which a query without keys has infinite

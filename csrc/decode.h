@@ -311,7 +311,7 @@ class Decode {
   void merge(long head, S* records) const {
     const long b = head / problem_.kv_heads, kv_head = head % problem_.kv_heads;
     const Tensor4<T> out = output_.out.as<T>();
-    [[maybe_unused]] const Tensor4<T> residual = output_.residual.as<T>();
+    const Tensor4<T> residual = output_.residual.as<T>();
     for (long r = 0; r < rows_; r++) {
       S* total = records + r * record_;
       S reference = -Limits<S>::infinity;
@@ -331,9 +331,7 @@ class Decode {
       for (long d = 0; d < problem_.value_dim; d += W) {
         const long width = problem_.value_dim - d;
         const auto x = V::mul(V::load(total + 2 + d, width), share);
-        V::store(target + d, x, width);
-        if constexpr (sizeof(T) == 2)
-          if (residual.data) V::store(residual.at(b, h, i) + d, rounding_of<V, T>(x), width);
+        store_narrowed<V>(target + d, residual.data ? residual.at(b, h, i) + d : nullptr, x, width);
       }
       alignas(64) S log[W];
       V::store(log, log2_of<V>(V::set1(total[1])));

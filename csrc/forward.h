@@ -618,23 +618,11 @@ class Forward {
     memcpy(static_cast<S*>(output_.lse) + (b * problem_.query_heads + h) * problem_.queries +
                panel.queries.begin,
            lse, panel.queries.size() * sizeof(S));
-    unpack_transposed<V>(panel.out, inverse, panel.queries.size(), problem_.value_dim,
-                         output_.out.as<T>().at(b, h, panel.queries.begin), output_.out.stride[2]);
-    if constexpr (sizeof(T) == 2)
-      if (output_.residual.data) write_residual(panel, inverse, b, h);
-  }
-
-  // Takes up the panel's sums.
-  void write_residual(const Panel& panel, const S* inverse, long b, long h) const {
-    for (long d = 0; d < problem_.value_dim; d++)
-      for (int j = 0; j < panel.columns; j++) {
-        S* out = panel.out + d * width + j * V::lanes;
-        V::store(out, rounding_of<F32, T>(V::mul(V::load(out), V::load(inverse + j * V::lanes))));
-      }
-    alignas(64) S one[width];
-    for (S& x : one) x = 1;
-    unpack_transposed<V>(panel.out, one, panel.queries.size(), problem_.value_dim,
-                         output_.residual.as<T>().at(b, h, panel.queries.begin), output_.residual.stride[2]);
+    const Tensor4<T> out = output_.out.as<T>(), residual = output_.residual.as<T>();
+    const long first = panel.queries.begin;
+    unpack_transposed<V>(panel.out, inverse, panel.queries.size(), problem_.value_dim, out.at(b, h, first),
+                         out.stride[2], residual.data ? residual.at(b, h, first) : nullptr,
+                         residual.stride[2]);
   }
 
   const Problem& problem_;

@@ -37,10 +37,25 @@ inline void pack_transposed(const T* rows, long row_stride, long row_count, long
   }
 }
 
+// What residuals are multiplied by, so that those of numbers that are small in fp16 are not below its least.
+template <class T>
+constexpr float residual_scale = std::is_same_v<T, fp16> ? 2048.0f : 1.0f;
+
+// Stores x narrowed, all lanes or the first of them, and unless `residual` is null what 16 bits took from it.
+template <class V, class T, class... Count>
+INLINE void store_narrowed(T* target, [[maybe_unused]] T* residual, typename V::vector x, Count... count) {
+  V::store(target, x, count...);
+  if constexpr (sizeof(T) == 2)
+    if (residual)
+      V::store(residual, V::mul(V::sub(x, V::load(target, count...)), V::set1(residual_scale<T>)), count...);
+}
+
 // rows[r][d] = panel[d][r] * factor[r], narrowed: the way back, from a panel of V::tile_vectors vectors.
+// `residual`, like rows or null, gets what narrowing to 16 bits took.
 template <class V, class T>
 inline void unpack_transposed(const typename V::scalar* panel, const typename V::scalar* factor,
-                              long row_count, long depth, T* rows, long row_stride) {
+                              long row_count, long depth, T* rows, long row_stride, T* residual = nullptr,
+                              long residual_stride = 0) {
   constexpr int W = V::lanes, panel_stride = W * V::tile_vectors;
   for (long row = 0; row < row_count; row += W) {
     const long count = min<long>(W, row_count - row);
@@ -48,10 +63,13 @@ inline void unpack_transposed(const typename V::scalar* panel, const typename V:
     const typename V::scalar* source = panel + row;
     T* target = rows + row * row_stride;
     const auto scaled = [&](long d) { return V::mul(V::load(source + d * panel_stride), f); };
+    const auto residual_at = [&](long i, long d) {
+      return residual ? residual + (row + i) * residual_stride + d : nullptr;
+    };
     long d = 0;
     if constexpr (V::depth == 2 && sizeof(T) == 2) {
-      // Two of a row at a time: half of the shuffles.
-      for (; count == W && d + 2 * W <= depth; d += 2 * W) {
+      // Two of a row at a time: half of the shuffles, but what narrowing takes is not to be had.
+      for (; !residual && count == W && d + 2 * W <= depth; d += 2 * W) {
         typename V::vector block[W];
         UNROLL for (int i = 0; i < W; i++) block[i] = V::pair(scaled(d + 2 * i), scaled(d + 2 * i + 1));
         V::transpose(block);
@@ -63,7 +81,8 @@ inline void unpack_transposed(const typename V::scalar* panel, const typename V:
       typename V::vector block[W];
       UNROLL for (int i = 0; i < W; i++) block[i] = scaled(d + i);
       V::transpose(block);
-      UNROLL for (int i = 0; i < W; i++) V::store(target + i * row_stride + d, block[i]);
+      UNROLL for (int i = 0; i < W; i++)
+          store_narrowed<V>(target + i * row_stride + d, residual_at(i, d), block[i]);
     }
     // Fewer rows or columns are indexed at run time: an array that lies in memory.
     for (; d < depth; d += W) {
@@ -71,17 +90,10 @@ inline void unpack_transposed(const typename V::scalar* panel, const typename V:
       typename V::vector block[W];
       for (int i = 0; i < W; i++) block[i] = i < width ? scaled(d + i) : V::zero();
       V::transpose(block);
-      for (int i = 0; i < count; i++) V::store(target + i * row_stride + d, block[i], width);
+      for (int i = 0; i < count; i++)
+        store_narrowed<V>(target + i * row_stride + d, residual_at(i, d), block[i], width);
     }
   }
-}
-
-// What rounding to T takes from each lane.
-template <class V, class T>
-INLINE typename V::vector rounding_of(typename V::vector x) {
-  alignas(64) T rounded[V::lanes];
-  V::store(rounded, x);
-  return V::sub(x, V::load(rounded));
 }
 
 // target[rows][width] = rows of T, widened.
