@@ -28,16 +28,16 @@ INLINE Shift<S> shift_of(S lse) {
   return {0, lse == -Limits<S>::infinity ? 0 : static_cast<S>(-lse * log2_e)};
 }
 
-// Whether rounding this lse, and scores of its size, costs the gradients more than their own sums do: some 16
-// units of fp32 or fp64, a sixteenth of a unit of fp16 and less of bf16's.
-template <class S, class T>
+// Whether rounding this lse, and scores of its size, costs the results more than their own sums do: some 16
+// units of fp32 or fp64, a sixteenth of a unit of fp16 and less of bf16's. Their dtype is R.
+template <class S, class R>
 INLINE bool is_large_lse(S lse) {
-  constexpr S limit = sizeof(T) == 2 ? 1024 : 16;
+  constexpr S limit = sizeof(R) == 2 ? 1024 : 16;
   return (lse > limit || lse < -limit) && lse - lse == 0;
 }
 
-// The shifts of the queries whose lse is large.
-template <class V, class T>
+// The shifts of the queries whose lse is large beside results of R.
+template <class V, class T, class R = T>
 class LargeShifts {
   using S = typename V::scalar;
   using E = typename V::element;
@@ -88,7 +88,7 @@ class LargeShifts {
 
   bool any_large(Range rows) const {
     bool any = false;
-    for (long i = rows.begin; i < rows.end; i++) any |= is_large_lse<S, T>(lse_[i]);
+    for (long i = rows.begin; i < rows.end; i++) any |= is_large_lse<S, R>(lse_[i]);
     return any;
   }
 
@@ -107,7 +107,7 @@ class LargeShifts {
       add_block(band, {b, h, queries, {k, min(keys.end, k + block_keys)}}, work, largest, sum);
     for (long q = queries.begin; q < queries.end; q++) {
       const long lane = q - queries.begin;
-      if (is_large_lse<S, T>(lse_[offset + q]))
+      if (is_large_lse<S, R>(lse_[offset + q]))
         static_cast<Shift<S>*>(memory_.data())[offset + q] = {
             problem_.bias.data ? largest[lane] : largest[lane] * scores_.units.multiplier,
             -static_cast<S>(__builtin_log2(sum[lane]))};

@@ -141,7 +141,7 @@ class Weights {
     const long i =
         (tile.batch * problem_.query_heads + tile.head) * problem_.queries + tile.queries.begin + q;
     const S lse = static_cast<const S*>(output_.lse)[i];
-    const bool anew = shifts_.data() && is_large_lse<S, T>(lse);
+    const bool anew = shifts_.data() && is_large_lse<S, S>(lse);
     const Shift<S> shift = anew ? shifts_.data()[i] : shift_of(lse);
     // Against +inf every weight of a query without keys is 0.
     reference = Limits<S>::infinity;
@@ -152,18 +152,17 @@ class Weights {
       return;
     }
     // The reference in log2 units, and what rounding takes from it unless scores are rounded alike.
-    const double exact =
-        static_cast<double>(problem_.bias.data ? scores_.units.factor : scores_.product_factor) *
-        shift.reference;
-    reference = static_cast<S>(exact);
-    const double rest = is_huge<V>(V::set1(reference)) ? 0 : reference - exact;
+    const double factor = problem_.bias.data ? scores_.units.factor : scores_.product_factor;
+    reference = static_cast<S>(factor * shift.reference);
+    const double rest =
+        is_huge<V>(V::set1(reference)) ? 0 : __builtin_fma(-factor, shift.reference, double(reference));
     share = static_cast<S>(__builtin_exp2(shift.rest + rest));
   }
 
   const Problem& problem_;
   const WeightsOutput& output_;
   const ForwardScores<V> scores_;
-  const LargeShifts<V, T> shifts_;
+  const LargeShifts<V, T, S> shifts_;
   const long panels_, key_blocks_;
 };
 
