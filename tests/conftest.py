@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 import torch
 
 from fastattn import dispatch
+
+# Graphs that torch compiled for operators of an earlier schema would be taken from its cache, and fail.
+_compiled_graphs = tempfile.TemporaryDirectory(prefix="fastattn-test-graphs-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled_graphs.name
 
 
 @pytest.fixture(autouse=True)
