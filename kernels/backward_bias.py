@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .backward_tiles import grad_score_tile
 from .masks import band_of, key_tiles
-from .statistics import load_statistics
+from .statistics import load_rescale, load_statistics
 from .tiles import load_tile
 
 
@@ -16,6 +16,7 @@ def gradient_of_bias(
     value,
     grad_out,
     log2_lse,
+    rescale,
     delta,
     grad_bias,
     key_lengths,
@@ -66,11 +67,13 @@ def gradient_of_bias(
                 q = load_tile(query, None, b, h, row0, Lq, OPTIONS.D, BLOCK_M, OPTIONS.block_d, True)
                 do = load_tile(grad_out, None, b, h, row0, Lq, OPTIONS.DV, BLOCK_M, OPTIONS.block_dv, True)
                 lse, d = load_statistics(log2_lse, delta, b * heads + h, row0, Lq, BLOCK_M, True)
+                factors = load_rescale(rescale, b * heads + h, row0, Lq, BLOCK_M)
                 for column0 in tl.range(tl.maximum(n0, tiles.begin), tl.minimum(n1, tiles.end), BLOCK_N):
                     ds, _ = grad_score_tile(
                         q,
                         do,
                         lse,
+                        factors,
                         d,
                         key,
                         value,

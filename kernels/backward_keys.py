@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .backward_tiles import grad_scores, probabilities
 from .masks import LOG2_E, band_of, bounds, dropout_keep, masked_scores, query_tiles
-from .statistics import load_statistics
+from .statistics import load_rescale, load_statistics
 from .tiles import deal, load_tile, rows_product, store_tile
 
 
@@ -23,6 +23,7 @@ def add_queries(
     query_boxes,
     grad_out_boxes,
     log2_lse,
+    rescale,
     delta,
     first,
     last,
@@ -52,7 +53,10 @@ def add_queries(
         lse, d = load_statistics(log2_lse, delta, head, row0, Lq, BLOCK_M, BAND)
         s = rows_product(k, q, OPTIONS.block_d, OPTIONS) * scale
         s = masked_scores(s, b, h, rows, columns, band, mask, bias, Lq, BAND, OPTIONS)
-        p = probabilities(s, lse[None, :], MASKED)
+        factors = None
+        if rescale is not None:
+            factors = load_rescale(rescale, head, row0, Lq, BLOCK_M)
+        p = probabilities(s, lse, factors, 0, MASKED)
         do = load_tile(grad_out, grad_out_boxes, b, h, row0, Lq, OPTIONS.DV, BLOCK_M, OPTIONS.block_dv, BAND)
         keep = True
         kept = p
@@ -75,6 +79,7 @@ def gradients_of_keys(
     grad_out_boxes,
     grad_out,
     log2_lse,
+    rescale,
     delta,
     grad_key,
     grad_value,
@@ -119,6 +124,7 @@ def gradients_of_keys(
                     query_boxes,
                     grad_out_boxes,
                     log2_lse,
+                    rescale,
                     delta,
                     first,
                     last,

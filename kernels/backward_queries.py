@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .backward_tiles import grad_score_tile
 from .masks import LOG2_E, band_of, bounds, key_tiles
-from .statistics import load_statistics
+from .statistics import load_rescale, load_statistics
 from .tiles import deal, load_tile, store_tile
 
 
@@ -14,6 +14,7 @@ def walk_keys(
     q,
     do,
     lse,
+    rescale,
     delta,
     key,
     value,
@@ -44,6 +45,7 @@ def walk_keys(
                     q,
                     do,
                     lse,
+                    rescale,
                     delta,
                     key,
                     value,
@@ -77,6 +79,7 @@ def gradients_of_queries(
     value_boxes,
     grad_out,
     log2_lse,
+    rescale,
     delta,
     grad_query,
     key_lengths,
@@ -110,12 +113,16 @@ def gradients_of_queries(
     q = load_tile(query, None, b, h, row0, Lq, OPTIONS.D, BLOCK_M, BLOCK_D, True)
     do = load_tile(grad_out, None, b, h, row0, Lq, OPTIONS.DV, BLOCK_M, OPTIONS.block_dv, True)
     lse, d = load_statistics(log2_lse, delta, head, row0, Lq, BLOCK_M, True)
+    factors = None
+    if rescale is not None:
+        factors = load_rescale(rescale, head, row0, Lq, BLOCK_M)
     HAS_MARKS: tl.constexpr = nonfinite is not None
     if HAS_MARKS and tl.load(nonfinite + head // sizes.group) != 0:
         dq = walk_keys(
             q,
             do,
             lse,
+            factors,
             d,
             key,
             value,
@@ -139,6 +146,7 @@ def gradients_of_queries(
             q,
             do,
             lse,
+            factors,
             d,
             key,
             value,

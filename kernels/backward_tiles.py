@@ -11,9 +11,17 @@ from .tiles import load_tile, rows_product
 
 
 @triton.jit
-def probabilities(s, log2_lse, MASKED: tl.constexpr):
-    """P = exp(S - lse) of a tile of masked scores; ``log2_lse`` broadcasts to it. MASKED: some may be -inf."""
-    p = tl.math.exp2(s - log2_lse)
+def probabilities(s, log2_lse, rescale, AXIS: tl.constexpr, MASKED: tl.constexpr):
+    """P = exp(S - lse) of a tile of masked scores, whose keys lie along AXIS. MASKED: some may be -inf.
+
+    ``rescale`` or None: with it, ``log2_lse`` may be the largest score instead (see large_scores.py).
+    """
+    x = s - tl.expand_dims(log2_lse, AXIS)
+    if rescale is None:
+        p = tl.math.exp2(x)
+    else:
+        # a large score may come out a unit larger here than where the largest was found
+        p = tl.math.exp2(tl.minimum(x, 0.0, tl.PropagateNan.ALL)) * tl.expand_dims(rescale, AXIS)
     if MASKED:
         p = tl.where(s == float("-inf"), 0.0, p)  # also where the lse is a NaN's
     return p
@@ -35,6 +43,7 @@ def grad_score_tile(
     q,
     do,
     lse,
+    rescale,
     delta,
     key,
     value,
@@ -57,8 +66,8 @@ def grad_score_tile(
 ):
     """(dS [BLOCK_M, BLOCK_N], K of the tile with the rows that nobody sees zeroed).
 
-    ``q``, ``do``, ``lse`` and ``delta`` are those of the rows from row0.  GUARDED: a key that mask or bias hide from
-    the whole tile may be NaN.
+    ``q``, ``do``, ``lse``, ``rescale`` and ``delta`` are those of the rows from row0.  GUARDED: a key that mask or bias
+    hide from the whole tile may be NaN.
     """
     BLOCK_M: tl.constexpr = OPTIONS.block_m
     BLOCK_N: tl.constexpr = OPTIONS.block_n
@@ -70,7 +79,7 @@ def grad_score_tile(
     k = load_tile(key, key_boxes, b, key_head, column0, tiles.end, OPTIONS.D, BLOCK_N, OPTIONS.block_d, BAND)
     s = rows_product(q, k, OPTIONS.block_d, OPTIONS) * scale
     s = masked_scores(s, b, h, rows, columns, band, mask, bias, sizes.Lq, BAND, OPTIONS)
-    p = probabilities(s, lse[:, None], MASKED)
+    p = probabilities(s, lse, rescale, 1, MASKED)
     v = load_tile(value, value_boxes, b, key_head, column0, band.n, OPTIONS.DV, BLOCK_N, OPTIONS.block_dv, BAND)
     dp = rows_product(do, v, OPTIONS.block_dv, OPTIONS)
     keep = True

@@ -34,7 +34,7 @@ LARGEST_TILED = 128
 ELEMENTWISE_CALLS = ("mask", "bias", "dropout")
 DTYPE = {2: torch.bfloat16, 4: torch.float32}
 #: What a launch compiles beside the kernel that its configuration is for.
-HELPERS = ("row_statistics", "combine_parts", "mark_nonfinite")
+HELPERS = ("row_statistics", "split_large_lse", "combine_parts", "mark_nonfinite")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .forward import softmax_step
-from .masks import LN_2, band_of, key_tiles, masked_scores, without_unseen
+from .masks import band_of, key_tiles, masked_scores, natural_lse, without_unseen
 from .operands import head_of
 from .tiles import load_tile, rows_product
 
@@ -117,9 +117,8 @@ def combine_parts(
         acc = acc * before + part * after
         total = total * before + tl.load(part_sum + at) * after
         m = m_new
-    empty = total == 0.0
-    whole = tl.where(empty, 1.0, total)
-    tl.store(lse + row, tl.where(empty, float("-inf"), (m + tl.math.log2(whole)) * LN_2))
+    whole = tl.where(total == 0.0, 1.0, total)
+    tl.store(lse + row, natural_lse(m, total))
     i = row % sizes.Lq
     h = row // sizes.Lq % sizes.heads
     b = row // sizes.Lq // sizes.heads

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .masks import LN_2, band_of, bounds, dropout_keep, key_tiles, masked_scores, without_unseen
+from .masks import band_of, bounds, dropout_keep, key_tiles, masked_scores, natural_lse, without_unseen
 from .tiles import deal, load_tile, rows_product, store_tile
 
 
@@ -228,8 +228,7 @@ def attention_forward(
         )
     rows = row0 + tl.arange(0, BLOCK_M)
     empty = total == 0.0
-    natural = tl.where(empty, float("-inf"), (m + tl.math.log2(tl.where(empty, 1.0, total))) * LN_2)
-    tl.store(lse + head.to(tl.int64) * Lq + rows, natural, mask=rows < Lq)
+    tl.store(lse + head.to(tl.int64) * Lq + rows, natural_lse(m, total), mask=rows < Lq)
     keep_scale = 1.0
     if dropout is not None:
         keep_scale = dropout.keep_scale

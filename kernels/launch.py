@@ -23,11 +23,15 @@ from .configs import Config, choose
 from .decode import combine_parts, decode_part
 from .finite import mark_nonfinite
 from .forward import attention_forward
+from .large_scores import split_large_lse
 from .statistics import row_statistics
 from .weights import attention_weights
 
 #: A program should have at least this many keys of its own in a split.
 KEYS_PER_SPLIT = 256
+#: By element size: up to which |lse| its rounding costs the gradients no more than their own sums do, some 16 units of
+#: fp32, a sixteenth of a unit of fp16 and less of bf16's.
+LARGEST_WHOLE_LSE = {2: 1024.0, 4: 16.0}
 #: Rows (queries times heads of a group) up to which splitting the keys is considered.
 DECODE_ROWS = 64
 STATISTICS_ROWS = 64
@@ -161,6 +165,21 @@ def statistics(problem, out, lse, grad_out, grad_lse) -> tuple[torch.Tensor, tor
     return log2_lse, delta
 
 
+def large_lse_split(problem, lse: torch.Tensor, log2_lse: torch.Tensor, config: Config) -> torch.Tensor:
+    """Write what P is recomputed from to ``log2_lse``, and return the factors beside it (see large_scores.py)."""
+    batch, heads, Lq = lse.shape
+    rescale = torch.empty_like(log2_lse)
+    with on_device(lse):
+        split_large_lse[(triton.cdiv(Lq, config.block_m) * batch * heads,)](
+            lse=lse,
+            log2_lse=log2_lse,
+            rescale=rescale,
+            LIMIT=LARGEST_WHOLE_LSE[problem.query.element_size()],
+            **launch_arguments(problem, config),
+        )
+    return rescale
+
+
 def backward(
     problem,
     out,
@@ -184,10 +203,14 @@ def backward(
                 gradient.zero_()
         return
     log2_lse, delta = statistics(problem, out, lse, grad_out, grad_lse)
+    rescale = None
+    if problem.bias is not None or problem.query.element_size() == 4:
+        rescale = large_lse_split(problem, lse, log2_lse, chosen("grad_query", problem, query_config))
     shared = {
         "value": rows_of(problem.value),
         "grad_out": rows_of(grad_out),
         "log2_lse": log2_lse,
+        "rescale": rescale,
         "delta": delta,
         "dropout": dropout_of(problem),
     }
@@ -237,10 +260,13 @@ def weights(problem, lse: torch.Tensor, out: torch.Tensor, average: bool, config
     if not out.numel():
         return
     config = chosen("weights", problem, config)
+    log2_lse = torch.empty_like(lse)
+    rescale = large_lse_split(problem, lse, log2_lse, config)
     tiles = triton.cdiv(out.shape[-2], config.block_m) * triton.cdiv(out.shape[-1], config.block_n)
     with on_device(out):
         attention_weights[(tiles * math.prod(out.shape[:-2]),)](
-            lse=lse,
+            log2_lse=log2_lse,
+            rescale=rescale,
             weights=out,
             dropout=dropout_of(problem),
             **launch_arguments(problem, config),

@@ -130,6 +130,14 @@ def masked_scores(s, b, h, rows, columns, band, mask, bias, Lq, BAND: tl.constex
 
 
 @triton.jit
+def natural_lse(m, total):
+    """The lse of rows with the largest score ``m`` (log2 units) and the sum beside it: -inf of no keys at all."""
+    empty = total == 0.0
+    lse = tl.where(empty, float("-inf"), (m + tl.math.log2(tl.where(empty, 1.0, total))) * LN_2)
+    return tl.where(m == LOWEST, LOWEST, lse)  # of a bias that has no place in log2 units
+
+
+@triton.jit
 def dropout_keep(dropout, head, row0, column0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """bool [BLOCK_M, BLOCK_N]: the weights that dropout keeps (Philox4x32-10, Salmon et al. 2011).
 

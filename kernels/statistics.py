@@ -8,6 +8,12 @@ from .tiles import load_tile
 
 
 @triton.jit
+def in_log2_units(lse):
+    """A natural lse in log2 units, +inf (all P are 0) without keys."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+
+
+@triton.jit
 def row_statistics(
     out,
     lse,
@@ -21,7 +27,7 @@ def row_statistics(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """delta [B, Hq, Lq] = rowsum(dO * O) - d lse, and the lse in log2 units, +inf (all P are 0) without keys."""
+    """delta [B, Hq, Lq] = rowsum(dO * O) - d lse, and the lse :func:`in_log2_units`."""
     blocks = tl.cdiv(Lq, BLOCK_M)
     row0 = tl.program_id(0) % blocks * BLOCK_M
     head = (tl.program_id(0) // blocks).to(tl.int64)
@@ -35,8 +41,7 @@ def row_statistics(
         result -= tl.load(grad_lse + head * Lq + rows, mask=inside, other=0.0)
     tl.store(delta + head * Lq + rows, result, mask=inside)
     natural = tl.load(lse + head * Lq + rows, mask=inside, other=0.0)
-    log2 = tl.where(natural == float("-inf"), float("inf"), natural * LOG2_E)
-    tl.store(log2_lse + head * Lq + rows, log2, mask=inside)
+    tl.store(log2_lse + head * Lq + rows, in_log2_units(natural), mask=inside)
 
 
 @triton.jit
@@ -48,3 +53,10 @@ def load_statistics(log2_lse, delta, head, row0, Lq, BLOCK_M: tl.constexpr, RAGG
         lse = tl.load(log2_lse + at + rows, mask=rows < Lq, other=float("inf"))
         return lse, tl.load(delta + at + rows, mask=rows < Lq, other=0.0)
     return tl.load(log2_lse + at + rows), tl.load(delta + at + rows)
+
+
+@triton.jit
+def load_rescale(rescale, head, row0, Lq, BLOCK_M: tl.constexpr):
+    """The factors of BLOCK_M rows of a head (see large_scores.py); 0 past the last."""
+    rows = row0 + tl.arange(0, BLOCK_M)
+    return tl.load(rescale + tl.cast(head, tl.int64) * Lq + rows, mask=rows < Lq, other=0.0)

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from .backward_tiles import probabilities
-from .masks import LOG2_E, band_of, dropout_keep, masked_scores
+from .masks import band_of, dropout_keep, masked_scores
+from .statistics import load_rescale
 from .tiles import load_tile, rows_product
 
 
@@ -12,7 +13,8 @@ from .tiles import load_tile, rows_product
 def attention_weights(
     query,
     key,
-    lse,
+    log2_lse,
+    rescale,
     weights,
     key_lengths,
     mask,
@@ -49,11 +51,10 @@ def attention_weights(
         head = tl.cast(b, tl.int64) * heads + h
         q = load_tile(query, None, b, h, row0, Lq, OPTIONS.D, BLOCK_M, OPTIONS.block_d, True)
         k = load_tile(key, None, b, h // sizes.group, column0, band.n, OPTIONS.D, BLOCK_N, OPTIONS.block_d, True)
-        natural = tl.load(lse + head * Lq + rows, mask=rows < Lq, other=float("-inf"))
-        log2_lse = tl.where(natural == float("-inf"), float("inf"), natural * LOG2_E)
+        shift = tl.load(log2_lse + head * Lq + rows, mask=rows < Lq, other=float("inf"))
         s = rows_product(q, k, OPTIONS.block_d, OPTIONS) * scale
         s = masked_scores(s, b, h, rows[:, None], columns[None, :], band, mask, bias, Lq, True, OPTIONS)
-        p = probabilities(s, log2_lse[:, None], True)
+        p = probabilities(s, shift, load_rescale(rescale, head, row0, Lq, BLOCK_M), 1, True)
         if dropout is not None:
             keep = dropout_keep(dropout, head, row0, column0, BLOCK_M, BLOCK_N)
             p = tl.where(keep, p * dropout.keep_scale, 0.0)

@@ -261,16 +261,53 @@ def check_guard() -> None:
     assert torch.equal(seen[:, 0], clean["out"][:, 0]) and torch.equal(seen[1], clean["out"][1])
 
 
-def check_lowest_bias() -> None:
-    """A bias of finfo.min everywhere forbids nothing: the row is the mean of V."""
+def check_large_lse(dtype: torch.dtype, **ingredients) -> None:
+    """Rows with a large lse, which has no room for the sum of weights: gradients are right, weights add up to one."""
     from fastattn.backends import triton as backend
 
-    query, key, value = torch.randn(3, 1, 1, 33, 16)
-    bias = torch.full((33, 33), torch.finfo(torch.float32).min)
-    problem = make_problem(query, key, value, bias)
-    out, lse = torch.empty_like(query), torch.empty(1, 1, 33)
-    backend.forward(problem, out, lse)
-    assert (out - value.mean(2, keepdim=True)).abs().max() < 1e-6
+    case = Case("large", batch=1, heads=2, queries=37, keys=33, head_dim=16, **ingredients)
+    problem, grad_out = case.make(dtype=dtype), case.make_grad_out(dtype=dtype)
+    if problem.bias is not None:
+        bias = problem.bias.clone()
+        lowest = torch.finfo(dtype).min
+        for row, huge in ((3, lowest), (5, lowest / 2), (7, -2e4), (11, 3e4), (34, max(lowest, -1e9))):
+            bias[:, :, row] = huge
+        problem = problem._replace(bias=bias)
+    results = run_backend(backend, problem, grad_out)
+    naive = run_reference(problem, grad_out, dtype=None)
+    exact = run_reference(problem, grad_out)
+    lse = results["lse"]
+    assert lse[lse.isfinite()].abs().max() > 1024
+    assert_within_budget(results, problem, exact, naive, grad_out)
+    weights = torch.full((1, 2, 37, 33), torch.nan)
+    backend.weights(problem, lse, weights, False)
+    assert (weights.sum(-1) - lse.isfinite().float()).abs().max() < 1e-5
+
+
+def check_lowest_bias(queries: int, keys: int, dtype: torch.dtype) -> None:
+    """A bias of finfo.min everywhere forbids nothing: out is the mean of V, the weights and gradients those of it."""
+    from fastattn.backends import triton as backend
+
+    query, key, value, grad_out = (torch.randn(1, 1, length, 16).to(dtype) for length in (queries, keys, keys, queries))
+    lowest = torch.finfo(dtype).min
+    problem = make_problem(query, key, value, torch.full((queries, keys), lowest, dtype=dtype))
+    results = {name: result.double() for name, result in run_backend(backend, problem, grad_out).items()}
+    mean, unit = value.double().mean(2, keepdim=True), torch.finfo(dtype).eps
+    assert (results["lse"] / lowest - 1).abs().max() < (1e-6 if dtype == torch.float32 else 5e-3)
+    assert (results["out"] - mean).abs().max() < 8 * unit
+    grad_scores = grad_out.double() @ (value.double() - mean).mT / keys
+    exact = {
+        "grad_query": problem.scale * grad_scores @ key.double(),
+        "grad_key": problem.scale * grad_scores.mT @ query.double(),
+        "grad_value": grad_out.double().sum(2, keepdim=True).expand_as(value) / keys,
+        "grad_bias": grad_scores,
+    }
+    for name, gradient in exact.items():
+        error = (results[name] - gradient).abs().max()
+        assert error < 8 * unit * gradient.abs().max(), (name, error, gradient.abs().max())
+    weights = torch.full((1, queries, keys), torch.nan)
+    backend.weights(problem, results["lse"].float(), weights, True)
+    assert (weights * keys - 1).abs().max() < 1e-6
 
 
 def check_refusals() -> None:
@@ -301,7 +338,13 @@ CHECKS: dict[str, Callable[[], None]] = {
     "module": check_module,
     "autocast": check_autocast,
     "guard": check_guard,
-    "lowest_bias": check_lowest_bias,
+    "lowest_bias": partial(check_lowest_bias, 33, 40, torch.float32),
+    "lowest_bias-bfloat16": partial(check_lowest_bias, 33, 40, torch.bfloat16),
+    "lowest_bias-split_keys": partial(check_lowest_bias, 2, 520, torch.float32),
+    "large_lse-float32": partial(check_large_lse, torch.float32, bias="full"),
+    "large_lse-float16": partial(check_large_lse, torch.float16, bias="full"),
+    "large_lse-mask_grouped": partial(check_large_lse, torch.float32, bias="full", mask="keys", kv_heads=1),
+    "large_lse-scores_causal": partial(check_large_lse, torch.float32, scale=400.0, causal="lower_right"),
     "refusals": check_refusals,
 }
 
