@@ -193,7 +193,17 @@ struct F32 : Extension<float, int32_t> {
 struct F64 : Extension<double, int64_t> {
   static constexpr int rows_beside_products = 0;
   static constexpr double rounding_shift = 6755399441055744.0;  // 1.5 * 2^52
-  INLINE static vector fused(vector a, vector b, vector c) { return fma(a, b, c); }
+  INLINE static vector fused(vector a, vector b, vector c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return fma(a, b, c);
+#else
+    // Eleven bits more than a double has, on x86.
+    vector v;
+    UNROLL for (int i = 0; i < lanes; i++) v[i] =
+        static_cast<double>(static_cast<long double>(a[i]) * b[i] + c[i]);
+    return v;
+#endif
+  }
   using Extension::load;
   INLINE static vector load(const float* p) {
     vector v;

@@ -15,8 +15,9 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.additive import additive_attention, additive_weights
 from fastattn.backends import cpu
+from fastattn.problem import bias_gradient_shape
 from fastattn.testing import Judgement, Results, judge, run_backend, run_reference
-from fuzz.cases import AdditiveCase, AttentionCase, random_case, unbroadcast
+from fuzz.cases import AdditiveCase, AttentionCase, random_case
 
 
 class Trial:
@@ -60,19 +61,21 @@ class _Attention:
         """The reference's results and weights; with None in the problem's own dtype, as naive attention.
 
         The truth itself is no measure of float64's rounding: then naive attention sums over features in reverse, and
-        has scores that are off by a unit of their last place.
+        has scores that are off by a unit of their last place, and biases, each by one up or down.
         """
         problem, grad_out = self.problem, self.grad_out
         reverse = dtype is None and problem.query.dtype == torch.float64
         if reverse:
             query, key, value, grad_out = (x.flip(-1) for x in (*problem[:3], grad_out))
             unit = 1.0 - torch.finfo(torch.float64).eps
-            bias = None if problem.bias is None else (unbroadcast(problem.bias) * unit).expand(problem.bias.shape)
+            bias = None if problem.bias is None else _moved(problem.bias)
             problem = problem._replace(query=query * unit, key=key, value=value, bias=bias)
         results = run_reference(problem, grad_out, self.grad_lse, dtype)
         if reverse:
             for name in ("out", "grad_query", "grad_key", "grad_value"):
                 results[name] = results[name].flip(-1)
+            if bias is not None:
+                results["grad_bias"] = results["grad_bias"].sum_to_size(bias_gradient_shape(self.problem.bias))
         problem = problem if dtype is None else reference.in_dtype(problem, dtype)
         return results | {"weights": reference.weights(problem, self.average)}
 
@@ -177,6 +180,13 @@ def _comparable(*results: Results) -> tuple[Results, ...]:
             for x, value in zip(results, values, strict=True):
                 x[name] = value
     return results
+
+
+def _moved(bias: Tensor) -> Tensor:
+    """Each score's bias, off by a unit of its last place, in either direction."""
+    up = torch.rand(bias.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    moved = bias * (1.0 + torch.finfo(bias.dtype).eps * (2.0 * up - 1.0).to(bias.dtype))
+    return torch.where(moved.isfinite(), moved, bias)
 
 
 def _with_lowest_alike(lse: Tensor, dtype: torch.dtype) -> Tensor:
