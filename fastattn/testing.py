@@ -330,9 +330,9 @@ def run_backend(
     batch, heads, queries, _ = problem.query.shape
     out = problem.query.new_full((batch, heads, queries, problem.value.shape[-1]), torch.nan)
     lse = poisoned(out[..., 0], problem.lse_dtype)
-    keeps_residual = backend.KEEPS_RESIDUAL and grad_out is not None and out.dtype.itemsize == 2
-    residual = (poisoned(out),) if keeps_residual else ()
-    backend.forward(problem, out, lse, *residual)
+    keeps_residual = getattr(backend, "KEEPS_RESIDUAL", False) and grad_out is not None and out.dtype.itemsize == 2
+    residual = {"out_residual": poisoned(out)} if keeps_residual else {}
+    backend.forward(problem, out, lse, **residual)
     results = {"out": out, "lse": lse}
     if grad_out is None:
         return results
@@ -346,7 +346,7 @@ def run_backend(
         gradients["grad_bias"] = torch.zeros(
             bias_gradient_shape(problem.bias), dtype=problem.lse_dtype, device=out.device
         )
-    backend.backward(problem, out, lse, grad_out, grad_lse, *gradients.values(), *residual)
+    backend.backward(problem, out, lse, grad_out, grad_lse, **gradients, **residual)
     return results | {name: grad for name, grad in gradients.items() if grad is not None}
 
 

@@ -244,9 +244,10 @@ def test_subnormal_numbers_of_float16_are_read_and_written(queries, isa):
     results = run_backend(cpu, problem, many.contiguous(), None)
     assert torch.equal(results["out"], many)
     torch.testing.assert_close(results["grad_value"], queries * numbers, rtol=2**-10, atol=0)
-    # Their sum is 0; that of the positive ones is 1023 * 512 / 2^24.
+    # Their sum is 0; that of the positive ones is 1023 * 512 / 2^24, read with the budget of an lse.
+    budget = 16 * torch.finfo(torch.float32).eps
     ones[..., 1024:] = 0
     lse = run_backend(cpu, make_problem(many, ones, numbers, scale=1.0))["lse"]
-    torch.testing.assert_close(lse, torch.full_like(lse, 1023 * 512 / 2**24), rtol=0, atol=3e-7)
+    torch.testing.assert_close(lse, torch.full_like(lse, 1023 * 512 / 2**24), rtol=0, atol=budget)
     lse = run_backend(cpu, make_problem(ones.expand(1, 1, queries, 2048), numbers, numbers, scale=1.0))["lse"]
-    torch.testing.assert_close(lse, torch.full_like(lse, 1023 * 512 / 2**24), rtol=0, atol=3e-7)
+    torch.testing.assert_close(lse, torch.full_like(lse, 1023 * 512 / 2**24), rtol=0, atol=budget)

@@ -28,8 +28,8 @@ def test_a_wrong_result_is_a_miss_with_its_seed(wrong, monkeypatch, capsys):
     assert run(range(1, 4), [isa], False) == 0
     assert "3 cases from seed 1" in capsys.readouterr().out
 
-    def slightly_wrong(problem, out, lse):
-        forward(problem, out, lse)
+    def slightly_wrong(problem, out, lse, **residual):
+        forward(problem, out, lse, **residual)
         (out if wrong == "out" else lse).mul_(1.01)
 
     monkeypatch.setattr(cpu, "forward", slightly_wrong)
