@@ -99,8 +99,9 @@ class Weights {
     }
     if (problem_.dropout_p > 0) draw_dropout<V>(problem_, tile, static_cast<int>(columns), work.kept);
 
-    alignas(64) S reference[width] = {}, share[width] = {};
-    for (long q = 0; q < tile.queries.size(); q++) normalise(tile, q, reference[q], share[q]);
+    alignas(64) S reference[width] = {}, share[width] = {}, share_of_rounded[width] = {};
+    for (long q = 0; q < tile.queries.size(); q++)
+      normalise(tile, q, reference[q], share[q], share_of_rounded[q]);
     const ScoreRules<V> rules{scores_.units,
                               problem_.bias.data ? work.bias : nullptr,
                               kind == TileKind::mixed ? work.seen : nullptr,
@@ -111,14 +112,16 @@ class Weights {
     for (int j = 0; j < columns; j++) {
       prepare_scores(rules, j, reach, rows, work.products);
       keep_unseen_from_nan(work.products + j * V::lanes, rows, reference + j * V::lanes);
+      // One huge reference has the scores beside it rounded too.
+      const bool rounds_scores = is_huge<V>(V::load(reference + j * V::lanes));
+      const auto factor = V::load((rounds_scores ? share_of_rounded : share) + j * V::lanes);
       typename V::vector sums[V::depth] = {};  // one, if the lse is right
       exponentiate<V, 5>(work.products + j * V::lanes, rows, rules.units.factor,
                          V::load(reference + j * V::lanes), problem_.dropout_p > 0 ? work.kept + j : nullptr,
                          sums);
       for (long r = 0; r < rows; r++) {
         S* total = work.total + r * width + j * V::lanes;
-        V::store(total, V::fma(V::load(work.products + r * width + j * V::lanes),
-                               V::load(share + j * V::lanes), V::load(total)));
+        V::store(total, V::fma(V::load(work.products + r * width + j * V::lanes), factor, V::load(total)));
       }
     }
   }
@@ -136,8 +139,9 @@ class Weights {
     }
   }
 
-  // The weights of the tile's query q are share * exp2(score - reference).
-  void normalise(const Tile& tile, long q, S& reference, S& share) const {
+  // The weights of the tile's query q are share * exp2(score - reference), and share_of_rounded times that
+  // where scores in log2 units are rounded before the reference, which is rounded alike, is subtracted.
+  void normalise(const Tile& tile, long q, S& reference, S& share, S& share_of_rounded) const {
     const long i =
         (tile.batch * problem_.query_heads + tile.head) * problem_.queries + tile.queries.begin + q;
     const S lse = static_cast<const S*>(output_.lse)[i];
@@ -145,18 +149,18 @@ class Weights {
     const Shift<S> shift = anew ? shifts_.data()[i] : shift_of(lse);
     // Against +inf every weight of a query without keys is 0.
     reference = Limits<S>::infinity;
-    share = 1;
+    share = share_of_rounded = 1;
     if (lse == -Limits<S>::infinity) return;
     if (!anew) {
       reference = -shift.rest;
       return;
     }
-    // The reference in log2 units, and what rounding takes from it unless scores are rounded alike.
+    // The reference in log2 units, and what rounding takes from it.
     const double factor = problem_.bias.data ? scores_.units.factor : scores_.product_factor;
     reference = static_cast<S>(factor * shift.reference);
-    const double rest =
-        is_huge<V>(V::set1(reference)) ? 0 : __builtin_fma(-factor, shift.reference, double(reference));
-    share = static_cast<S>(__builtin_exp2(shift.rest + rest));
+    share = static_cast<S>(
+        __builtin_exp2(shift.rest + __builtin_fma(-factor, shift.reference, double(reference))));
+    share_of_rounded = static_cast<S>(__builtin_exp2(shift.rest));
   }
 
   const Problem& problem_;

@@ -170,3 +170,19 @@ def test_what_rounding_takes_from_out_reaches_the_backward(way, dtype):
     gradients = WAYS[way](problem.query, problem.key, problem.value, grad_out)
     gradients = {name: gradient.reshape(exact[name].shape) for name, gradient in zip(names, gradients, strict=True)}
     assert_within_budget(gradients, problem, exact, naive, grad_out)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+def test_returned_weights_of_large_scores_add_up_to_one(dtype, isa):
+    """Also beside a query whose every bias is the lowest number, and of a 16-bit call in float32."""
+    query, key = (10 * torch.randn(1, 1, 40, 64).to(dtype) for _ in range(2))
+    bias = torch.zeros(1, 1, 40, 40, dtype=dtype)
+    bias[:, :, ::7] = torch.finfo(dtype).min
+    problem = make_problem(query, key, key, bias)
+    lse = run_backend(cpu, problem)["lse"]
+    weights = torch.empty(1, 1, 40, 40, dtype=problem.lse_dtype)
+    cpu.weights(problem, lse, weights, False)
+    large = lse.isfinite() & (lse.abs() > 100) & (lse.abs() < 1e6)
+    assert large.sum() > 20
+    tolerance = 17 * torch.finfo(problem.lse_dtype).eps
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(lse), rtol=0, atol=tolerance)
