@@ -199,7 +199,7 @@ def main() -> int:
     parser.add_argument(
         "--check", action="store_true", help="the most used configurations only, and one of each kernel; write nothing"
     )
-    parser.add_argument("--candidates", action="store_true", help="also what benchmarks/gpu.py tune ranks")
+    parser.add_argument("--candidates", action="store_true", help="also what python -m benchmarks.gpu tune ranks")
     parser.add_argument("--kernel", help="only this kernel")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Tile shapes as data: per kernel, padded head dimension, element size and architecture, each with its origin.
 
-No autotuning at run time: a first call would be slow and results could vary.  ``benchmarks/gpu.py tune`` ranks
+No autotuning at run time: a first call would be slow and results could vary.  ``python -m benchmarks.gpu tune`` ranks
 the candidates on a device; what it finds is written here.
 """
 
@@ -90,7 +90,7 @@ NEWER: dict[tuple[str, int, int], dict[int, Config]] = {
     ("decode", 2, 128): {90: Config(16, 64, 8, 3)},
 }
 
-#: What ``benchmarks/gpu.py tune`` ranks beside the chosen configuration, for 2-byte elements on Hopper.
+#: What ``python -m benchmarks.gpu tune`` ranks beside the chosen configuration, for 2-byte elements on Hopper.
 CANDIDATES: dict[tuple[str, int], tuple[Config, ...]] = {
     ("forward", 64): (
         Config(128, 64, 4, 3),

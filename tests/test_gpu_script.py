@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py without a GPU: its plan, its result file, and its processes that fail."""
+"""benchmarks.gpu without a GPU: its plan, its result file, and its processes that fail."""
 
 import json
 import os
@@ -16,12 +16,11 @@ from fastattn import testing
 from fastattn.backends import reference
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "benchmarks" / "gpu.py"
-sys.path.insert(0, str(SCRIPT.parent))
+sys.path.insert(0, str(ROOT))
 
-import gpu_pool  # noqa: E402
-from gpu_pool import Pool, Task  # noqa: E402
-from gpu_result import ResultFile  # noqa: E402
+from benchmarks.gpu import pool  # noqa: E402
+from benchmarks.gpu.pool import Pool, Task  # noqa: E402
+from benchmarks.gpu.result import ResultFile  # noqa: E402
 
 FAULTY = '''
 """Handlers that misbehave in each way that a kernel can."""
@@ -29,7 +28,7 @@ import os
 import signal
 import time
 
-import gpu_worker
+from benchmarks.gpu import worker
 
 
 def good(context, value):
@@ -48,8 +47,8 @@ def stages(context, faults):
         if faults.get(name) == "exit":
             os._exit(3)
         if faults.get(name) == "lose the device":
-            gpu_worker.device_is_lost = lambda: True
-            gpu_worker.run_stage(context, name, lambda: 1 / 0)
+            worker.device_is_lost = lambda: True
+            worker.run_stage(context, name, lambda: 1 / 0)
         if faults.get(name) == "raise":
             raise RuntimeError("a launch failed")
         if faults.get(name) == "assert":
@@ -73,7 +72,7 @@ def slow(context):
 def run_pool(tmp_path, monkeypatch):
     """Runs tasks of the faulty module in real worker processes; returns the result file."""
     (tmp_path / "faulty.py").write_text(FAULTY)
-    monkeypatch.setattr(gpu_pool, "START_SECONDS", 60.0)
+    monkeypatch.setattr(pool, "START_SECONDS", 60.0)
     result = ResultFile(tmp_path / "result.json")
 
     def run(tasks, workers=1, seconds=120.0, resume=False, **options):
@@ -97,7 +96,7 @@ def rows_of(result, key):
 
 def run_script(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [sys.executable, "-m", "benchmarks.gpu", *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -224,10 +223,10 @@ def test_a_bare_checkout_finds_its_kernels(tmp_path):
     linked = tmp_path / "fastattn" / "kernels"
     if linked.is_dir():
         shutil.rmtree(linked)
-    code = "import gpu_environment as e; e.use_checkout(); import fastattn, fastattn.kernels as k; print(k.__file__)"
+    code = "import benchmarks.gpu, fastattn, fastattn.kernels as k; print(k.__file__)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     finished = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "benchmarks", capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment
     )
     assert finished.stdout.strip() == str(tmp_path / "kernels" / "__init__.py"), finished.stderr
 
@@ -320,13 +319,12 @@ class FaultyBackend:
     ],
 )
 def test_check_sees_each_fault(monkeypatch, fault, stage, message):
-    import gpu_check
-    import gpu_problems
+    from benchmarks.gpu import check, problems
 
-    monkeypatch.setattr(gpu_problems, "load_backend", lambda name: FaultyBackend(fault))
+    monkeypatch.setattr(problems, "load_backend", lambda name: FaultyBackend(fault))
     context = Recorder()
     case = testing.Case("padded", batch=2, queries=33, keys=40, head_dim=16, key_lengths=(40, 13))
-    gpu_check.run_case(context, asdict(case), "fp32", "cpu", "reference")
+    check.run_case(context, asdict(case), "fp32", "cpu", "reference")
     wrong = [row for row in context.rows if row["status"] != "ok"]
     if fault is None:
         assert wrong == []
@@ -339,8 +337,8 @@ def test_check_sees_each_fault(monkeypatch, fault, stage, message):
 
 @pytest.mark.parametrize("name", ["out", "grad_query", "grad_key", "grad_value"])
 def test_a_wrong_element_is_seen_before_timing(name):
-    from gpu_contenders import Setup, fastattn_default
-    from gpu_verify import Truth
+    from benchmarks.gpu.contenders import Setup, fastattn_default
+    from benchmarks.gpu.verify import Truth
 
     setup = Setup(2, 4, 2, 20, 30, 16, "fp32", "lower_right", device="cpu", backend="reference")
     out = fastattn_default(setup)()
@@ -355,9 +353,9 @@ def test_a_wrong_element_is_seen_before_timing(name):
 @pytest.mark.parametrize("causal", [None, "upper_left", "lower_right"])
 @pytest.mark.parametrize("variant", [None, "padding_50", "window"])
 def test_useful_work_counts_the_allowed_pairs(causal, variant):
+    from benchmarks.gpu.candidates import problem_of
+    from benchmarks.gpu.contenders import Setup
     from fastattn import reference as specification
-    from gpu_candidates import problem_of
-    from gpu_contenders import Setup
 
     setup = Setup(3, 2, 2, 300, 400, 8, "fp32", causal, variant, device="cpu", backend="reference")
     allowed = specification.allowed(problem_of(setup)).expand(3, 2, 300, 400).sum().item()
@@ -368,7 +366,7 @@ def test_useful_work_counts_the_allowed_pairs(causal, variant):
 
 @pytest.mark.parametrize("variant", [None, "padding_25", "window", "mask", "mask_heads", "bias"])
 def test_contenders_compute_the_same_call(variant):
-    from gpu_contenders import CONTENDERS, Setup
+    from benchmarks.gpu.contenders import CONTENDERS, Setup
 
     setup = Setup(2, 4, 2, 40, 40, 16, "fp32", "upper_left", variant, device="cpu", backend="reference")
     if variant in ("mask", "mask_heads", "bias"):
@@ -379,7 +377,7 @@ def test_contenders_compute_the_same_call(variant):
 
 
 def test_times_are_interleaved_and_ordered():
-    from gpu_timing import time_interleaved
+    from benchmarks.gpu.timing import time_interleaved
 
     order = []
 
@@ -404,14 +402,14 @@ def plotted_rows():
 
 
 def test_plot_reads_a_result(tmp_path):
-    import gpu_plot
+    from benchmarks.gpu import plot
 
     pytest.importorskip("matplotlib")
     rows = list(plotted_rows())
     rows.append(rows[0] | {"variant": "bias", "rate": -1})
     rows.append(rows[0] | {"keys": 4, "rate": -1})
-    assert gpu_plot.shapes(rows) == [("bf16", 64)]
-    found = gpu_plot.curves(rows, "bf16", 64, "forward", None)
+    assert plot.shapes(rows) == [("bf16", 64)]
+    found = plot.curves(rows, "bf16", 64, "forward", None)
     assert found == {"fastattn": {512: 512, 1024: 1024}, "cudnn": {512: 1024, 1024: 2048}}
     head = {"machine": {"gpu": "a GPU"}, "versions": {"torch": "2"}, "date": "2026-01-01T00:00"}
     path = tmp_path / "result.json"
@@ -422,7 +420,7 @@ def test_plot_reads_a_result(tmp_path):
 
 
 def test_summary_names_failures_and_fits_a_short_log():
-    import gpu_report
+    from benchmarks.gpu import report
 
     rows = list(plotted_rows())
     rows += [
@@ -430,15 +428,15 @@ def test_summary_names_failures_and_fits_a_short_log():
         for i in range(50)
     ]
     rows.append({"part": "bench", "task": "t", "status": "error", "stage": "cudnn", "error": "a peer's"})
-    text = gpu_report.summary({"rows": rows, "ceilings": {}}, ["check", "bench"])
+    text = report.summary({"rows": rows, "ceilings": {}}, ["check", "bench"])
     assert len(text) <= 9000
     assert "50 fail" in text
     assert "check/0 [forward]" in text
-    assert len(gpu_report.wrong_rows(rows)) == 50, "a peer's failure is not ours"
+    assert len(report.wrong_rows(rows)) == 50, "a peer's failure is not ours"
 
 
 def test_device_cpu_stops_what_takes_too_long_and_keeps_what_it_said():
-    import device_cpu
+    from benchmarks import device_cpu
 
     code = "import sys, time; print('first', flush=True); print('why', file=sys.stderr, flush=True); time.sleep(60)"
     run = device_cpu._run([sys.executable, "-c", code], 3.0)
@@ -451,7 +449,7 @@ def test_device_cpu_stops_what_takes_too_long_and_keeps_what_it_said():
 
 def test_device_cpu_measures_each_target_once():
     """Every column of the table of targets is measured in an instruction set that can reach it."""
-    import device_cpu
+    from benchmarks import device_cpu
 
     columns = [(isa, column) for isa, rows in device_cpu.MEASURED.items() for dtype, column in rows]
     assert {column for _, column in columns} == {"avx512", "avx512_bf16", "avx2"}
@@ -460,8 +458,8 @@ def test_device_cpu_measures_each_target_once():
 
 def test_each_switch_is_flipped_alone():
     pytest.importorskip("triton")
+    from benchmarks.gpu.candidates import switches
     from fastattn.kernels.hopper.configs import BackwardConfig, ForwardConfig
-    from gpu_candidates import switches
 
     forward = switches(ForwardConfig())
     assert {"ping_pong": False} in forward
@@ -477,36 +475,36 @@ def test_each_switch_is_flipped_alone():
 
 def test_every_prediction_of_the_ablation_is_tested():
     pytest.importorskip("triton")
-    import gpu_ablate
+    from benchmarks.gpu import ablate
+    from benchmarks.gpu.candidates import other_tiles, switches
     from fastattn.kernels.hopper import configs
-    from gpu_candidates import other_tiles, switches
 
     tables = {
         "forward": (configs.FORWARD, configs.FORWARD_CANDIDATES),
         "backward": (configs.BACKWARD, configs.BACKWARD_CANDIDATES),
     }
-    for direction, head_dim, variant, length, causal in gpu_ablate.PREDICTIONS:
-        assert (head_dim, causal, length) in gpu_ablate.SHAPES
+    for direction, head_dim, variant, length, causal in ablate.PREDICTIONS:
+        assert (head_dim, causal, length) in ablate.SHAPES
         chosen, candidates = tables[direction]
         config = chosen[head_dim, causal is not None]
         names = {" ".join(f"{field}={value}" for field, value in change.items()) for change in switches(config)}
         assert variant in names | other_tiles(config, candidates[head_dim]).keys()
     for direction, (chosen, _) in tables.items():
         names = {" ".join(f"{field}={value}" for field, value in c.items()) for c in switches(chosen[128, False])}
-        predicted = {key[2] for key in gpu_ablate.PREDICTIONS if key[:2] == (direction, 128)}
+        predicted = {key[2] for key in ablate.PREDICTIONS if key[:2] == (direction, 128)}
         assert names <= predicted, "a switch without a prediction"
     tiles = other_tiles(configs.FORWARD[128, False], configs.FORWARD_CANDIDATES[128])
     assert tiles.keys() == {"128x64", "192x64"}
 
 
 def test_summary_ranks_variants_beside_their_predictions():
-    import gpu_report
+    from benchmarks.gpu import report
 
     row = {"part": "ablate", "task": "ablate/t", "status": "ok", "direction": "forward", "head_dim": 128}
     row |= {"queries": 8192, "causal": None, "rate": 600.0, "ms": 1.0, "relative": 1.0, "default": True}
     rows = [row | {"variant": "chosen"}]
     slower = {"variant": "overlap=False", "rate": 540.0, "ms": 1.1, "relative": 0.9, "default": False}
     rows.append(row | slower)
-    lines = gpu_report.summary({"rows": rows, "ceilings": {}}, ["ablate"]).splitlines()
+    lines = report.summary({"rows": rows, "ceilings": {}}, ["ablate"]).splitlines()
     assert lines[-2].split() == ["600", "1.000", "chosen", "(default)"]
     assert lines[-1].split() == ["540", "0.900", "overlap=False", "(predicted", "0.94)"]

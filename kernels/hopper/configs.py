@@ -104,7 +104,7 @@ FORWARD = {
     (256, True): ForwardConfig(block_n=64, own_out=False),
 }
 
-#: What ``benchmarks/gpu.py`` ranks, by columns of a tile.
+#: What ``python -m benchmarks.gpu`` ranks, by columns of a tile.
 FORWARD_CANDIDATES = {
     64: {
         "128x128": ForwardConfig(stages=3, maxima_first=True),

@@ -169,7 +169,7 @@ def shipped() -> list[tuple[str, int, str, str, object]]:
 
 
 def candidates() -> list[tuple[str, int, str, str, object]]:
-    """The same for what ``benchmarks/gpu.py tune`` ranks beside them."""
+    """The same for what ``python -m benchmarks.gpu tune`` ranks beside them."""
     tables = (("forward", configs.FORWARD_CANDIDATES), ("backward", configs.BACKWARD_CANDIDATES))
     chosen = {(direction, columns, config) for direction, columns, _, _, config in shipped()}
     return [
@@ -229,7 +229,7 @@ def document(found: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--candidates", action="store_true", help="also what benchmarks/gpu.py tune ranks")
+    parser.add_argument("--candidates", action="store_true", help="also what python -m benchmarks.gpu tune ranks")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
     wanted = shipped() + (candidates() if options.candidates else [])

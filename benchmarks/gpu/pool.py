@@ -1,6 +1,6 @@
 """Runs tasks in worker processes that may hang or crash without losing the rest.
 
-Each worker (gpu_worker.py) takes one task at a time and answers in JSON lines::
+Each worker (worker.py) takes one task at a time and answers in JSON lines::
 
     {"ready": true}            imports done
     {"stage": "name"}          what it does next; restarts the task's clock
@@ -27,16 +27,17 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpu_result import ResultFile
+from .environment import ROOT
+from .result import ResultFile
 
-WORKER = Path(__file__).with_name("gpu_worker.py")
+WORKER = "benchmarks.gpu.worker"
 START_SECONDS = 150.0  # a cold import of torch by many processes at once
 GRACE_SECONDS = 12.0  # what a task that runs at the deadline may still take
 
 
 @dataclass
 class Task:
-    """A piece of a part: ``handler`` names the function that runs it as "module:function"."""
+    """A piece of a part: ``handler`` names what runs it, "module:function" or ".module:function"."""
 
     part: str
     key: str
@@ -70,6 +71,7 @@ class _Worker:
                 stderr=errors,
                 text=True,
                 env=environment,
+                cwd=ROOT,
                 start_new_session=True,
             )
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -128,7 +130,7 @@ class Pool:
     ) -> None:
         self.result, self.source, self.deadline = result, source, deadline
         self.log_folder, self.workers, self.stage_limit = log_folder, workers, stage_limit
-        self.command = [sys.executable, "-u", str(WORKER), *preload]
+        self.command = [sys.executable, "-u", "-m", WORKER, *preload]
         self.environment = os.environ | (environment or {})
         self.progress = progress
         self._failures: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""A worker process of gpu_pool.py: reads tasks as JSON lines, answers in JSON lines.
+"""A worker process of pool.py: reads tasks as JSON lines, answers in JSON lines.
 
 Its arguments are the modules to import before it says that it is ready.
 """
@@ -11,8 +11,6 @@ import json
 import os
 import sys
 import traceback
-
-from gpu_environment import use_checkout
 
 
 class Unsupported(Exception):
@@ -91,7 +89,6 @@ def main() -> None:
     def send(message: dict) -> None:
         answers.write(json.dumps(message) + "\n")
 
-    use_checkout()
     for name in sys.argv[1:]:
         importlib.import_module(name)
     torch = sys.modules.get("torch")
@@ -104,7 +101,7 @@ def main() -> None:
         end = "done"
         try:
             module, function = task["handler"].split(":")
-            getattr(importlib.import_module(module), function)(context, **task["arguments"])
+            getattr(importlib.import_module(module, __package__), function)(context, **task["arguments"])
         except Exception as error:
             traceback.print_exc()
             _die_with_the_device()
@@ -120,5 +117,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     # One module object, whether a handler imports it or it is the script.
-    sys.modules["gpu_worker"] = sys.modules["__main__"]
+    sys.modules["benchmarks.gpu.worker"] = sys.modules["__main__"]
     main()

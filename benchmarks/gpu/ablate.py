@@ -6,8 +6,8 @@ predictions were written before the kernels ran on a GPU; kernels/hopper/README.
 
 from __future__ import annotations
 
-import gpu_tune
-from gpu_pool import Task
+from . import tune
+from .pool import Task
 
 SHAPES = ((128, None, 8192), (128, "upper_left", 8192), (128, None, 1024), (64, None, 8192), (64, "upper_left", 8192))
 
@@ -52,11 +52,11 @@ def tasks(device: str, backend: str, quick: bool) -> list[Task]:
     if device == "cpu":
         return []
     wanted = [
-        gpu_tune.task_of("ablate", "hopper_switches", direction, head_dim, causal, length)
+        tune.task_of("ablate", "hopper_switches", direction, head_dim, causal, length)
         for direction in ("forward", "backward")
         for head_dim, causal, length in SHAPES
     ]
     return wanted[:1] if quick else wanted
 
 
-compile_tasks = gpu_tune.compile_tasks
+compile_tasks = tune.compile_tasks

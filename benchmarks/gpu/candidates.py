@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpu_contenders import Setup
-from gpu_worker import Unsupported
+from .contenders import Setup
+from .worker import Unsupported
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from gpu_pool import Task
+from .pool import Task
 
 #: By dtype the head dimensions whose tiles' edges are looked at: dtypes differ in little else.
 SHAPED = {"bf16": (64, 96, 128, 192, 256), "fp32": (64, 128), "fp16": (128,)}
@@ -46,7 +46,7 @@ def _task(case, dtype: str, device: str, engine: str, suffix: str = "") -> Task:
     return Task(
         part="check",
         key=f"check/{dtype}/{case.name}{suffix}",
-        handler="gpu_check:run_case",
+        handler=".check:run_case",
         arguments={"case": asdict(case), "dtype": dtype, "device": device, "engine": engine},
         timeout=60.0,
         estimate=5.0 if max(case.head_dim, case.value_dim or 0) > 128 else 2.5,
@@ -110,9 +110,10 @@ def run_case(context, case: dict, dtype: str, device: str, engine: str) -> None:
     import torch
 
     from fastattn import testing
-    from gpu_problems import DTYPES as torch_dtypes
-    from gpu_problems import fresh_results, load_engine
-    from gpu_worker import run_stage
+
+    from .problems import DTYPES as torch_dtypes
+    from .problems import fresh_results, load_engine
+    from .worker import run_stage
 
     case = testing.Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in case.items()})
     engine = load_engine(engine)

@@ -1,7 +1,7 @@
 """What is compared: fastattn, and each peer forced to be itself.
 
 A contender is ``build(setup) -> forward``, with ``forward()`` computing attention of the set-up's
-tensors. It raises :class:`gpu_worker.Unsupported` where it cannot do the call.
+tensors. It raises :class:`worker.Unsupported` where it cannot do the call.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_problems import DTYPES, without_hopper
-from gpu_worker import Unsupported
+from .problems import DTYPES, without_hopper
+from .worker import Unsupported
 
 NAIVE_LIMIT_BYTES = 9e9  # of scores; the backward pass holds about six times that
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 
-import gpu_ablate
+from . import ablate
 
 WRONG = ("fail", "error", "timeout", "crash")
 
 
 def machine(context, device: str) -> None:
     """The task that describes the machine, in a process that may touch the GPU."""
-    from gpu_environment import describe_machine
+    from .environment import describe_machine
 
     context.row("ok", described=describe_machine(device))
 
@@ -34,7 +34,7 @@ def ceilings(rows: list[dict]) -> dict:
 
 def wrong_rows(rows: list[dict]) -> list[dict]:
     """Rows that tell of a fault of ours: a peer's fault is its own."""
-    from gpu_contenders import CONTENDERS, OURS
+    from .contenders import CONTENDERS, OURS
 
     peers = set(CONTENDERS) - set(OURS)
     return [row for row in rows if row["status"] in WRONG and row.get("stage") not in peers]
@@ -107,7 +107,7 @@ def _ranked(rows: list[dict], part: str, per_task: int = 4) -> str:
             rate = f"{row['rate']:8.0f}" if "rate" in row else f"{row['ms'] * 1e3:8.1f} us"
             mark = " (default)" if row.get("default") else ""
             relative = f"{row['relative']:7.3f}" if row.get("relative") else ""
-            predicted = gpu_ablate.prediction(row) if part == "ablate" else None
+            predicted = ablate.prediction(row) if part == "ablate" else None
             expected = "" if predicted is None else f"  (predicted {predicted:.2f})"
             lines.append(f"  {rate}{relative}  {row['variant']}{mark}{expected}")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ order is not the order of the clock. The table says what configs.py should choos
 
 from __future__ import annotations
 
-from gpu_pool import Task
+from .pool import Task
 
 TOKENS, WIDTH = 16384, 2048
 PAIRS = (
@@ -35,7 +35,7 @@ def tasks(device: str, backend: str, quick: bool) -> list[Task]:
 
 
 def task_of(part: str, engine: str, direction: str, head_dim: int, causal: str | None, length: int, **changes) -> Task:
-    """A task on one shape; ``changes`` are fields of :class:`gpu_contenders.Setup`."""
+    """A task on one shape; ``changes`` are fields of :class:`contenders.Setup`."""
     setup = {
         "batch": max(1, TOKENS // length),
         "heads": WIDTH // head_dim,
@@ -49,7 +49,7 @@ def task_of(part: str, engine: str, direction: str, head_dim: int, causal: str |
     return Task(
         part=part,
         key=f"{part}/{engine}_{direction}_d{head_dim}_l{length}_{causal or 'full'}",
-        handler="gpu_tune:run",
+        handler=".tune:run",
         arguments={"engine": engine, "direction": direction, "setup": setup},
         timeout=25.0,
         estimate=3.0,
@@ -58,14 +58,12 @@ def task_of(part: str, engine: str, direction: str, head_dim: int, causal: str |
 
 def compile_tasks(timed: list[Task]) -> list[Task]:
     """The same candidates run once, untimed, side by side; one that hangs is left out afterwards."""
-    return [
-        Task("compile", f"compile/{task.key}", "gpu_tune:compile_only", task.arguments, 60.0, 9.0) for task in timed
-    ]
+    return [Task("compile", f"compile/{task.key}", ".tune:compile_only", task.arguments, 60.0, 9.0) for task in timed]
 
 
 def compile_only(context, engine: str, direction: str, setup: dict) -> None:
-    from gpu_problems import synchronize
-    from gpu_worker import run_stage
+    from .problems import synchronize
+    from .worker import run_stage
 
     def run(candidate) -> None:
         _run_if_it_fits(candidate)
@@ -79,7 +77,7 @@ def _run_if_it_fits(candidate) -> None:
     """A tile that takes more shared memory or registers than there are is no failure, only no candidate."""
     from triton.runtime.errors import OutOfResources
 
-    from gpu_worker import Unsupported
+    from .worker import Unsupported
 
     try:
         candidate.run()
@@ -88,9 +86,9 @@ def _run_if_it_fits(candidate) -> None:
 
 
 def _candidates(context, engine: str, direction: str, setup: dict) -> list:
-    from gpu_candidates import ENGINES
-    from gpu_contenders import Setup
-    from gpu_worker import run_stage
+    from .candidates import ENGINES
+    from .contenders import Setup
+    from .worker import run_stage
 
     if (engine, direction) not in ENGINES:
         context.row("unsupported", stage="list", error=f"the {engine} engine has no {direction} candidates")
@@ -105,10 +103,10 @@ def run(context, engine: str, direction: str, setup: dict) -> None:
 
 def rank(context, candidates: list, setup: dict, direction: str, labels: dict) -> None:
     """Verify candidates against the float64 reference, then time them in turns beside a matrix product."""
-    from gpu_contenders import Setup
-    from gpu_timing import time_beside_ceiling
-    from gpu_verify import Truth
-    from gpu_worker import run_stage
+    from .contenders import Setup
+    from .timing import time_beside_ceiling
+    from .verify import Truth
+    from .worker import run_stage
 
     if not candidates:
         return

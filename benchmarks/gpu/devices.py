@@ -6,7 +6,7 @@ check is a function that raises AssertionError; each runs as a task of its own.
 
 from __future__ import annotations
 
-from gpu_pool import Task
+from .pool import Task
 
 CHECKS = (
     "side_stream",
@@ -36,7 +36,7 @@ def tasks(device: str, backend: str, quick: bool) -> list[Task]:
         Task(
             part="check",
             key=f"check/device/{name}",
-            handler="gpu_devices:run",
+            handler=".devices:run",
             arguments={"name": name, "device": device, "backend": backend},
             timeout=100.0,
             estimate=15.0 if name.startswith(("compiled", "operator")) else 6.0,
@@ -47,11 +47,11 @@ def tasks(device: str, backend: str, quick: bool) -> list[Task]:
 
 def run(context, name: str, device: str, backend: str) -> None:
     """One check by name; its row says what the AssertionError says."""
-    import gpu_devices
-    from gpu_worker import run_stage
+    from . import devices
+    from .worker import run_stage
 
     labels = {"case": name, "dtype": "device"}
-    check = getattr(gpu_devices, name)
+    check = getattr(devices, name)
 
     def call() -> bool:
         check(device, backend)
@@ -335,7 +335,8 @@ def forbidden_column(device: str, backend: str) -> None:
     import torch
 
     from fastattn.problem import make_problem
-    from gpu_problems import fresh_results, load_backend
+
+    from .problems import fresh_results, load_backend
 
     engine = load_backend(backend)
     query, key, value = _tensors(device, 1, 2, 40, 64)
@@ -410,7 +411,8 @@ def _compare_strided(inputs, sources, backend: str) -> None:
     import torch
 
     from fastattn.problem import make_problem
-    from gpu_problems import fresh_results, load_backend
+
+    from .problems import fresh_results, load_backend
 
     engine = load_backend(backend)
     grad_out = torch.ones_like(sources[0])
@@ -426,7 +428,8 @@ def _wide_scores(device: str, backend: str, with_bias: bool) -> None:
     import torch
 
     from fastattn.problem import make_problem
-    from gpu_problems import fresh_results, load_backend
+
+    from .problems import fresh_results, load_backend
 
     length = 47104 if device == "cuda" else 256
     query, key, value = _tensors(device, 1, 1, length, 64)
@@ -460,7 +463,8 @@ def many_heads(device: str, backend: str) -> None:
     import torch
 
     from fastattn.problem import make_problem
-    from gpu_problems import fresh_results, load_backend
+
+    from .problems import fresh_results, load_backend
 
     heads = 70000 if device == "cuda" else 70
     inputs = _tensors(device, 1, heads, 16, 64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpu_contenders import Setup
+from .contenders import Setup
 
 PEER_TOLERANCE = 3e-2  # relative Frobenius error: a wrong result is far above, a 16-bit one far below
 

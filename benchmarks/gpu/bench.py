@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from gpu_pool import Task
+from .pool import Task
 
 TOKENS, WIDTH = 16384, 2048
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -42,7 +42,7 @@ def tasks(device: str, backend: str, quick: bool) -> list[Task]:
     plain = [_task(group, backend) for group in groups]
     variants = [_task(group, backend) for group in _variant_groups()]
     decode = [_decode_task(*shape, dtype="bf16", backend=backend) for shape in DECODE]
-    host = Task("bench", "bench/host", "gpu_bench:run_host", {"device": device, "backend": backend}, 60.0, 4.0)
+    host = Task("bench", "bench/host", ".bench:run_host", {"device": device, "backend": backend}, 60.0, 4.0)
     if quick:
         return [*plain[:4], *variants[:2], *decode[:1], host]
     return [*plain[:12], *decode, *variants, host, *plain[12:]]
@@ -54,7 +54,7 @@ def compile_tasks(groups: list[Task]) -> list[Task]:
         Task(
             part="compile",
             key=f"compile/{task.key}",
-            handler="gpu_bench:compile_only",
+            handler=".bench:compile_only",
             arguments={"setup": task.arguments["setup"], "contenders": task.arguments["contenders"]},
             timeout=120.0,
             estimate=20.0 if "flex" in task.arguments["contenders"] else 3.0,
@@ -119,7 +119,7 @@ def _task(group: dict, backend: str, directions: tuple[str, ...] = ("forward", "
     return Task(
         part="bench",
         key="bench/" + "_".join(parts),
-        handler="gpu_bench:run_group",
+        handler=".bench:run_group",
         arguments={"setup": setup, "contenders": group["contenders"], "directions": list(directions)},
         timeout=45.0,
         estimate=2.5 + 6.0 * ("flex" in group["contenders"]),
@@ -157,9 +157,9 @@ def _tiny_tasks(backend: str) -> list[Task]:
 
 def compile_only(context, setup: dict, contenders: list[str]) -> None:
     """Run what compiles at run time once; results are neither judged nor timed."""
-    from gpu_contenders import CONTENDERS, OURS, Setup
-    from gpu_problems import synchronize
-    from gpu_worker import run_stage
+    from .contenders import CONTENDERS, OURS, Setup
+    from .problems import synchronize
+    from .worker import run_stage
 
     made = Setup(**setup)
 
@@ -179,10 +179,11 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
     import torch
 
     from fastattn.testing import GRADIENTS
-    from gpu_contenders import CONTENDERS, OURS, Setup
-    from gpu_timing import time_beside_ceiling
-    from gpu_verify import Truth
-    from gpu_worker import run_stage
+
+    from .contenders import CONTENDERS, OURS, Setup
+    from .timing import time_beside_ceiling
+    from .verify import Truth
+    from .worker import run_stage
 
     made = Setup(**setup)
     labels = {name: value for name, value in setup.items() if name not in ("device", "backend")}
@@ -239,7 +240,8 @@ def run_host(context, device: str, backend: str) -> None:
     import torch.nn.functional as F
 
     import fastattn
-    from gpu_problems import synchronize
+
+    from .problems import synchronize
 
     q = torch.randn(1, 8, 16, 64, device=device, dtype=torch.bfloat16)
     layers = {

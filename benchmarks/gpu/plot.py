@@ -1,4 +1,4 @@
-"""``python benchmarks/gpu.py plot RESULT.json --out docs/``: throughput against sequence length.
+"""``python -m benchmarks.gpu plot RESULT.json --out docs/``: throughput against sequence length.
 
 One figure per head dimension, forward and backward, causal and not; each contender a line, the matrix
 product of the same run as the ceiling. Needs matplotlib, and no GPU.

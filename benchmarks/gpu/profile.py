@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 
-from gpu_pool import Task
+from .environment import ROOT
+from .pool import Task
 
 METRICS = {
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
@@ -30,7 +31,7 @@ SHAPES = ((128, None, "forward"), (128, None, "backward"), (128, "upper_left", "
 
 def tasks(device: str, backend: str, quick: bool) -> list[Task]:
     """torch.profiler on each shape, then ncu on the first two."""
-    from gpu_tune import task_of
+    from .tune import task_of
 
     if device == "cpu":
         return []
@@ -40,7 +41,7 @@ def tasks(device: str, backend: str, quick: bool) -> list[Task]:
             setup = task_of("", "", "", head_dim, causal, 8192).arguments["setup"]
             arguments = {"setup": setup | {"backend": backend}, "direction": direction}
             key = f"profile/{tool}_{direction}_d{head_dim}_{causal or 'full'}"
-            wanted.append(Task("profile", key, f"gpu_profile:run_{tool}", arguments, timeout=60.0, estimate=6.0))
+            wanted.append(Task("profile", key, f".profile:run_{tool}", arguments, timeout=60.0, estimate=6.0))
     return wanted
 
 
@@ -78,7 +79,7 @@ def run_torch(context, setup: dict, direction: str) -> None:
 
 def run_ncu(context, setup: dict, direction: str) -> None:
     """A few metrics of each kernel of one call; unsupported where ncu is missing or may not count."""
-    from gpu_worker import Unsupported, run_stage
+    from .worker import Unsupported, run_stage
 
     def collect() -> None:
         ncu = shutil.which("ncu")
@@ -86,8 +87,13 @@ def run_ncu(context, setup: dict, direction: str) -> None:
             raise Unsupported("ncu is not installed")
         command = [ncu, "--csv", "--clock-control", "none", "--profile-from-start", "off"]
         command += ["--metrics", ",".join(METRICS), "--target-processes", "application-only"]
-        command += [sys.executable, __file__, json.dumps({"setup": setup, "direction": direction})]
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=50)
+        command += [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.profile",
+            json.dumps({"setup": setup, "direction": direction}),
+        ]
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=50, cwd=ROOT)
         kernels: dict[tuple[str, str], dict] = {}
         table = [line for line in finished.stdout.splitlines() if line.startswith('"')]
         for entry in csv.DictReader(table):
@@ -107,8 +113,8 @@ def run_ncu(context, setup: dict, direction: str) -> None:
 
 def _call(setup: dict, direction: str):
     """The forward call, or the backward one of a kept graph."""
-    from gpu_bench import backward_of, without_graph
-    from gpu_contenders import Setup, fastattn_default
+    from .bench import backward_of, without_graph
+    from .contenders import Setup, fastattn_default
 
     made = Setup(**setup)
     forward = fastattn_default(made)
@@ -119,9 +125,6 @@ def _profiled(setup: dict, direction: str) -> None:
     """What ncu runs: a warm call, then one between profiler start and stop."""
     import torch
 
-    from gpu_environment import use_checkout
-
-    use_checkout()
     call = _call(setup, direction)
     call()
     torch.cuda.synchronize()

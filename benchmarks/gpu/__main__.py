@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in one script: correctness, speed beside the peers, tuning.
 
-    python benchmarks/gpu.py                   all parts, under nine minutes
-    python benchmarks/gpu.py check bench       some parts
-    python benchmarks/gpu.py --dry-run         the parts and their estimated times, without a GPU
-    python benchmarks/gpu.py --resume          go on where an interrupted run stopped
-    python benchmarks/gpu.py plot RESULT.json  plots of a result, without a GPU
+    python -m benchmarks.gpu                   all parts, under nine minutes
+    python -m benchmarks.gpu check bench       some parts
+    python -m benchmarks.gpu --dry-run         the parts and their estimated times, without a GPU
+    python -m benchmarks.gpu --resume          go on where an interrupted run stopped
+    python -m benchmarks.gpu plot RESULT.json  plots of a result, without a GPU
 
 It needs PyTorch, Triton and this checkout: nothing is installed or compiled beforehand. Work runs in
 processes of its own with time limits, so that a kernel that hangs or crashes costs seconds and is
@@ -23,9 +23,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpu_environment import commit, source_digest, use_checkout
-from gpu_pool import Pool, Task
-from gpu_result import ResultFile
+from .environment import commit, source_digest
+from .pool import Pool, Task
+from .result import ResultFile
 
 #: Seconds that each part may take: in the parallel phase, and timed alone.
 BUDGETS = {"check": (130, 0), "bench": (32, 198), "tune": (30, 60), "ablate": (10, 30), "profile": (0, 25)}
@@ -45,31 +45,25 @@ class Plan:
 
 def plan(part: str, device: str, backend: str, quick: bool) -> Plan:
     """What a part will do. Needs no GPU."""
-    import gpu_ablate
-    import gpu_bench
-    import gpu_check
-    import gpu_devices
-    import gpu_profile
-    import gpu_tune
+    from . import ablate, bench, check, devices, profile, tune
 
     arguments = (device, backend, quick)
     if part == "check":
-        return Plan(part, parallel=[*gpu_devices.tasks(*arguments), *gpu_check.tasks(*arguments)])
+        return Plan(part, parallel=[*devices.tasks(*arguments), *check.tasks(*arguments)])
     if part == "bench":
-        groups = gpu_bench.tasks(*arguments)
-        return Plan(part, parallel=gpu_bench.compile_tasks(groups), alone=groups)
-    module = {"tune": gpu_tune, "ablate": gpu_ablate, "profile": gpu_profile}[part]
+        groups = bench.tasks(*arguments)
+        return Plan(part, parallel=bench.compile_tasks(groups), alone=groups)
+    module = {"tune": tune, "ablate": ablate, "profile": profile}[part]
     alone = module.tasks(*arguments)
     return Plan(part, parallel=module.compile_tasks(alone), alone=alone)
 
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["plot"]:
-        import gpu_plot
+        from . import plot
 
-        return gpu_plot.main(argv[1:])
+        return plot.main(argv[1:])
     options = parse(argv)
-    use_checkout()
     plans = [_filtered(plan(part, options.device, options.backend, options.quick), options) for part in options.parts]
     workers = options.workers or max(1, min(14, len(os.sched_getaffinity(0)) - 1))
     if options.dry_run:
@@ -107,7 +101,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(plans: list[Plan], options: argparse.Namespace, workers: int) -> int:
     """Run the plans; 0 if every result is right, 1 if any is not."""
-    import gpu_report
+    from . import report
 
     start = time.monotonic()
     end = start + options.time_limit
@@ -123,7 +117,7 @@ def run(plans: list[Plan], options: argparse.Namespace, workers: int) -> int:
         alone_budget = sum(BUDGETS[p.part][1] for p in plans)
         parallel_budget = sum(BUDGETS[p.part][0] for p in plans)
         parallel_end = start + max(parallel_budget, options.time_limit - alone_budget)
-        machine = Task("machine", "machine", "gpu_report:machine", {"device": options.device}, timeout=60.0)
+        machine = Task("machine", "machine", ".report:machine", {"device": options.device}, timeout=60.0)
         side_by_side = [task for p in plans for task in p.parallel]
         # The slowest first, so that no process is left alone with one at the end.
         side_by_side.sort(key=lambda task: task.estimate < SLOW_SECONDS)
@@ -137,11 +131,11 @@ def run(plans: list[Plan], options: argparse.Namespace, workers: int) -> int:
             _leave_out_dead_stages(p.alone, result.rows)
             pool(max(end - later, began + BUDGETS[p.part][1]), 1).run(p.alone, options.resume)
             result.set("parts", {p.part: {"seconds": round(time.monotonic() - began, 1), "source": source}})
-    result.set("head", gpu_report.machine_of(result.rows) | {"seconds": round(time.monotonic() - start, 1)})
-    result.set("ceilings", gpu_report.ceilings(result.rows))
-    print(gpu_report.summary(result.content, [p.part for p in plans]))
+    result.set("head", report.machine_of(result.rows) | {"seconds": round(time.monotonic() - start, 1)})
+    result.set("ceilings", report.ceilings(result.rows))
+    print(report.summary(result.content, [p.part for p in plans]))
     print(f"{options.out}: {len(result.rows)} rows in {time.monotonic() - start:.0f} s")
-    return 1 if gpu_report.wrong_rows(result.rows) else 0
+    return 1 if report.wrong_rows(result.rows) else 0
 
 
 def estimates(plans: list[Plan], workers: int, device: str) -> str:
