@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import pool  # noqa: E402
+from benchmarks.gpu import result as result_module  # noqa: E402
 from benchmarks.gpu.pool import Pool, Task  # noqa: E402
 from benchmarks.gpu.result import ResultFile  # noqa: E402
 
@@ -65,6 +66,41 @@ def chatty(context):
 def slow(context):
     time.sleep(0.4)
     context.row("ok")
+
+
+def hurried(context):
+    if context.stage("slow", 1.0):
+        time.sleep(600)
+
+
+def family(context, engine):
+    for direction in ("forward", "backward"):
+        name = f"{engine}/{direction}"
+        if context.stage(name):
+            if engine == "hopper" and direction == "backward":
+                time.sleep(600)
+            context.row("ok", stage=name)
+
+
+def timing(context, hangs):
+    from benchmarks.gpu import bench, contenders
+
+    def call(name):
+        return (lambda: time.sleep(600)) if name == hangs else (lambda: time.sleep(0.001))
+
+    made = contenders.Setup(1, 1, 1, 8, 8, 8, "fp32", device="cpu", backend="reference")
+    functions = {name: call(name) for name in ("fastattn", "cudnn", "flash")}
+    bench.TIMING_SECONDS = 3.0
+    bench.time_each(context, functions, made, "forward", lambda name: {"contender": name}, {})
+
+
+def hang(context):
+    context.row("ok", pid=os.getpid())
+    time.sleep(600)
+
+
+def variable(context):
+    context.row("ok", value=os.environ.get("FASTATTN_TEST"), pid=os.getpid())
 '''
 
 
@@ -77,10 +113,9 @@ def run_pool(tmp_path, monkeypatch):
 
     def run(tasks, workers=1, seconds=120.0, resume=False, **options):
         environment = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        deadline = time.monotonic() + seconds
-        logs = tmp_path / "logs"
         options = {"environment": environment, "preload": ()} | options
-        Pool(result, "source", deadline, logs, workers, **options).run(tasks, resume)
+        with Pool(result, "source", tmp_path / "logs", workers, **options) as pool:
+            pool.run(tasks, time.monotonic() + seconds, resume)
         return result
 
     return run
@@ -156,6 +191,89 @@ def test_what_a_library_prints_is_not_an_answer(run_pool):
     assert run_pool([task("t", "chatty")]).rows[0]["status"] == "ok"
 
 
+def test_a_stage_has_the_time_that_it_asks_for(run_pool):
+    start = time.monotonic()
+    result = run_pool([task("t", "hurried", timeout=60.0)])
+    assert time.monotonic() - start < 30.0
+    assert [(row["stage"], row["status"]) for row in result.rows] == [("slow", "timeout"), ("slow", "skipped")]
+
+
+def test_no_engine_is_silenced_by_the_death_of_another(run_pool):
+    """What counts is the stage's name, and it names the family of kernels."""
+    tasks = [task(f"hopper{i}", "family", timeout=1.0, engine="hopper") for i in range(3)]
+    tasks += [task("plain", "family", timeout=1.0, engine="plain")]
+    result = run_pool(tasks, stage_limit=2)
+    outcome = [(row["task"], row["status"]) for row in result.rows if row["stage"].endswith("/backward")]
+    assert outcome == [
+        ("hopper0", "timeout"),
+        ("hopper0", "skipped"),
+        ("hopper1", "timeout"),
+        ("hopper1", "skipped"),
+        ("hopper2", "skipped"),
+        ("plain", "ok"),
+    ]
+
+
+def test_a_hang_while_timing_is_the_one_s_that_hung(run_pool):
+    """The others are timed all the same."""
+    result = run_pool([task("t", "timing", timeout=30.0, hangs="cudnn")])
+    timed = {row["contender"] for row in result.rows if row["status"] == "ok"}
+    assert timed == {"fastattn", "flash", "matmul"}
+    assert [row["stage"] for row in result.rows if row["status"] == "timeout"] == ["timing/cudnn"]
+
+
+def test_workers_serve_several_runs_and_die_with_the_pool(tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    result = ResultFile(tmp_path / "result.json")
+    environment = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    with Pool(result, "s", tmp_path / "logs", environment=environment, preload=()) as pool:
+        pool.start()
+        pool.task_environment = {"FASTATTN_TEST": "1"}
+        for name in ("a", "b"):
+            pool.run([task(name, "good", value=1)], time.monotonic() + 60.0)
+        pool.run([task("c", "variable")], time.monotonic() + 60.0)
+    pids = {row["pid"] for row in result.rows}
+    assert len(pids) == 1
+    assert rows_of(result, "c")[0]["value"] == "1"
+    assert not Path(f"/proc/{pids.pop()}").exists()
+
+
+def test_a_worker_dies_with_the_program(tmp_path):
+    """Also one that hangs, and when the program is killed: it would stay on the GPU."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    program = f"""
+import sys, threading, time
+from pathlib import Path
+from benchmarks.gpu.pool import Pool, Task
+from benchmarks.gpu.result import ResultFile
+folder = Path({str(tmp_path)!r})
+pool = Pool(ResultFile(folder / "r.json"), "s", folder / "logs", environment={{"PYTHONPATH": str(folder)}}, preload=())
+task = Task("p", "t", "faulty:hang", timeout=500.0)
+threading.Thread(target=pool.run, args=([task], time.monotonic() + 500.0), daemon=True).start()
+while not pool.result.rows:
+    time.sleep(0.05)
+print(pool.result.rows[0]["pid"], flush=True)
+time.sleep(500)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    worker = int(process.stdout.readline())
+    assert Path(f"/proc/{worker}").exists()
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10.0
+    while time.monotonic() < end and _lives(worker):
+        time.sleep(0.05)
+    assert not _lives(worker)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process runs; one that waits for its parent to ask does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_after_the_deadline_tasks_are_skipped_and_a_resumed_run_takes_them_up(run_pool):
     tasks = [task(f"t{i}", "slow") for i in range(60)]
     first = run_pool(tasks, seconds=6.0)
@@ -172,6 +290,7 @@ def test_resume_runs_again_what_other_sources_made(tmp_path):
     result = ResultFile(tmp_path / "result.json")
     result.add({"part": "p", "task": "t", "status": "ok"})
     result.finish("t", "done", 1.0, "old")
+    result.close()
     again = ResultFile(tmp_path / "result.json", resume=True)
     assert again.is_done("t", "old")
     assert not again.is_done("t", "new")
@@ -180,12 +299,32 @@ def test_resume_runs_again_what_other_sources_made(tmp_path):
     assert ResultFile(tmp_path / "result.json").rows == [], "without resume a run starts afresh"
 
 
-def test_the_result_file_is_whole_after_every_row(tmp_path):
+def test_the_result_file_is_whole_at_any_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_module, "WRITE_EVERY", 0.01)
     result = ResultFile(tmp_path / "deep" / "result.json")
-    for index in range(3):
+    counts = []
+    for index in range(300):
         result.add({"part": "p", "task": "t", "index": index})
-        assert len(json.loads(result.path.read_text())["rows"]) == index + 1
+        if result.path.exists():
+            counts.append(len(json.loads(result.path.read_text())["rows"]))
+    result.close()
+    assert counts == sorted(counts)
+    rows = json.loads(result.path.read_text())["rows"]
+    assert [row["index"] for row in rows] == list(range(300))
     assert [path.name for path in result.path.parent.iterdir()] == ["result.json"]
+
+
+def test_rows_cost_the_run_little(tmp_path):
+    """A row waits for no file: a thousand of them are written a few times."""
+    result = ResultFile(tmp_path / "result.json")
+    written = []
+    write = result._write
+    result._write = lambda: (written.append(1), write())
+    for index in range(1000):
+        result.add({"part": "p", "task": "t", "index": index, "error": "x" * 500})
+    result.close()
+    assert len(written) <= 4
+    assert len(json.loads(result.path.read_text())["rows"]) == 1000
 
 
 def test_resume_refuses_another_schema(tmp_path):
@@ -194,16 +333,20 @@ def test_resume_refuses_another_schema(tmp_path):
         ResultFile(tmp_path / "result.json", resume=True)
 
 
-def test_dry_run_lists_every_part_within_nine_minutes():
+def test_dry_run_keeps_its_shares_and_the_limit():
+    from benchmarks.gpu import plan
+
     finished = run_script("--dry-run", "--workers", "14")
     assert finished.returncode == 0, finished.stderr
-    lines = {line.split()[0]: line.split() for line in finished.stdout.splitlines() if line}
-    for part in ("check", "bench", "tune", "ablate", "profile"):
-        assert float(lines[part][-1]) > 0
-    assert float(lines["in"][-1]) <= 540, "the limits of all parts"
-    for part in ("check", "bench"):
-        estimate, limit = map(float, lines[part][-2:])
-        assert estimate <= limit, f"{part} is planned to be cut short"
+    every = plan.steps("cuda", "triton")
+    lines = {line.split()[0]: line.split() for line in finished.stdout.splitlines()[1:] if line}
+    for step in every:
+        assert float(lines[step.name][3]) == step.seconds
+        assert step.tasks or step.choose
+        assert step.estimate(14) <= step.seconds, f"{step.name} is planned to be cut short"
+    assert sum(step.seconds for step in every) <= plan.TIME_LIMIT <= 560.0
+    until_headline = sum(step.seconds for step in every[: [step.name for step in every].index("headline") + 1])
+    assert until_headline <= 140.0, "the numbers that matter come within four minutes, two for the machine's start"
 
 
 def test_without_a_gpu_a_run_says_what_can_be_done():
@@ -231,7 +374,7 @@ def test_a_bare_checkout_finds_its_kernels(tmp_path):
     assert finished.stdout.strip() == str(tmp_path / "kernels" / "__init__.py"), finished.stderr
 
 
-def test_an_unknown_part_is_named():
+def test_an_unknown_step_is_named():
     finished = run_script("benhc")
     assert finished.returncode == 2
     assert "benhc" in finished.stderr
@@ -243,7 +386,8 @@ def test_a_run_on_the_reference_checks_times_and_resumes(tmp_path):
     chosen = (
         "(length_17x65_lower_right|everything|empty_keys|wide_batch_stride|public_gradients|bench/d16_l32_b2h2_fp32)$"
     )
-    finished = run_script("check", "bench", "--only", chosen, *arguments)
+    steps = ("headline", "check", "wide", "check_others", "bench")
+    finished = run_script(*steps, "--only", chosen, *arguments)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     content = json.loads(out.read_text())
     checks = [row for row in content["rows"] if row["part"] == "check"]
@@ -261,7 +405,7 @@ def test_a_run_on_the_reference_checks_times_and_resumes(tmp_path):
     assert content["ceilings"]["matmul_tflops"] >= 0
 
     count = len(content["rows"])
-    finished = run_script("check", "bench", "--only", chosen, "--resume", *arguments)
+    finished = run_script(*steps, "--only", chosen, "--resume", *arguments)
     assert finished.returncode == 0
     assert len(json.loads(out.read_text())["rows"]) == count, "nothing ran twice"
 
@@ -272,7 +416,7 @@ class Recorder:
     def __init__(self):
         self.rows, self.current = [], None
 
-    def stage(self, name):
+    def stage(self, name, seconds=None):
         self.current = name
         return True
 
@@ -379,16 +523,24 @@ def test_contenders_compute_the_same_call(variant):
 def test_times_are_interleaved_and_ordered():
     from benchmarks.gpu.timing import time_interleaved
 
-    order = []
+    order, entered = [], []
 
     def sleeper(name, seconds):
         return lambda: (order.append(name), time.sleep(seconds))
 
-    timings = time_interleaved({"a": sleeper("a", 0.001), "b": sleeper("b", 0.004)}, "cpu", rounds=2, round_ms=4.0)
+    timings = time_interleaved(
+        {"a": sleeper("a", 0.001), "b": sleeper("b", 0.004), "c": sleeper("c", 9.0)},
+        "cpu",
+        rounds=2,
+        round_ms=4.0,
+        enter=lambda name: entered.append(name) or name != "c",
+    )
     assert timings["a"].ms < timings["b"].ms
     assert timings["b"].low <= timings["b"].ms <= timings["b"].high
     turns = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
     assert turns == ["a", "b"] * 3, "estimate, then two rounds"
+    assert entered == ["a", "b", "c"] + ["a", "b"] * 3, "one that may not enter takes no turn"
+    assert timings.keys() == {"a", "b"}
 
 
 def plotted_rows():
@@ -398,7 +550,11 @@ def plotted_rows():
             for direction in ("forward", "backward"):
                 for rate, contender in enumerate(("fastattn", "cudnn", "matmul"), start=1):
                     labels = {"causal": causal, "direction": direction, "contender": contender}
-                    yield shape | labels | {"queries": length, "keys": length, "rate": rate * length, "of_ceiling": 0.5}
+                    yield (
+                        shape
+                        | labels
+                        | {"queries": length, "keys": length, "rate": rate * length, "of_ceiling": 0.5, "host_ms": 0.1}
+                    )
 
 
 def test_plot_reads_a_result(tmp_path):
@@ -428,7 +584,7 @@ def test_summary_names_failures_and_fits_a_short_log():
         for i in range(50)
     ]
     rows.append({"part": "bench", "task": "t", "status": "error", "stage": "cudnn", "error": "a peer's"})
-    text = report.summary({"rows": rows, "ceilings": {}}, ["check", "bench"])
+    text = report.summary({"rows": rows, "ceilings": {}})
     assert len(text) <= 9000
     assert "50 fail" in text
     assert "check/0 [forward]" in text
@@ -473,38 +629,79 @@ def test_each_switch_is_flipped_alone():
     assert {"fused": False, "persistent": False} in fused and {"persistent": False} not in fused
 
 
-def test_every_prediction_of_the_ablation_is_tested():
+def test_every_prediction_is_tested():
     pytest.importorskip("triton")
-    from benchmarks.gpu import ablate
-    from benchmarks.gpu.candidates import other_tiles, switches
+    from benchmarks.gpu import plan
+    from benchmarks.gpu.candidates import switches, variants
+    from benchmarks.gpu.predictions import PREDICTIONS
     from fastattn.kernels.hopper import configs
 
     tables = {
         "forward": (configs.FORWARD, configs.FORWARD_CANDIDATES),
         "backward": (configs.BACKWARD, configs.BACKWARD_CANDIDATES),
     }
-    for direction, head_dim, variant, length, causal in ablate.PREDICTIONS:
-        assert (head_dim, causal, length) in ablate.SHAPES
+    ranked = set()
+    for step in plan.steps("cuda", "triton"):
+        for task in step.tasks:
+            if task.part == "tune" and task.arguments["engine"] == "hopper":
+                setup = task.arguments["setup"]
+                ranked.add((task.arguments["direction"], setup["head_dim"], setup["queries"], setup["causal"]))
+    for direction, head_dim, variant, length, causal in PREDICTIONS:
+        assert (direction, head_dim, length, causal) in ranked
         chosen, candidates = tables[direction]
-        config = chosen[head_dim, causal is not None]
-        names = {" ".join(f"{field}={value}" for field, value in change.items()) for change in switches(config)}
-        assert variant in names | other_tiles(config, candidates[head_dim]).keys()
+        assert variant in variants(chosen[head_dim, causal is not None], candidates[head_dim])
     for direction, (chosen, _) in tables.items():
         names = {" ".join(f"{field}={value}" for field, value in c.items()) for c in switches(chosen[128, False])}
-        predicted = {key[2] for key in ablate.PREDICTIONS if key[:2] == (direction, 128)}
+        predicted = {key[2] for key in PREDICTIONS if key[:2] == (direction, 128)}
         assert names <= predicted, "a switch without a prediction"
-    tiles = other_tiles(configs.FORWARD[128, False], configs.FORWARD_CANDIDATES[128])
-    assert tiles.keys() == {"128x64", "192x64"}
+
+
+def test_the_winner_is_the_fastest_over_all_lengths_that_repeats_itself():
+    from benchmarks.gpu import tune
+
+    def row(variant, relative, length, **config):
+        shape = {"part": "tune", "status": "ok", "engine": "hopper", "direction": "backward", "head_dim": 128}
+        shape |= {"causal": None, "queries": length, "variant": variant, "relative": relative}
+        return shape | {"default": variant == "chosen", "config": {"order": "keys"} | config}
+
+    rows = [row("chosen", 1.0, length) for length in (1024, 8192)]
+    rows += [row("a", 1.3, 1024), row("a", 0.7, 8192)]  # mean 0.95
+    rows += [row("b", 1.02, 1024), row("b", 1.02, 8192)]
+    rows += [row("c", 1.5, 1024, order="any"), row("c", 1.5, 8192, order="any")]
+    rows += [row("d", 1.4, 8192)]  # one length failed
+    found = tune.winners(rows)
+    assert found["backward", 128, None]["variant"] == "b"
+    (line,) = tune.config_lines(rows)
+    assert line == "BACKWARD[128, False] = BackwardConfig(order='keys')  # b: 1.020"
+    (task,) = tune.best_tasks(rows, "cuda", "triton", False)
+    assert task.arguments["only"] == ["b"]
+    assert tune.winners(rows[:4]) == {}
+
+
+def test_what_each_contender_runs_is_timed_in_its_environment(monkeypatch):
+    """The backward of "fastattn_plain" takes the plain kernels too, not only its forward."""
+    from benchmarks.gpu.bench import backward_of
+    from benchmarks.gpu.contenders import CONTENDERS, Setup
+
+    setup = Setup(1, 1, 1, 8, 8, 8, "fp32", device="cpu", backend="reference")
+    seen = []
+    original = reference.backward
+    monkeypatch.setattr(
+        reference, "backward", lambda *a, **k: (seen.append(os.environ.get("FASTATTN_HOPPER")), original(*a, **k))
+    )
+    for name in ("fastattn", "fastattn_plain"):
+        backward_of(setup, CONTENDERS[name](setup)(), name)()
+    assert seen == [None, "0"]
 
 
 def test_summary_ranks_variants_beside_their_predictions():
     from benchmarks.gpu import report
 
-    row = {"part": "ablate", "task": "ablate/t", "status": "ok", "direction": "forward", "head_dim": 128}
+    row = {"part": "tune", "task": "tune/t", "status": "ok", "direction": "forward", "head_dim": 128}
     row |= {"queries": 8192, "causal": None, "rate": 600.0, "ms": 1.0, "relative": 1.0, "default": True}
     rows = [row | {"variant": "chosen"}]
     slower = {"variant": "overlap=False", "rate": 540.0, "ms": 1.1, "relative": 0.9, "default": False}
     rows.append(row | slower)
-    lines = report.summary({"rows": rows, "ceilings": {}}, ["ablate"]).splitlines()
+    lines = report.summary({"rows": rows, "ceilings": {}}).rstrip().splitlines()
     assert lines[-2].split() == ["600", "1.000", "chosen", "(default)"]
     assert lines[-1].split() == ["540", "0.900", "overlap=False", "(predicted", "0.94)"]

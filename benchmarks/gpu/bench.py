@@ -14,7 +14,11 @@ from .pool import Task
 
 TOKENS, WIDTH = 16384, 2048
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-PEERS = ("flash", "cudnn", "efficient", "naive")
+#: The lengths that are timed first, at D = 128: one in many waves, one that fits in few, one that shows the limit.
+HEADLINE_LENGTHS = (8192, 1024, 16384)
+#: Naive attention is left out of longer sequences, where it only costs time.
+NAIVE_LENGTH = 4096
+PEERS = ("cudnn", "flash", "efficient", "naive")
 
 #: (batch, query heads, kv heads, keys): the keys and values outgrow every cache.
 DECODE = ((16, 32, 8, 8192), (1, 32, 8, 131072), (64, 32, 32, 2048), (1, 16, 16, 16384))
@@ -22,55 +26,63 @@ DECODE = ((16, 32, 8, 8192), (1, 32, 8, 131072), (64, 32, 32, 2048), (1, 16, 16,
 #: FlexAttention compiles for seconds per shape, so it takes part in some only: (D, L).
 FLEX = {(128, 8192), (64, 8192)}
 #: Not every length for D other than 128, and fp16 at one length only: they follow bf16 at D = 128.
-LENGTHS_OF_OTHERS = (512, 1024, 8192, 16384)
+LENGTHS_OF_OTHERS = (8192, 1024, 16384, 512)
 LENGTHS_IN_FP16 = (8192,)
+
+#: Seconds that a stage may take: our kernels come from a cache, and a launch takes milliseconds; a peer may build a
+#: plan first; FlexAttention compiles.
+VERIFY_SECONDS = {"flex": 60.0}
+OURS_SECONDS, PEERS_SECONDS, TIMING_SECONDS = 25.0, 20.0, 6.0
+
+
+def headline_tasks(device: str, backend: str, quick: bool) -> list[Task]:
+    """D = 128 in bf16, full and causal: what the project is judged by."""
+    if device == "cpu":
+        return _tiny_tasks(backend)[:2]
+    groups = [_group(128, length, causal, "bf16") for length in HEADLINE_LENGTHS for causal in (None, "upper_left")]
+    return [_task(group, backend) for group in groups[: 2 if quick else None]]
 
 
 def tasks(device: str, backend: str, quick: bool) -> list[Task]:
-    """Every group of contenders on one shape; the headline shapes first."""
+    """Every other group of contenders on one shape, in order of use."""
     if device == "cpu":
-        return _tiny_tasks(backend)
-    groups = []
-    for head_dim in (128, 64, 256):
-        for length in LENGTHS if head_dim == 128 else LENGTHS_OF_OTHERS:
-            for causal in (None, "upper_left"):
-                for dtype in ("bf16", "fp16"):
-                    if dtype == "fp16" and length not in LENGTHS_IN_FP16:
-                        continue
-                    groups.append(_group(head_dim, length, causal, dtype))
-    groups.sort(key=_headline_rank)
-    plain = [_task(group, backend) for group in groups]
+        return _tiny_tasks(backend)[2:]
+    bf16 = [(128, length) for length in LENGTHS if length not in HEADLINE_LENGTHS]
+    wanted = [(64, 8192, "bf16"), (64, 1024, "bf16"), (256, 8192, "bf16")]
+    wanted += [(head_dim, length, "bf16") for head_dim, length in bf16]
+    wanted += [(head_dim, length, "bf16") for length in LENGTHS_OF_OTHERS for head_dim in (64, 256)]
+    wanted += [(head_dim, length, "fp16") for head_dim in (128, 64, 256) for length in LENGTHS_IN_FP16]
+    plain = [
+        _task(_group(head_dim, length, causal, dtype), backend)
+        for head_dim, length, dtype in dict.fromkeys(wanted)
+        for causal in (None, "upper_left")
+    ]
     variants = [_task(group, backend) for group in _variant_groups()]
     decode = [_decode_task(*shape, dtype="bf16", backend=backend) for shape in DECODE]
-    host = Task("bench", "bench/host", ".bench:run_host", {"device": device, "backend": backend}, 60.0, 4.0)
     if quick:
-        return [*plain[:4], *variants[:2], *decode[:1], host]
-    return [*plain[:12], *decode, *variants, host, *plain[12:]]
+        return [*plain[:2], *variants[:2], *decode[:1]]
+    return [*plain[:6], *decode, *variants, *plain[6:]]
+
+
+def host_tasks(device: str, backend: str, quick: bool) -> list[Task]:
+    """What a call costs the host."""
+    return [Task("bench", "bench/host", ".bench:run_host", {"device": device, "backend": backend}, 30.0, 4.0)]
 
 
 def compile_tasks(groups: list[Task]) -> list[Task]:
-    """The same calls run once, untimed, by many processes: they leave the compiled kernels on disk."""
+    """FlexAttention's compilation, side by side: it leaves its kernels on disk.  Ours come from the cache."""
     return [
         Task(
             part="compile",
             key=f"compile/{task.key}",
             handler=".bench:compile_only",
-            arguments={"setup": task.arguments["setup"], "contenders": task.arguments["contenders"]},
-            timeout=120.0,
-            estimate=20.0 if "flex" in task.arguments["contenders"] else 3.0,
+            arguments={"setup": task.arguments["setup"], "contenders": ["flex"]},
+            timeout=VERIFY_SECONDS["flex"],
+            estimate=20.0,
         )
         for task in groups
-        if "setup" in task.arguments
+        if "flex" in task.arguments.get("contenders", ())
     ]
-
-
-def _headline_rank(group: dict) -> tuple:
-    setup = group["setup"]
-    return (
-        setup["dtype"] != "bf16",
-        (128, 64, 256).index(setup["head_dim"]),
-        (8192, 1024, 4096, 16384, 2048, 512).index(setup["queries"]),
-    )
 
 
 def _group(head_dim: int, length: int, causal: str | None, dtype: str, **changes) -> dict:
@@ -84,7 +96,9 @@ def _group(head_dim: int, length: int, causal: str | None, dtype: str, **changes
         "dtype": dtype,
         "causal": causal,
     } | changes
-    contenders = ["fastattn", "fastattn_plain", *PEERS]
+    contenders = ["fastattn", "fastattn_unordered", "fastattn_plain", *PEERS]
+    if length > NAIVE_LENGTH:
+        contenders.remove("naive")
     if dtype == "bf16" and (head_dim, length) in FLEX:
         contenders.append("flex")
     return {"setup": setup, "contenders": contenders}
@@ -121,8 +135,8 @@ def _task(group: dict, backend: str, directions: tuple[str, ...] = ("forward", "
         key="bench/" + "_".join(parts),
         handler=".bench:run_group",
         arguments={"setup": setup, "contenders": group["contenders"], "directions": list(directions)},
-        timeout=45.0,
-        estimate=2.5 + 6.0 * ("flex" in group["contenders"]),
+        timeout=PEERS_SECONDS,
+        estimate=2.5 + 3.0 * ("flex" in group["contenders"]),
     )
 
 
@@ -181,7 +195,6 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
     from fastattn.testing import GRADIENTS
 
     from .contenders import CONTENDERS, OURS, Setup
-    from .timing import time_beside_ceiling
     from .verify import Truth
     from .worker import run_stage
 
@@ -197,20 +210,50 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
                 out = forward()
             results = {"out": out.detach()}
             if "backward" in directions:
-                gradients = torch.autograd.grad(out, made.leaves, made.tensors["grad_out"], retain_graph=True)
+                gradients = backward_of(made, out, name)()
                 results |= dict(zip(GRADIENTS, gradients, strict=False))
             accuracy[name] = truth.judge(results, strict=name in OURS)
             forwards[name], outputs[name] = forward, out
 
-        run_stage(context, name, verify, contender=name, **labels)
-    context.stage("timing")
+        seconds = VERIFY_SECONDS.get(name, OURS_SECONDS if name in OURS else PEERS_SECONDS)
+        run_stage(context, name, verify, seconds, contender=name, **labels)
     for direction in directions:
         functions = {
-            name: without_graph(forward) if direction == "forward" else backward_of(made, outputs[name])
+            name: without_graph(forward) if direction == "forward" else backward_of(made, outputs[name], name)
             for name, forward in forwards.items()
+            if direction == "backward" or name != "fastattn_unordered"
         }
-        for name, timed in time_beside_ceiling(functions, made, direction).items():
-            context.row("ok", contender=name, direction=direction, of_budget=accuracy.get(name), **timed, **labels)
+
+        def fields(name: str) -> dict:
+            return {"contender": name, "of_budget": accuracy.get(name)}
+
+        time_each(context, functions, made, direction, fields, labels | {"direction": direction})
+
+
+def time_each(
+    context,
+    functions: dict,
+    made,
+    direction: str,
+    fields,
+    labels: dict,
+    family: str = "",
+    relative_to: str | None = None,
+) -> None:
+    """Time functions in turns, each turn a stage of its own, so that one that hangs is the one that is left out.
+
+    ``fields(name)``: further fields of its row. ``relative_to`` names the function whose rate is 1.
+    """
+    from .timing import time_beside_ceiling
+
+    def stage_of(name: str) -> str:
+        return "/".join(part for part in ("timing", family, name) if part)
+
+    timed = time_beside_ceiling(functions, made, direction, lambda name: context.stage(stage_of(name), TIMING_SECONDS))
+    rate = timed[relative_to]["rate"] if relative_to in timed else None
+    for name, values in timed.items():
+        relative = {"relative": round(values["rate"] / rate, 4)} if rate else {}
+        context.row("ok", stage=stage_of(name), **labels, **fields(name), **values, **relative)
 
 
 def without_graph(forward):
@@ -224,12 +267,14 @@ def without_graph(forward):
     return call
 
 
-def backward_of(setup, out):
-    """The gradients of a kept output."""
+def backward_of(setup, out, contender: str = "fastattn"):
+    """The gradients of a contender's kept output."""
     import torch
 
+    from .contenders import in_environment
+
     leaves, grad_out = setup.leaves, setup.tensors["grad_out"]
-    return lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+    return in_environment(contender, lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True))
 
 
 def run_host(context, device: str, backend: str) -> None:

@@ -25,6 +25,7 @@ class Candidate:
     default: bool
     run: Callable[[], None]
     results: dict[str, Tensor]
+    config: object = None
 
 
 def problem_of(setup: Setup):
@@ -35,8 +36,8 @@ def problem_of(setup: Setup):
     return make_problem(*tensors, **setup.arguments())
 
 
-def hopper(direction: str, switched: bool) -> Callable[[Setup], list[Candidate]]:
-    """kernels/hopper/configs.py: its candidates, or with ``switched`` its choice with a switch or the tile changed."""
+def hopper(direction: str) -> Callable[[Setup], list[Candidate]]:
+    """kernels/hopper/configs.py: its choice, that with each switch changed alone, and its candidates."""
 
     def list_candidates(setup: Setup) -> list[Candidate]:
         from fastattn.kernels.hopper import capability, configs
@@ -50,14 +51,7 @@ def hopper(direction: str, switched: bool) -> Callable[[Setup], list[Candidate]]
             raise Unsupported("; ".join(refusals))
         choose = {"forward": configs.forward_config, "backward": configs.backward_config}[direction]
         chosen = choose(setup.head_dim, setup.causal is not None or setup.window is not None)
-        named = {"chosen": chosen}
-        if switched:
-            for changes in switches(chosen):
-                name = " ".join(f"{field}={value}" for field, value in changes.items())
-                named[name] = dataclasses.replace(chosen, **changes)
-            named |= other_tiles(chosen, table[setup.head_dim])
-        else:
-            named |= {name: config for name, config in table[setup.head_dim].items() if config != chosen}
+        named = variants(chosen, table[setup.head_dim])
         if direction == "forward":
             from fastattn.kernels.hopper.launch import forward
 
@@ -81,7 +75,7 @@ def _hopper_backward_candidates(setup: Setup, problem, named: dict, chosen) -> l
         def run() -> None:
             backward(problem, out, lse, grad_out, None, *gradients.values(), config)
 
-        return Candidate(name, config == chosen, run, gradients)
+        return Candidate(name, config == chosen, run, gradients, config)
 
     return [candidate(name, config) for name, config in named.items()]
 
@@ -111,13 +105,16 @@ def switches(config) -> list[dict[str, bool]]:
     return found
 
 
-def other_tiles(chosen, table: dict) -> dict:
-    """Of a table of configurations those that differ from the chosen one in numbers, not in switches."""
-
-    def switched(config) -> dict:
-        return {name: value for name, value in dataclasses.asdict(config).items() if type(value) is not int}
-
-    return {name: config for name, config in table.items() if config != chosen and switched(config) == switched(chosen)}
+def variants(chosen, table: dict) -> dict:
+    """{name: configuration}: the chosen one, that with each switch changed alone, and what else a table has."""
+    named = {"chosen": chosen}
+    for changes in switches(chosen):
+        name = " ".join(f"{field}={value}" for field, value in changes.items())
+        named[name] = dataclasses.replace(chosen, **changes)
+    for name, config in table.items():
+        if config not in named.values():
+            named[name] = config
+    return named
 
 
 def _forward_buffers(problem) -> tuple[Tensor, Tensor]:
@@ -132,7 +129,7 @@ def _forward_candidates(launch: Callable, problem, named: dict, chosen) -> list[
 
     def candidate(name: str, config) -> Candidate:
         out, lse = _forward_buffers(problem)
-        return Candidate(name, config == chosen, lambda: launch(problem, out, lse, config), {"out": out})
+        return Candidate(name, config == chosen, lambda: launch(problem, out, lse, config), {"out": out}, config)
 
     return [candidate(name, config) for name, config in named.items()]
 
@@ -185,7 +182,7 @@ def _triton_backward(kernel: str) -> Callable[[Setup], list[Candidate]]:
             def run() -> None:
                 launch.backward(problem, out, lse, grad_out, None, *gradients, None, *configs)
 
-            return Candidate(name, config == chosen, run, buffers)
+            return Candidate(name, config == chosen, run, buffers, config)
 
         return [candidate(name, config) for name, config in named.items()]
 
@@ -212,10 +209,8 @@ def _tile_name(config) -> str:
 
 #: By engine and direction.
 ENGINES: dict[tuple[str, str], Callable[[Setup], list[Candidate]]] = {
-    ("hopper", "forward"): hopper("forward", switched=False),
-    ("hopper", "backward"): hopper("backward", switched=False),
-    ("hopper_switches", "forward"): hopper("forward", switched=True),
-    ("hopper_switches", "backward"): hopper("backward", switched=True),
+    ("hopper", "forward"): hopper("forward"),
+    ("hopper", "backward"): hopper("backward"),
     ("triton", "forward"): triton_forward,
     ("triton", "grad_key_value"): _triton_backward("grad_key_value"),
     ("triton", "grad_query"): _triton_backward("grad_query"),

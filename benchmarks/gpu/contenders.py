@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problems import DTYPES, without_hopper
+from .problems import DTYPES, environment
 from .worker import Unsupported
 
 NAIVE_LIMIT_BYTES = 9e9  # of scores; the backward pass holds about six times that
@@ -158,15 +158,32 @@ def fastattn_default(setup: Setup) -> Forward:
     return lambda: fastattn.scaled_dot_product_attention(q, k, v, backend=setup.backend, **arguments)
 
 
+#: What a contender of ours finds in its environment, forward and backward.
+ENVIRONMENT = {"fastattn_unordered": ("FASTATTN_HOPPER_UNORDERED", "1"), "fastattn_plain": ("FASTATTN_HOPPER", "0")}
+
+
+def in_environment(contender: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call as the contender makes it."""
+    if contender not in ENVIRONMENT:
+        return call
+
+    def with_variable():
+        with environment(*ENVIRONMENT[contender]):
+            return call()
+
+    return with_variable
+
+
+def fastattn_unordered(setup: Setup) -> Forward:
+    """fastattn with the parts of dQ added in any order, as the peers' backward does; the forward is the same."""
+    if setup.variant is not None or setup.dtype == "fp32":
+        raise Unsupported("the unordered backward is timed on plain calls")
+    return in_environment("fastattn_unordered", fastattn_default(setup))
+
+
 def fastattn_plain(setup: Setup) -> Forward:
-    """The same without the Hopper kernels."""
-    forward = fastattn_default(setup)
-
-    def call() -> Tensor:
-        with without_hopper():
-            return forward()
-
-    return call
+    """fastattn without the Hopper kernels."""
+    return in_environment("fastattn_plain", fastattn_default(setup))
 
 
 def naive(setup: Setup) -> Forward:
@@ -272,6 +289,7 @@ def _refusing(forward: Forward) -> Forward:
 
 CONTENDERS: dict[str, Callable[[Setup], Forward]] = {
     "fastattn": fastattn_default,
+    "fastattn_unordered": fastattn_unordered,
     "fastattn_plain": fastattn_plain,
     "naive": naive,
     "flash": _torch_sdpa("FLASH_ATTENTION"),
@@ -280,4 +298,4 @@ CONTENDERS: dict[str, Callable[[Setup], Forward]] = {
     "math": _torch_sdpa("MATH"),
     "flex": flex,
 }
-OURS = ("fastattn", "fastattn_plain")
+OURS = ("fastattn", "fastattn_unordered", "fastattn_plain")

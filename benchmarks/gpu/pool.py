@@ -2,14 +2,14 @@
 
 Each worker (worker.py) takes one task at a time and answers in JSON lines::
 
-    {"ready": true}            imports done
-    {"stage": "name"}          what it does next; restarts the task's clock
-    {"row": {...}}             one result, kept whatever happens afterwards
+    {"ready": true}                       imports done
+    {"stage": "name", "seconds": s}       what it does next, and the time that it gets; restarts the clock
+    {"row": {...}}                        one result, kept whatever happens afterwards
     {"end": "done"|"error"}
 
-A stage that outlasts the task's timeout, or that takes the process or its device down, is recorded as a row and
-the task goes on without that stage in a fresh process. A stage that has done so ``stage_limit``
-times in one run is left out of all further tasks.
+A stage that outlasts its time, or that takes the process or its device down, is recorded as a row and the task goes
+on without that stage in a fresh process. A stage that has done so ``stage_limit`` times is left out of all further
+tasks: its name is that of the kernel family that it runs, so that no engine is silenced by another's death.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,19 +33,20 @@ from .result import ResultFile
 
 WORKER = "benchmarks.gpu.worker"
 START_SECONDS = 150.0  # a cold import of torch by many processes at once
-GRACE_SECONDS = 12.0  # what a task that runs at the deadline may still take
+GRACE_SECONDS = 5.0  # what a task that runs at the deadline may still take
+KILL_SECONDS = 10.0  # what the driver may take to tear a killed process's context down
 
 
 @dataclass
 class Task:
-    """A piece of a part: ``handler`` names what runs it, "module:function" or ".module:function"."""
+    """A piece of a step: ``handler`` names what runs it, "module:function" or ".module:function"."""
 
     part: str
     key: str
     handler: str
     arguments: dict = field(default_factory=dict)
-    timeout: float = 30.0  # seconds per stage
-    estimate: float = 1.0  # seconds in all, for --dry-run and for the order of work
+    timeout: float = 30.0  # seconds of a stage that does not say how many it needs
+    estimate: float = 1.0  # seconds in all
     skip: tuple[str, ...] = ()  # stages to leave out
 
 
@@ -59,21 +61,9 @@ class _Died(Exception):
 class _Worker:
     """One worker process and the lines it sends."""
 
-    def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
-        self.log = log
-        self.stage: str | None = None
-        with open(log, "ab") as errors:
-            self.log_start = errors.tell()
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=environment,
-                cwd=ROOT,
-                start_new_session=True,
-            )
+    def __init__(self, process: subprocess.Popen, log: Path, log_start: int) -> None:
+        self.process, self.log, self.log_start = process, log, log_start
+        self.is_ready = False
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -101,7 +91,7 @@ class _Worker:
         except BrokenPipeError:
             raise _Died("crash", f"ended before the task: {self.log_tail()}") from None
 
-    def log_tail(self, characters: int = 600) -> str:
+    def log_tail(self, characters: int = 4000) -> str:
         with open(self.log, "rb") as log:
             log.seek(self.log_start)
             return log.read().decode(errors="replace")[-characters:].strip()
@@ -110,101 +100,148 @@ class _Worker:
         """End the process and all that it started (compilers)."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_SECONDS)
 
 
 class Pool:
-    """Runs tasks on ``workers`` processes until they are done or ``deadline`` (monotonic) passes."""
+    """``workers`` processes that serve one :meth:`run` after the other and end with :meth:`close`."""
 
     def __init__(
         self,
         result: ResultFile,
         source: str,
-        deadline: float,
         log_folder: Path,
         workers: int = 1,
         stage_limit: int = 3,
         preload: tuple[str, ...] = ("torch",),
         environment: dict[str, str] | None = None,
         progress=lambda text: None,
+        name: str = "worker",
     ) -> None:
-        self.result, self.source, self.deadline = result, source, deadline
-        self.log_folder, self.workers, self.stage_limit = log_folder, workers, stage_limit
+        self.result, self.source = result, source
+        self.log_folder, self.stage_limit = log_folder, stage_limit
         self.command = [sys.executable, "-u", "-m", WORKER, *preload]
         self.environment = os.environ | (environment or {})
-        self.progress = progress
+        self.progress, self.name = progress, name
+        #: What later tasks find in their environment beside it.
+        self.task_environment: dict[str, str] = {}
+        self._workers: list[_Worker | None] = [None] * workers
+        # A worker dies with the thread that started it (see worker.py): one thread starts them all and stays.
+        self._starter = ThreadPoolExecutor(1)
         self._failures: Counter[str] = Counter()
         self._pending: deque[Task] = deque()
-        self._finished = 0
+        self._finished = self._total = 0
         self._lock = threading.Lock()
+        log_folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self, tasks: list[Task], resume: bool = False) -> None:
-        """Run the tasks in order of appearance; with ``resume`` those not yet done on these sources."""
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Let the processes import what they need while others work."""
+        for index, worker in enumerate(self._workers):
+            if worker is None:
+                self._workers[index] = self._new_worker(index)
+
+    def run(self, tasks: list[Task], deadline: float, resume: bool = False) -> None:
+        """Run the tasks in order of appearance until ``deadline`` (monotonic) passes; with ``resume`` those not yet
+        done on these sources."""
         todo = [task for task in tasks if not (resume and self.result.is_done(task.key, self.source))]
-        self._pending, self._total, self._finished = deque(todo), len(todo), 0
-        self.log_folder.mkdir(parents=True, exist_ok=True)
-        count = min(self.workers, len(todo))
+        self._pending, self._total, self._finished, self._deadline = deque(todo), len(todo), 0, deadline
+        count = min(len(self._workers), len(todo))
         threads = [threading.Thread(target=self._serve, args=(index,)) for index in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    def _serve(self, index: int) -> None:
-        worker = None
-        log = self.log_folder / f"worker-{index}.log"
-        try:
-            while (task := self._take()) is not None:
-                start = time.monotonic()
-                self.result.start(task.key)
-                status, worker = self._attempt(task, worker, log)
-                self.result.finish(task.key, status, time.monotonic() - start, self.source)
-                with self._lock:
-                    self._finished += 1
-                    self.progress(f"{self._finished}/{self._total} {task.key}: {status}")
-        finally:
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._workers:
             if worker is not None:
                 worker.kill()
+        self._workers = [None] * len(self._workers)
+        self._starter.shutdown()
+
+    def _new_worker(self, index: int) -> _Worker:
+        log = self.log_folder / f"{self.name}-{index}.log"
+
+        def start() -> _Worker:
+            with open(log, "ab") as errors:
+                process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env=self.environment,
+                    cwd=ROOT,
+                    start_new_session=True,
+                )
+                return _Worker(process, log, errors.tell())
+
+        return self._starter.submit(start).result()
+
+    def _serve(self, index: int) -> None:
+        while (task := self._take()) is not None:
+            start = time.monotonic()
+            self.result.start(task.key)
+            status = self._attempt(task, index)
+            self.result.finish(task.key, status, time.monotonic() - start, self.source)
+            with self._lock:
+                self._finished += 1
+                self.progress(f"{self._finished}/{self._total} {task.key}: {status}")
 
     def _take(self) -> Task | None:
         with self._lock:
-            if self._pending and time.monotonic() >= self.deadline:
+            if self._pending and time.monotonic() >= self._deadline:
                 self.result.leave_out(((task.part, task.key) for task in self._pending), self.source)
                 self._pending.clear()
             return self._pending.popleft() if self._pending else None
 
-    def _attempt(self, task: Task, worker: _Worker | None, log: Path) -> tuple[str, _Worker | None]:
+    def _attempt(self, task: Task, index: int) -> str:
         """Run a task to its end, without the stages that take the process down."""
         skip = list(task.skip)
         while True:
             skip += [stage for stage in self._exhausted() if stage not in skip]
-            stage = None
+            stage, seconds = None, task.timeout
             try:
+                worker = self._workers[index]
                 if worker is None:
+                    worker = self._workers[index] = self._new_worker(index)
+                if not worker.is_ready:
                     stage = "start"
-                    worker = _Worker(self.command, log, self.environment)
-                    worker.receive(START_SECONDS)
+                    worker.receive(min(START_SECONDS, self._left()))
+                    worker.is_ready = True
                     stage = None
-                worker.send({"handler": task.handler, "arguments": task.arguments, "skip": skip})
+                message = {"handler": task.handler, "arguments": task.arguments, "skip": skip}
+                worker.send(message | {"environment": self.task_environment})
                 while True:
-                    answer = worker.receive(min(task.timeout, self.deadline + GRACE_SECONDS - time.monotonic()))
+                    answer = worker.receive(min(seconds, self._left()))
                     if "stage" in answer:
-                        stage = answer["stage"]
+                        stage, seconds = answer["stage"], answer.get("seconds") or task.timeout
                     elif "row" in answer:
                         self._add(task, answer["row"])
                     else:
-                        return answer["end"], worker
+                        return answer["end"]
             except _Died as death:
-                worker = None
-                if time.monotonic() > self.deadline:
+                self._workers[index] = None
+                if time.monotonic() > self._deadline:
                     self._record(task, "skipped", stage, "out of time")
-                    return "skipped", None
+                    return "skipped"
                 self._record(task, death.status, stage, str(death))
                 if stage is None or stage == "start" or stage in skip:
-                    return death.status, None
+                    return death.status
                 with self._lock:
                     self._failures[stage] += 1
                 skip.append(stage)
+
+    def _left(self) -> float:
+        return self._deadline + GRACE_SECONDS - time.monotonic()
 
     def _exhausted(self) -> list[str]:
         with self._lock:

@@ -39,17 +39,22 @@ def synchronize(device: str) -> None:
 
 
 @contextlib.contextmanager
-def without_hopper():
-    """Within it, the kernels that every architecture has are used."""
-    before = os.environ.get("FASTATTN_HOPPER")
-    os.environ["FASTATTN_HOPPER"] = "0"
+def environment(name: str, value: str):
+    """Within it, the variable has the value."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ["FASTATTN_HOPPER"]
+            del os.environ[name]
         else:
-            os.environ["FASTATTN_HOPPER"] = before
+            os.environ[name] = before
+
+
+def without_hopper():
+    """Within it, the kernels that every architecture has are used."""
+    return environment("FASTATTN_HOPPER", "0")
 
 
 class PlainTriton:

@@ -1,44 +1,50 @@
-"""The one result file: a JSON that is whole after every row, and from which a run resumes."""
+"""The one result file: a JSON that is whole at any moment, and from which a run resumes."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
-SCHEMA = 1
+SCHEMA = 2
+#: Seconds between two writes: a row is in the file that much later at most.
+WRITE_EVERY = 0.5
 
 
 class ResultFile:
-    """Head, rows and finished tasks; every change is written at once, by an atomic rename.
+    """Head, rows and finished tasks; changes are written twice a second, by an atomic rename, and at :meth:`close`.
 
     A row is a flat dict with ``part``, ``task`` (the key of the task that made it) and ``status``:
-    "ok", "fail" (a wrong result), "error" (an exception), "timeout", "crash", "unsupported" (the
+    "ok", "fail" (a wrong result), "error" (an exception), "timeout", "hang", "crash", "unsupported" (the
     contender says that it cannot) or "skipped". ``tasks`` maps a task's key to how it ended.
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
-        self.content = {"schema": SCHEMA, "head": {}, "ceilings": {}, "parts": {}, "tasks": {}, "rows": []}
+        self.content = {"schema": SCHEMA, "head": {}, "ceilings": {}, "steps": {}, "tasks": {}, "rows": []}
         if resume and self.path.exists():
             content = json.loads(self.path.read_text())
             if content.get("schema") != SCHEMA:
-                raise ValueError(f"{self.path} has schema {content.get('schema')}, this script writes {SCHEMA}")
+                raise ValueError(f"{self.path} has schema {content.get('schema')}, this program writes {SCHEMA}")
             self.content = content
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._changed, self._closed = threading.Event(), False
+        self._writer = threading.Thread(target=self._write_changes, daemon=True)
+        self._writer.start()
 
     @property
     def rows(self) -> list[dict]:
         return self.content["rows"]
 
     def set(self, section: str, value: dict) -> None:
-        """Merge ``value`` into "head", "ceilings" or "parts"."""
+        """Merge ``value`` into "head", "ceilings" or "steps"."""
         with self._lock:
             self.content[section] |= value
-            self._write()
+        self._changed.set()
 
     def is_done(self, key: str, source: str) -> bool:
         """Did the task finish, on these sources?"""
@@ -54,12 +60,12 @@ class ResultFile:
     def add(self, row: dict) -> None:
         with self._lock:
             self.rows.append(row)
-            self._write()
+        self._changed.set()
 
     def finish(self, key: str, status: str, seconds: float, source: str) -> None:
         with self._lock:
             self.content["tasks"][key] = {"status": status, "seconds": round(seconds, 2), "source": source}
-            self._write()
+        self._changed.set()
 
     def leave_out(self, tasks: Iterable[tuple[str, str]], source: str) -> None:
         """Note (part, key) of tasks that there was no time for."""
@@ -68,9 +74,41 @@ class ResultFile:
                 left_out = {"part": part, "task": key, "source": source, "stage": None}
                 self.rows.append(left_out | {"status": "skipped", "error": "out of time"})
                 self.content["tasks"][key] = {"status": "skipped", "seconds": 0.0, "source": source}
+        self._changed.set()
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+        self._closed = True
+        self._changed.set()
+        self._writer.join()
+
+    def _write_changes(self) -> None:
+        while not self._closed:
+            self._changed.wait()
+            self._changed.clear()
             self._write()
+            if not self._closed:
+                time.sleep(WRITE_EVERY)
+        self._write()
 
     def _write(self) -> None:
+        with self._lock:
+            text = as_text(self.content)
         partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps(self.content, indent=0, sort_keys=True))
+        partial.write_text(text)
         os.replace(partial, self.path)
+
+
+def as_text(content: dict) -> str:
+    """The JSON, with each row and each task on a line of its own."""
+    lines = []
+    for name, value in sorted(content.items()):
+        if isinstance(value, list):
+            inside = ",\n".join(json.dumps(row, sort_keys=True) for row in value)
+            lines.append(f"{json.dumps(name)}: [\n{inside}\n]")
+        elif name == "tasks":
+            inside = ",\n".join(f"{json.dumps(key)}: {json.dumps(value[key], sort_keys=True)}" for key in sorted(value))
+            lines.append(f"{json.dumps(name)}: {{\n{inside}\n}}")
+        else:
+            lines.append(f"{json.dumps(name)}: {json.dumps(value, sort_keys=True)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"

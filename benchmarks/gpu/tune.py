@@ -1,42 +1,77 @@
-"""Part ``tune``: the candidates of kernels/configs.py and kernels/hopper/configs.py, ranked.
+"""The candidates of kernels/configs.py and kernels/hopper/configs.py, ranked: what configs.py should choose.
 
-Each candidate's result is verified before it is timed; the ones of a task take turns, so that their
-order is not the order of the clock. The table says what configs.py should choose.
+Each candidate's result is verified before it is timed; the ones of a task take turns, so that their order is not the
+order of the clock. :mod:`.predictions` says what was expected of each. ``best`` measures the winners once more beside
+the peers.
 """
 
 from __future__ import annotations
 
+import math
+
 from .pool import Task
 
 TOKENS, WIDTH = 16384, 2048
-PAIRS = (
-    ("hopper", "forward"),
-    ("hopper", "backward"),
-    ("triton", "forward"),
-    ("triton", "grad_key_value"),
-    ("triton", "grad_query"),
-)
+#: Seconds that a stage may take: a candidate may have to be compiled, a launch takes milliseconds.
+VERIFY_SECONDS = 25.0
+#: How much faster than the chosen configuration a winner must be.
+WORTHWHILE = 1.005
+PEERS = ("cudnn", "flash")
+
+
+def order_tasks(device: str, backend: str, quick: bool) -> list[Task]:
+    """The backward at D = 128: which sweep, and in which order dQ is added, at each length."""
+    if device == "cpu":
+        return []
+    shapes = [(length, causal) for length in (8192, 1024, 2048, 16384) for causal in ("upper_left", None)]
+    return [task_of("hopper", "backward", 128, causal, length) for length, causal in shapes[: 1 if quick else None]]
+
+
+def switch_tasks(device: str, backend: str, quick: bool) -> list[Task]:
+    """The forward at D = 128: each switch and each tile."""
+    if device == "cpu":
+        return []
+    shapes = [(8192, None), (8192, "upper_left"), (1024, None), (1024, "upper_left")]
+    return [task_of("hopper", "forward", 128, causal, length) for length, causal in shapes[: 1 if quick else None]]
 
 
 def tasks(device: str, backend: str, quick: bool) -> list[Task]:
-    """Engine, direction, head dimension, causality and length; the most used first."""
+    """What the other two do not rank."""
     if device == "cpu":
         return []
-    wanted = []
-    for head_dim in (128, 64, 256):
-        for engine, direction in PAIRS:
-            for causal in (None, "upper_left"):
-                wanted.append(task_of("tune", engine, direction, head_dim, causal, 8192))
-    for causal in (None, "upper_left"):
-        wanted.append(task_of("tune", "hopper", "forward", 128, causal, 1024))
-    wanted.append(task_of("tune", "triton", "decode", 128, None, 8192, batch=16, heads=32, kv_heads=8, queries=1))
-    wanted.append(task_of("tune", "triton", "decode", 128, None, 65536, batch=1, heads=16, kv_heads=16, queries=1))
-    return wanted[:2] if quick else wanted
+    wanted = [
+        task_of("hopper", direction, head_dim, causal, 8192)
+        for head_dim, causals in ((64, (None, "upper_left")), (256, (None,)))
+        for direction in ("forward", "backward")
+        for causal in causals
+    ]
+    wanted.append(task_of("triton", "decode", 128, None, 8192, batch=16, heads=32, kv_heads=8, queries=1))
+    wanted.append(task_of("triton", "decode", 128, None, 65536, batch=1, heads=16, kv_heads=16, queries=1))
+    for head_dim in (128, 64):
+        for direction in ("forward", "grad_key_value", "grad_query"):
+            wanted.append(task_of("triton", direction, head_dim, None, 8192))
+    return wanted[:1] if quick else wanted
 
 
-def task_of(part: str, engine: str, direction: str, head_dim: int, causal: str | None, length: int, **changes) -> Task:
+def task_of(engine: str, direction: str, head_dim: int, causal: str | None, length: int, **changes) -> Task:
     """A task on one shape; ``changes`` are fields of :class:`contenders.Setup`."""
-    setup = {
+    return Task(
+        part="tune",
+        key=f"tune/{engine}_{direction}_d{head_dim}_l{length}_{causal or 'full'}",
+        handler=".tune:run",
+        arguments={
+            "engine": engine,
+            "direction": direction,
+            "setup": setup_of(head_dim, causal, length, **changes),
+        },
+        timeout=VERIFY_SECONDS,
+        estimate=3.0,
+    )
+
+
+def setup_of(head_dim: int, causal: str | None, length: int, **changes) -> dict:
+    """The fields of a set-up of constant tokens and width, in bf16."""
+    return {
         "batch": max(1, TOKENS // length),
         "heads": WIDTH // head_dim,
         "kv_heads": WIDTH // head_dim,
@@ -46,31 +81,130 @@ def task_of(part: str, engine: str, direction: str, head_dim: int, causal: str |
         "dtype": "bf16",
         "causal": causal,
     } | changes
-    return Task(
-        part=part,
-        key=f"{part}/{engine}_{direction}_d{head_dim}_l{length}_{causal or 'full'}",
-        handler=".tune:run",
-        arguments={"engine": engine, "direction": direction, "setup": setup},
-        timeout=25.0,
-        estimate=3.0,
-    )
 
 
-def compile_tasks(timed: list[Task]) -> list[Task]:
-    """The same candidates run once, untimed, side by side; one that hangs is left out afterwards."""
-    return [Task("compile", f"compile/{task.key}", ".tune:compile_only", task.arguments, 60.0, 9.0) for task in timed]
+def winners(rows: list[dict]) -> dict[tuple, dict]:
+    """{(direction, head_dim, causal): the row of the Hopper variant that is fastest over the lengths measured}.
+
+    One that every length has, that gives the same bits from run to run, and that is worth a change; none otherwise.
+    """
+    ranked: dict[tuple, dict[str, list[dict]]] = {}
+    for row in rows:
+        if row["part"] == "tune" and row["status"] == "ok" and row.get("engine") == "hopper" and "config" in row:
+            key = (row["direction"], row["head_dim"], row["causal"])
+            ranked.setdefault(key, {}).setdefault(row["variant"], []).append(row)
+    found = {}
+    for key, named in ranked.items():
+        lengths = max(len(entries) for entries in named.values())
+        means = {
+            name: math.exp(sum(math.log(row["relative"]) for row in entries) / lengths)
+            for name, entries in named.items()
+            if len(entries) == lengths and entries[0]["config"].get("order") != "any"
+        }
+        best = max(means, key=means.get, default=None)
+        if best is not None and means[best] > WORTHWHILE and not named[best][0]["default"]:
+            found[key] = named[best][0] | {"relative": round(means[best], 4)}
+    return found
 
 
-def compile_only(context, engine: str, direction: str, setup: dict) -> None:
-    from .problems import synchronize
+def config_lines(rows: list[dict]) -> list[str]:
+    """The winners as lines of kernels/hopper/configs.py."""
+    lines = []
+    for (direction, head_dim, causal), row in sorted(winners(rows).items(), key=str):
+        kind = "ForwardConfig" if direction == "forward" else "BackwardConfig"
+        values = ", ".join(f"{name}={value!r}" for name, value in row["config"].items())
+        table = f"{direction.upper()}[{head_dim}, {causal is not None}]"
+        lines.append(f"{table} = {kind}({values})  # {row['variant']}: {row['relative']:.3f}")
+    return lines
+
+
+def best_tasks(rows: list[dict], device: str, backend: str, quick: bool) -> list[Task]:
+    """The winners beside the chosen configuration and the peers, at 8k."""
+    return [
+        Task(
+            part="best",
+            key=f"best/{direction}_d{head_dim}_{causal or 'full'}",
+            handler=".tune:run",
+            arguments={
+                "engine": "hopper",
+                "direction": direction,
+                "setup": setup_of(head_dim, causal, 8192),
+                "only": [row["variant"]],
+                "peers": list(PEERS),
+            },
+            timeout=VERIFY_SECONDS,
+            estimate=2.0,
+        )
+        for (direction, head_dim, causal), row in winners(rows).items()
+    ]
+
+
+def run(
+    context, engine: str, direction: str, setup: dict, only: list[str] | None = None, peers: tuple[str, ...] = ()
+) -> None:
+    """Verify candidates (the default, and those named, or all) against the float64 reference, then time them in turns
+    beside a matrix product and the peers; one row per candidate and peer."""
+    from .bench import time_each
+    from .candidates import ENGINES
+    from .contenders import Setup
+    from .verify import Truth
     from .worker import run_stage
 
-    def run(candidate) -> None:
-        _run_if_it_fits(candidate)
-        synchronize(setup.get("device", "cuda"))
+    family = f"{engine}/{direction}/d{setup['head_dim']}"
+    if (engine, direction) not in ENGINES:
+        context.row("unsupported", stage="list", error=f"the {engine} engine has no {direction} candidates")
+        return
+    made = Setup(**setup)
+    candidates = run_stage(context, f"{family}/list", lambda: ENGINES[engine, direction](made), VERIFY_SECONDS) or []
+    if only is not None:
+        candidates = [candidate for candidate in candidates if candidate.default or candidate.name in only]
+    if not candidates:
+        return
+    truth = Truth(made, with_gradients=direction != "forward")
+    labels = {"engine": engine, "direction": direction}
+    labels |= {k: v for k, v in setup.items() if k not in ("device", "backend")}
+    functions, own = {}, {}
+    for candidate in candidates:
 
-    for candidate in _candidates(context, engine, direction, setup):
-        run_stage(context, candidate.name, lambda candidate=candidate: run(candidate), variant=candidate.name)
+        def verify(candidate=candidate) -> None:
+            _run_if_it_fits(candidate)
+            of_budget = truth.judge(candidate.results, strict=True)
+            functions[candidate.name] = candidate.run
+            own[candidate.name] = {"default": candidate.default, "of_budget": of_budget, "config": _as_dict(candidate)}
+
+        run_stage(context, f"{family}/{candidate.name}", verify, VERIFY_SECONDS, variant=candidate.name, **labels)
+    for name in peers:
+        run_stage(
+            context, name, lambda name=name: functions.update({name: _peer(name, made, direction)}), VERIFY_SECONDS
+        )
+    if not functions:
+        return
+
+    def fields(name: str) -> dict:
+        return {"variant": name} | own.get(name, {"default": False})
+
+    time_each(context, functions, made, direction, fields, labels, family, relative_to=_default(own))
+
+
+def _default(own: dict) -> str | None:
+    return next((name for name, values in own.items() if values["default"]), None)
+
+
+def _as_dict(candidate) -> dict:
+    import dataclasses
+
+    return dataclasses.asdict(candidate.config)
+
+
+def _peer(name: str, made, direction: str):
+    """A peer's call, made once."""
+    from .bench import backward_of, without_graph
+    from .contenders import CONTENDERS
+
+    forward = CONTENDERS[name](made)
+    call = without_graph(forward) if direction == "forward" else backward_of(made, forward(), name)
+    call()
+    return call
 
 
 def _run_if_it_fits(candidate) -> None:
@@ -83,51 +217,3 @@ def _run_if_it_fits(candidate) -> None:
         candidate.run()
     except OutOfResources as error:
         raise Unsupported(str(error)) from None
-
-
-def _candidates(context, engine: str, direction: str, setup: dict) -> list:
-    from .candidates import ENGINES
-    from .contenders import Setup
-    from .worker import run_stage
-
-    if (engine, direction) not in ENGINES:
-        context.row("unsupported", stage="list", error=f"the {engine} engine has no {direction} candidates")
-        return []
-    return run_stage(context, "list", lambda: ENGINES[engine, direction](Setup(**setup))) or []
-
-
-def run(context, engine: str, direction: str, setup: dict) -> None:
-    """Verify and rank; one row per candidate."""
-    rank(context, _candidates(context, engine, direction, setup), setup, direction, {"engine": engine})
-
-
-def rank(context, candidates: list, setup: dict, direction: str, labels: dict) -> None:
-    """Verify candidates against the float64 reference, then time them in turns beside a matrix product."""
-    from .contenders import Setup
-    from .timing import time_beside_ceiling
-    from .verify import Truth
-    from .worker import run_stage
-
-    if not candidates:
-        return
-    made = Setup(**setup)
-    truth = Truth(made, with_gradients=direction != "forward")
-    labels = labels | {"direction": direction} | {k: v for k, v in setup.items() if k not in ("device", "backend")}
-    functions, default = {}, {}
-    for candidate in candidates:
-
-        def verify(candidate=candidate) -> None:
-            _run_if_it_fits(candidate)
-            truth.judge(candidate.results, strict=True)
-            functions[candidate.name] = candidate.run
-            default[candidate.name] = candidate.default
-
-        run_stage(context, candidate.name, verify, variant=candidate.name, **labels)
-    if not functions:
-        return
-    context.stage("timing")
-    timed = time_beside_ceiling(functions, made, direction)
-    chosen = next((timed[name]["rate"] for name in functions if default[name]), None)
-    for name in functions:
-        relative = round(timed[name]["rate"] / chosen, 4) if chosen else None
-        context.row("ok", variant=name, default=default[name], relative=relative, **timed[name], **labels)

@@ -5,10 +5,12 @@ Its arguments are the modules to import before it says that it is ready.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 
@@ -23,42 +25,46 @@ class Context:
     def __init__(self, send, skip: list[str]) -> None:
         self._send = send
         self._skip = skip
+        self._left_out: set[str] = set()
         self.current: str | None = None
 
-    def stage(self, name: str) -> bool:
-        """Announce a stage; False where it is to be left out (a row says so)."""
+    def stage(self, name: str, seconds: float | None = None) -> bool:
+        """Announce a stage and how long it may take; False where it is to be left out (a row says so, once)."""
         if name in self._skip:
-            self.row("skipped", stage=name, error="failed hard before")
+            if name not in self._left_out:
+                self._left_out.add(name)
+                self.row("skipped", stage=name, error="failed hard before")
             return False
         self.current = name
-        self._send({"stage": name})
+        self._send({"stage": name, "seconds": seconds})
         return True
 
     def row(self, status: str, **values) -> None:
         self._send({"row": {"status": status} | values})
 
 
-def describe(error: BaseException, characters: int = 500) -> str:
-    """The error and the innermost place in the traceback, short enough for a row."""
+def describe(error: BaseException, characters: int = 20000) -> dict[str, str]:
+    """``error``, in a line or so, and the whole ``traceback``, as fields of a row."""
     places = traceback.extract_tb(error.__traceback__)
     place = f" ({os.path.basename(places[-1].filename)}:{places[-1].lineno})" if places else ""
     text = f"{type(error).__name__}: {error}".strip()
-    return text[:characters] + place
+    whole = "".join(traceback.format_exception(error))
+    return {"error": text[:600] + place, "traceback": whole[-characters:]}
 
 
-def run_stage(context: Context, name: str, function, **labels):
-    """Call ``function()`` as a stage; what it raises becomes a row. Returns its value, or None."""
-    if not context.stage(name):
+def run_stage(context: Context, name: str, function, seconds: float | None = None, **labels):
+    """Call ``function()`` as a stage of so many seconds; what it raises becomes a row. Returns its value, or None."""
+    if not context.stage(name, seconds):
         return None
     try:
         return function()
     except Unsupported as error:
         context.row("unsupported", stage=name, error=str(error)[:300], **labels)
     except AssertionError as error:
-        context.row("fail", stage=name, error=describe(error), **labels)
+        context.row("fail", stage=name, **describe(error), **labels)
     except Exception as error:
         _die_with_the_device()
-        context.row("error", stage=name, error=describe(error), **labels)
+        context.row("error", stage=name, **describe(error), **labels)
     return None
 
 
@@ -82,7 +88,17 @@ def device_is_lost() -> bool:
     return False
 
 
+def _die_with_the_parent() -> None:
+    """Have the kernel end this process when the thread that started it ends: a hung one would live on for ever."""
+    PR_SET_PDEATHSIG = 1
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def main() -> None:
+    _die_with_the_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log, not between the answers
 
@@ -98,6 +114,7 @@ def main() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         context = Context(send, task["skip"])
+        os.environ.update(task["environment"])
         end = "done"
         try:
             module, function = task["handler"].split(":")
@@ -106,7 +123,7 @@ def main() -> None:
             traceback.print_exc()
             _die_with_the_device()
             status = "fail" if isinstance(error, AssertionError) else "error"
-            context.row(status, stage=context.current, error=describe(error))
+            context.row(status, stage=context.current, **describe(error))
             end = "error"
         _die_with_the_device()  # a fault that no call has reported yet
         gc.collect()

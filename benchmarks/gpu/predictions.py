@@ -1,15 +1,9 @@
-"""Part ``ablate``: the Hopper kernels' design choices, each switched alone, and their other tiles.
+"""What was predicted of the Hopper kernels' switches and tiles, before they ran on a GPU.
 
-Starts from the configuration that the engine chooses and changes one switch, or the tile, at a time. The
-predictions were written before the kernels ran on a GPU; kernels/hopper/README.md gives their reasons.
+kernels/hopper/README.md gives the reasons.
 """
 
 from __future__ import annotations
-
-from . import tune
-from .pool import Task
-
-SHAPES = ((128, None, 8192), (128, "upper_left", 8192), (128, None, 1024), (64, None, 8192), (64, "upper_left", 8192))
 
 #: (direction, head_dim, variant, length, causal): the predicted speed relative to the chosen configuration's.
 PREDICTIONS = {
@@ -44,19 +38,6 @@ PREDICTIONS = {
 
 def prediction(row: dict) -> float | None:
     """What was predicted for a row of this part."""
-    return PREDICTIONS.get((row["direction"], row["head_dim"], row["variant"], row["queries"], row["causal"]))
-
-
-def tasks(device: str, backend: str, quick: bool) -> list[Task]:
-    """One task per direction and shape."""
-    if device == "cpu":
-        return []
-    wanted = [
-        tune.task_of("ablate", "hopper_switches", direction, head_dim, causal, length)
-        for direction in ("forward", "backward")
-        for head_dim, causal, length in SHAPES
-    ]
-    return wanted[:1] if quick else wanted
-
-
-compile_tasks = tune.compile_tasks
+    return PREDICTIONS.get(
+        (row.get("direction"), row.get("head_dim"), row["variant"], row.get("queries"), row.get("causal"))
+    )
