@@ -392,7 +392,9 @@ def test_a_run_on_the_reference_checks_times_and_resumes(tmp_path):
     content = json.loads(out.read_text())
     checks = [row for row in content["rows"] if row["part"] == "check"]
     assert {row["status"] for row in checks} == {"ok"}
-    assert {row["stage"] for row in checks} >= {"forward", "backward", "padding", "wide_batch_stride"}
+    assert {row["stage"] for row in checks} >= {"reference/forward", "reference/backward", "wide_batch_stride"}
+    assert any(row.get("padding") for row in checks)
+    assert all(row["family"] for row in checks)
     timed = [row for row in content["rows"] if row["part"] == "bench" and row["status"] == "ok"]
     assert {(row["contender"], row["direction"]) for row in timed} >= {
         ("fastattn", "forward"),
@@ -455,11 +457,11 @@ class FaultyBackend:
     ("fault", "stage", "message"),
     [
         (None, None, None),
-        ("wrong", "forward", "out: error"),
-        ("unwritten", "forward", "out: error"),
-        ("unsteady", "forward", "a second forward changes"),
-        ("leak", "backward", "NaN in padding changes"),
-        ("wrong gradient", "backward", "grad_key"),
+        ("wrong", "reference/forward", "out: error"),
+        ("unwritten", "reference/forward", "out: error"),
+        ("unsteady", "reference/forward", "a second run changes"),
+        ("leak", "reference/forward", "NaN in padding changes"),
+        ("wrong gradient", "reference/backward", "grad_key"),
     ],
 )
 def test_check_sees_each_fault(monkeypatch, fault, stage, message):
@@ -472,7 +474,8 @@ def test_check_sees_each_fault(monkeypatch, fault, stage, message):
     wrong = [row for row in context.rows if row["status"] != "ok"]
     if fault is None:
         assert wrong == []
-        assert {row["stage"] for row in context.rows} == {"forward", "backward", "padding"}
+        assert {row["stage"] for row in context.rows} == {"reference/forward", "reference/backward"}
+        assert sum(row.get("padding", False) for row in context.rows) == 2
     else:
         assert wrong[0]["stage"] == stage
         assert wrong[0]["status"] == "fail"

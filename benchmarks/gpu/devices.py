@@ -10,8 +10,11 @@ from .pool import Task
 
 CHECKS = (
     "side_stream",
+    "side_stream_d128",
     "graph_forward",
+    "graph_forward_d128",
     "graph_backward",
+    "graph_backward_d128",
     "compiled",
     "compiled_dynamic",
     "operator_contract",
@@ -29,20 +32,28 @@ WIDE_CHECKS = ("wide_batch_stride", "wide_row_stride", "wide_mask", "wide_bias",
 
 
 def tasks(device: str, backend: str, quick: bool) -> list[Task]:
-    names = CHECKS[:4] if quick else CHECKS + WIDE_CHECKS
+    """The checks that may run side by side."""
+    names = ("side_stream", "graph_forward", "graph_backward_d128", "compiled") if quick else CHECKS
     if device == "cpu":
-        names = [name for name in names if name not in ("side_stream", "graph_forward", "graph_backward", "refusals")]
-    return [
-        Task(
-            part="check",
-            key=f"check/device/{name}",
-            handler=".devices:run",
-            arguments={"name": name, "device": device, "backend": backend},
-            timeout=100.0,
-            estimate=15.0 if name.startswith(("compiled", "operator")) else 6.0,
-        )
-        for name in names
-    ]
+        names = [name for name in names if not name.startswith(("side_stream", "graph_", "refusals"))]
+    return [_task(name, device, backend) for name in names]
+
+
+def wide_tasks(device: str, backend: str, quick: bool) -> list[Task]:
+    """The checks that run one after another: side by side they would fill the device's memory."""
+    return [] if quick else [_task(name, device, backend) for name in WIDE_CHECKS]
+
+
+def _task(name: str, device: str, backend: str) -> Task:
+    compiles = name.startswith(("compiled", "operator"))
+    return Task(
+        part="check",
+        key=f"check/device/{name}",
+        handler=".devices:run",
+        arguments={"name": name, "device": device, "backend": backend},
+        timeout=100.0 if compiles else 40.0,
+        estimate=15.0 if compiles else 4.0,
+    )
 
 
 def run(context, name: str, device: str, backend: str) -> None:
@@ -50,7 +61,7 @@ def run(context, name: str, device: str, backend: str) -> None:
     from . import devices
     from .worker import run_stage
 
-    labels = {"case": name, "dtype": "device"}
+    labels = {"case": name, "dtype": "device", "family": "device"}
     check = getattr(devices, name)
 
     def call() -> bool:
@@ -92,12 +103,12 @@ def _attend(backend: str, causal: bool = True):
     return lambda q, k, v: fastattn.scaled_dot_product_attention(q, k, v, is_causal=causal, backend=backend)
 
 
-def side_stream(device: str, backend: str) -> None:
+def side_stream(device: str, backend: str, head_dim: int = 64) -> None:
     """Work goes to the current stream: inputs that a slow stream has yet to write are waited for."""
     import torch
 
     attend = _attend(backend)
-    sources = [tensor.requires_grad_() for tensor in _tensors(device, 2, 4, 300, 64)]
+    sources = [tensor.requires_grad_() for tensor in _tensors(device, 2, 4, 300, head_dim)]
     expected = attend(*sources)
     expected.sum().backward()  # all is compiled now
     inputs = [torch.full_like(tensor.detach(), torch.nan).requires_grad_() for tensor in sources]
@@ -119,7 +130,12 @@ def side_stream(device: str, backend: str) -> None:
         raise AssertionError("the backward kernels ran outside the current stream")
 
 
-def graph_forward(device: str, backend: str) -> None:
+def side_stream_d128(device: str, backend: str) -> None:
+    """The same with the fused backward kernel, whose counters and total are zeroed on the stream too."""
+    side_stream(device, backend, head_dim=128)
+
+
+def graph_forward(device: str, backend: str, head_dim: int = 64) -> None:
     """A captured call, replayed on new data; masks, lengths, dropout and decode included."""
     import torch
 
@@ -135,8 +151,8 @@ def graph_forward(device: str, backend: str) -> None:
         "dropout": (300, {"dropout_p": 0.1}),
     }
     for name, (queries, arguments) in calls.items():
-        (query,) = _tensors(device, 2, 4, queries, 64, count=1)
-        key, value = _tensors(device, 2, 4, 300, 64, count=2, seed=1)
+        (query,) = _tensors(device, 2, 4, queries, head_dim, count=1)
+        key, value = _tensors(device, 2, 4, 300, head_dim, count=2, seed=1)
 
         def call(query=query, key=key, value=value, arguments=arguments):
             return fastattn.scaled_dot_product_attention(query, key, value, backend=backend, **arguments)
@@ -162,13 +178,17 @@ def graph_forward(device: str, backend: str) -> None:
             raise AssertionError(f"{name}: the replay differs from a call")
 
 
-def graph_backward(device: str, backend: str) -> None:
-    """Forward and backward in one graph."""
+def graph_forward_d128(device: str, backend: str) -> None:
+    graph_forward(device, backend, head_dim=128)
+
+
+def graph_backward(device: str, backend: str, head_dim: int = 64) -> None:
+    """Forward and backward in one graph, replayed more than once on new data."""
     import torch
 
     attend = _attend(backend)
-    inputs = [tensor.requires_grad_() for tensor in _tensors(device, 2, 4, 300, 64)]
-    (grad_out,) = _tensors(device, 2, 4, 300, 64, count=1, seed=5)
+    inputs = [tensor.requires_grad_() for tensor in _tensors(device, 2, 4, 300, head_dim)]
+    (grad_out,) = _tensors(device, 2, 4, 300, head_dim, count=1, seed=5)
 
     def call():
         return torch.autograd.grad(attend(*inputs), inputs, grad_out)
@@ -176,16 +196,23 @@ def graph_backward(device: str, backend: str) -> None:
     warm = torch.cuda.Stream()
     warm.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm):
-        expected = call()
+        call()
     torch.cuda.current_stream().wait_stream(warm)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = call()
-    graph.replay()
-    torch.cuda.synchronize()
-    for result, other in zip(results, expected, strict=True):
-        if not torch.equal(result, other):
-            raise AssertionError("the replay differs from a call")
+    for seed in (6, 7):
+        grad_out.copy_(_tensors(device, *grad_out.shape, count=1, seed=seed)[0])
+        graph.replay()
+        torch.cuda.synchronize()
+        for result, other in zip(results, call(), strict=True):
+            if not torch.equal(result, other):
+                raise AssertionError(f"the replay with the data of seed {seed} differs from a call")
+
+
+def graph_backward_d128(device: str, backend: str) -> None:
+    """The same with the fused backward kernel: a replay must find its counters and its fp32 total zeroed."""
+    graph_backward(device, backend, head_dim=128)
 
 
 def compiled(device: str, backend: str, dynamic: bool = False) -> None:

@@ -97,6 +97,15 @@ def _die_with_the_parent() -> None:
         os._exit(1)
 
 
+def _change_environment(variables: dict[str, str]) -> None:
+    """Set what the gate has decided since this process started."""
+    from .families import leave_out_dead
+
+    if any(os.environ.get(name) != value for name, value in variables.items()):
+        os.environ.update(variables)
+        leave_out_dead()
+
+
 def main() -> None:
     _die_with_the_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -114,7 +123,7 @@ def main() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         context = Context(send, task["skip"])
-        os.environ.update(task["environment"])
+        _change_environment(task["environment"])
         end = "done"
         try:
             module, function = task["handler"].split(":")
