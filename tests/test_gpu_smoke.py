@@ -160,7 +160,8 @@ def test_a_hang_and_a_crash_leave_the_other_families_alive(tmp_path):
         task.arguments["fault"] = faults[task.arguments["family"]]
     result = ResultFile(tmp_path / "result.json")
     environment = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    Pool(result, "source", time.monotonic() + 60.0, tmp_path, environment=environment).run(tasks)
+    with Pool(result, "source", tmp_path, environment=environment) as pool:
+        pool.run(tasks, time.monotonic() + 60.0)
     statuses = {family: [r["status"] for r in result.rows if r["task"] == f"smoke/{family}"] for family in faults}
     assert statuses["plain/decode"][:3] == ["hang", "note", "crash"]
     assert "crash" in statuses["hopper/forward/d64"]

@@ -26,7 +26,7 @@ from pathlib import Path
 from threading import Thread
 
 from .environment import commit, source_digest
-from .plan import TIME_LIMIT, Step, steps, table
+from .plan import TIME_LIMIT, Step, machine_task, steps, table
 from .pool import Pool
 from .result import ResultFile
 
@@ -45,7 +45,8 @@ def main(argv: list[str]) -> int:
 
         return report.main(argv[1:])
     options = parse(argv)
-    chosen = choose(steps(options.device, options.backend, options.quick), options)
+    logs = options.logs and str(options.logs)
+    chosen = choose(steps(options.device, options.backend, options.quick, logs), options)
     workers = options.workers or max(1, min(14, len(os.sched_getaffinity(0)) - 1))
     if options.dry_run:
         print(table(chosen, workers, options.time_limit))
@@ -104,7 +105,7 @@ def choose(every: list[Step], options: argparse.Namespace) -> list[Step]:
 
 def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
     """Run the steps; see the exit statuses above."""
-    from . import report
+    from . import profile, report
     from .gate import Gate
 
     start = time.monotonic()
@@ -129,6 +130,7 @@ def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
         if any(step.side_by_side or step.meanwhile for step in chosen):
             beside.start()
         ends = start
+        chosen[0].meanwhile.insert(0, machine_task(options.device))
         for step in chosen:
             began = time.monotonic()
             ends = min(ends + step.seconds, end)
@@ -152,6 +154,8 @@ def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
                 first.close()
                 gate = Gate(result.rows)
                 progress(f"== gate: {gate.describe()}", important=True)
+        if gate.dead:
+            timed.run(profile.sanitizer_tasks(gate.dead), min(time.monotonic() + 50.0, end), options.resume)
     result.set("head", report.machine_of(result.rows) | {"seconds": round(time.monotonic() - start, 1)})
     result.set("ceilings", report.ceilings(result.rows))
     result.close()

@@ -25,9 +25,8 @@ DECODE = ((16, 32, 8, 8192), (1, 32, 8, 131072), (64, 32, 32, 2048), (1, 16, 16,
 
 #: FlexAttention compiles for seconds per shape, so it takes part in some only: (D, L).
 FLEX = {(128, 8192), (64, 8192)}
-#: Not every length for D other than 128, and fp16 at one length only: they follow bf16 at D = 128.
-LENGTHS_OF_OTHERS = (8192, 1024, 16384, 512)
-LENGTHS_IN_FP16 = (8192,)
+#: Not every length for D other than 128, and fp16 at one shape only: they follow bf16 at D = 128.
+OTHERS = ((64, 8192), (64, 1024), (256, 8192), (64, 16384), (256, 1024))
 
 #: Seconds that a stage may take: our kernels come from a cache, and a launch takes milliseconds; a peer may build a
 #: plan first; FlexAttention compiles.
@@ -47,14 +46,13 @@ def tasks(device: str, backend: str, quick: bool) -> list[Task]:
     """Every other group of contenders on one shape, in order of use."""
     if device == "cpu":
         return _tiny_tasks(backend)[2:]
-    bf16 = [(128, length) for length in LENGTHS if length not in HEADLINE_LENGTHS]
-    wanted = [(64, 8192, "bf16"), (64, 1024, "bf16"), (256, 8192, "bf16")]
-    wanted += [(head_dim, length, "bf16") for head_dim, length in bf16]
-    wanted += [(head_dim, length, "bf16") for length in LENGTHS_OF_OTHERS for head_dim in (64, 256)]
-    wanted += [(head_dim, length, "fp16") for head_dim in (128, 64, 256) for length in LENGTHS_IN_FP16]
+    wanted = [(head_dim, length, "bf16") for head_dim, length in OTHERS[:3]]
+    wanted += [(128, length, "bf16") for length in LENGTHS if length not in HEADLINE_LENGTHS]
+    wanted += [(head_dim, length, "bf16") for head_dim, length in OTHERS[3:]]
+    wanted.append((128, 8192, "fp16"))
     plain = [
         _task(_group(head_dim, length, causal, dtype), backend)
-        for head_dim, length, dtype in dict.fromkeys(wanted)
+        for head_dim, length, dtype in wanted
         for causal in (None, "upper_left")
     ]
     variants = [_task(group, backend) for group in _variant_groups()]
@@ -136,7 +134,7 @@ def _task(group: dict, backend: str, directions: tuple[str, ...] = ("forward", "
         handler=".bench:run_group",
         arguments={"setup": setup, "contenders": group["contenders"], "directions": list(directions)},
         timeout=PEERS_SECONDS,
-        estimate=2.5 + 3.0 * ("flex" in group["contenders"]),
+        estimate=1.8 + 2.0 * ("flex" in group["contenders"]),
     )
 
 
@@ -293,7 +291,7 @@ def run_host(context, device: str, backend: str) -> None:
         "fastattn.MultiHeadAttention": fastattn.MultiHeadAttention(512, 8, batch_first=True, device=device),
         "nn.MultiheadAttention": torch.nn.MultiheadAttention(512, 8, batch_first=True, device=device),
     }
-    x = torch.randn(16, 1024, 512, device=device, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(16 if device == "cuda" else 1, 1024 if device == "cuda" else 64, 512, device=device, dtype=torch.bfloat16, requires_grad=True)
     functions = {
         "fastattn": lambda: fastattn.scaled_dot_product_attention(q, q, q, backend=backend),
         "sdpa": lambda: F.scaled_dot_product_attention(q, q, q),

@@ -18,25 +18,22 @@ class Gate:
         from . import smoke
 
         self.dead = smoke.dead_families(list(rows))
-        consequences = smoke.consequences(self.dead)
-        self.environment: dict[str, str] = consequences["environment"]
-        self._drop = re.compile(consequences["drop"]) if consequences["drop"] else None
-        self.stops: bool = consequences["stop"]
+        found = smoke.consequences(self.dead)
+        self.state: str = found["gate"]
+        self.environment: dict[str, str] = found["environment"]
+        self._drop = re.compile(found["drop"]) if found["drop"] else None
 
     @property
     def is_shut(self) -> bool:
         """Whether so much is dead that the rest of the time is better kept for another run."""
-        return self.stops or self.environment.get("FASTATTN_HOPPER") == "0"
+        return self.state != "go"
 
     def admits(self, step: str, task: Task) -> bool:
-        if self.stops:
+        if self.state == "stop":
             return False
         if self.is_shut and step not in WITHOUT_HOPPER:
             return False
         return self._drop is None or self._drop.search(task.key) is None
 
     def describe(self) -> str:
-        if not self.dead:
-            return "open"
-        state = "shut" if self.is_shut else "open"
-        return f"{state}; dead: {', '.join(sorted(self.dead))}; {self.environment or ''}"
+        return f"{self.state}; dead: {', '.join(sorted(self.dead)) or 'none'}"

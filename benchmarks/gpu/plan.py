@@ -34,8 +34,11 @@ class Step:
         return max(sum(seconds) / workers, max(seconds, default=0.0)) if self.side_by_side else sum(seconds)
 
 
-def steps(device: str, backend: str, quick: bool = False) -> list[Step]:
-    """The steps of a whole run, what is needed most first: numbers exist early, and nothing is timed beside others."""
+def steps(device: str, backend: str, quick: bool = False, logs: str | None = None) -> list[Step]:
+    """The steps of a whole run, what is needed most first: numbers exist early, and nothing is timed beside others.
+
+    ``logs``: the folder that keeps what a debugger says.
+    """
     from . import bench, check, devices, profile, smoke, tune
 
     arguments = (device, backend, quick)
@@ -43,21 +46,25 @@ def steps(device: str, backend: str, quick: bool = False) -> list[Step]:
     checks = check.tasks(*arguments)
     first = [task for task in checks if task.key.startswith("check/bf16/")]
     others = [task for task in checks if task not in first]
-    machine = Task("machine", "machine", ".report:machine", {"device": device}, timeout=60.0, estimate=1.0)
     return [
-        Step("smoke", 75.0, smoke.tasks(*arguments), meanwhile=[machine, *bench.compile_tasks([*headline, *rest])]),
+        Step("smoke", 75.0, smoke.tasks(*arguments, folder=logs), meanwhile=bench.compile_tasks([*headline, *rest])),
         Step("headline", 55.0, headline),
         Step("orders", 30.0, tune.order_tasks(*arguments)),
         Step("switches", 25.0, tune.switch_tasks(*arguments)),
         Step("check", 65.0, [*first, *devices.tasks(*arguments)], side_by_side=True),
         Step("wide", 20.0, devices.wide_tasks(*arguments)),
         Step("profile", 45.0, profile.tasks(*arguments)),
-        Step("bench", 75.0, rest),
+        Step("bench", 80.0, rest),
         Step("tune", 45.0, tune.tasks(*arguments)),
-        Step("best", 20.0, choose=lambda rows: tune.best_tasks(rows, *arguments)),
+        Step("best", 15.0, choose=lambda rows: tune.best_tasks(rows, *arguments)),
         Step("check_others", 40.0, others, side_by_side=True),
         Step("host", 5.0, bench.host_tasks(*arguments)),
     ]
+
+
+def machine_task(device: str) -> Task:
+    """What describes the machine: the first thing that a run does, whatever its steps."""
+    return Task("machine", "machine", ".report:machine", {"device": device}, timeout=60.0, estimate=1.0)
 
 
 def table(chosen: list[Step], workers: int, time_limit: float) -> str:

@@ -47,14 +47,14 @@ TIMED = ((128, None, "backward"), (64, None, "backward"))
 
 def tasks(device: str, backend: str, quick: bool) -> list[Task]:
     """ncu on the headline kernels, then torch.profiler on the backward's."""
-    from .tune import task_of
+    from .tune import setup_of
 
     if device == "cpu":
         return []
     wanted = []
     for tool, shapes, seconds in (("ncu", COUNTED[:2] if quick else COUNTED, 12.0), ("torch", TIMED, 4.0)):
         for head_dim, causal, direction in shapes:
-            setup = task_of("", "", "", head_dim, causal, 8192).arguments["setup"]
+            setup = setup_of(head_dim, causal, 8192)
             arguments = {"setup": setup | {"backend": backend}, "direction": direction}
             key = f"profile/{tool}_{direction}_d{head_dim}_{causal or 'full'}"
             limit = NCU_SECONDS + QUERY_SECONDS + 10.0 if tool == "ncu" else 30.0
@@ -72,11 +72,6 @@ def sanitizer_tasks(dead: set[str]) -> list[Task]:
         Task("profile", f"profile/memcheck/{name}", ".profile:run_memcheck", {"family": name}, limit, SANITIZER_SECONDS)
         for name in found
     ]
-
-
-def compile_tasks(timed: list[Task]) -> list[Task]:
-    """None: the other parts have compiled what is profiled."""
-    return []
 
 
 def run_torch(context, setup: dict, direction: str) -> None:
