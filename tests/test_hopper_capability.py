@@ -50,9 +50,10 @@ def device(monkeypatch):
 def ran(monkeypatch):
     """The names of the engines that ran, in order; none computes anything."""
     found = []
-    for name, module in (("hopper", hopper), ("plain", launch)):
-        for direction in ("forward", "backward"):
-            monkeypatch.setattr(module, direction, lambda *_, name=name, direction=direction: found.append(name))
+    modules = {"hopper": (hopper.launch, hopper.launch_backward), "plain": (launch, launch)}
+    for name, launchers in modules.items():
+        for direction, module in zip(("forward", "backward"), launchers, strict=True):
+            monkeypatch.setattr(module, direction, lambda *_, name=name: found.append(name))
     return found
 
 

@@ -77,9 +77,9 @@ class Hopper:
     """The Hopper kernels alone, whatever the backend would choose. They have no bias, so no gradient of one."""
 
     def __init__(self) -> None:
-        from fastattn.kernels import hopper
+        from fastattn.kernels.hopper import launch, launch_backward, reasons
 
-        self.reasons, self.forward, self._backward = hopper.reasons, hopper.forward, hopper.backward
+        self.reasons, self.forward, self._backward = reasons, launch.forward, launch_backward.backward
 
     def backward(self, *arguments, grad_bias=None, **gradients) -> None:
         self._backward(*arguments, **gradients)

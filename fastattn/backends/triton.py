@@ -100,12 +100,11 @@ def notes(problem: Problem) -> list[str]:
 
 
 def forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
-    from fastattn.kernels import hopper, launch
-
     if hopper_reasons(problem, "forward"):
-        launch.forward(problem, out, lse)
+        from fastattn.kernels.launch import forward as launch
     else:
-        hopper.forward(problem, out, lse)
+        from fastattn.kernels.hopper.launch import forward as launch
+    launch(problem, out, lse)
 
 
 def backward(
@@ -119,12 +118,15 @@ def backward(
     grad_value: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    from fastattn.kernels import hopper, launch
-
+    common = (problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value)
     if grad_bias is None and not hopper_reasons(problem, "backward"):
-        hopper.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value)
+        from fastattn.kernels.hopper.launch_backward import backward as launch
+
+        launch(*common)
     else:
-        launch.backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
+        from fastattn.kernels.launch import backward as launch
+
+        launch(*common, grad_bias)
 
 
 def weights(problem: Problem, lse: Tensor, out: Tensor, average: bool) -> None:

@@ -76,7 +76,10 @@ def compiler_options(config) -> dict:
 
 
 def forward(problem, out: torch.Tensor, lse: torch.Tensor, config=None) -> None:
-    """Launch the forward kernel on the current stream; see :func:`fastattn.kernels.hopper.forward`."""
+    """Launch the forward kernel on the current stream; see kernels/hopper/__init__.py.
+
+    Writes out [B, Hq, Lq, D] and lse [B, Hq, Lq] (fp32, natural logarithm).
+    """
     query = problem.query
     if not out.numel():
         lse.fill_(-math.inf)

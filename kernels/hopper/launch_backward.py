@@ -132,7 +132,7 @@ def all_gradients(problem, band, config, grad_out, lse_2, delta, lengths, grad_q
 
 
 def backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, config=None) -> None:
-    """Launch the backward kernels on the current stream; see :func:`fastattn.kernels.hopper.backward`.
+    """Launch the backward kernels on the current stream; see kernels/hopper/__init__.py.
 
     Gradients given as None are not computed (dK and dV come from one kernel: asked for one, it makes both).
     """
