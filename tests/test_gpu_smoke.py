@@ -1,5 +1,6 @@
 """The smoke gate of benchmarks.gpu without a GPU: each fault in each family, the row it gives, what it switches off."""
 
+import dataclasses
 import os
 import sys
 import threading
@@ -235,7 +236,10 @@ def on_hopper(monkeypatch):
     from fastattn.kernels import hopper
     from fastattn.kernels.hopper import configs
 
-    monkeypatch.setattr(hopper, "reasons", hopper.capability.problem_reasons)
+    def reasons(problem):
+        return ["off"] if os.environ.get("FASTATTN_HOPPER") == "0" else hopper.capability.problem_reasons(problem)
+
+    monkeypatch.setattr(hopper, "reasons", reasons)
     monkeypatch.setattr(configs, "BACKWARD", dict(configs.BACKWARD))
     monkeypatch.setattr(triton, "hopper_reasons", triton.hopper_reasons)
 
@@ -284,6 +288,62 @@ def test_every_family_of_the_dispatch_is_in_the_smoke_run(on_hopper):
         for direction in ("forward", "backward"):
             met |= families.families_of(problem_with(head_dim=head_dim), "triton", direction).keys()
     assert met - {"plain/grad_bias"} <= smoke.FAMILIES.keys()
+
+
+@pytest.fixture
+def launches(on_hopper, monkeypatch):
+    """The names of the kernels that would be launched, for CPU tensors."""
+    from triton.runtime.jit import JITFunction
+
+    import fastattn.kernels.hopper.launch_backward  # noqa: F401
+    from fastattn.backends import additive_cpu, additive_triton, triton
+
+    names = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *arguments, **named: names.append(self.fn.__name__))
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(additive_triton, "reasons", lambda *tensors: [])
+    monkeypatch.setattr(additive_cpu, "reasons", lambda *tensors: ["not now"])
+    return names
+
+
+KERNELS = {
+    "plain/forward": {"attention_forward"},
+    "plain/grad_key_value": {"row_statistics", "gradients_of_keys"},
+    "plain/grad_query": {"row_statistics", "gradients_of_queries"},
+    "plain/decode": {"decode_part", "combine_parts"},
+    "additive": {"additive_forward", "additive_backward_queries", "additive_backward_keys"},
+    "hopper/statistics": {"statistics_kernel"},
+    "hopper/forward": {"attention_forward"},
+    "hopper/padded": {"attention_forward"},
+    "hopper/keys": {"statistics_kernel", "gradients_of_keys"},
+    "hopper/keys/d256": {"statistics_kernel", "gradients_of_wide_keys"},
+    "hopper/queries": {"statistics_kernel", "gradients_of_queries"},
+    "hopper/fused": {"statistics_kernel", "gradients"},
+    "hopper/fused_unordered": {"statistics_kernel", "gradients"},
+}
+
+
+@pytest.mark.parametrize("family", [name for name in smoke.FAMILIES if name != "torch/matmul"])
+def test_each_family_launches_its_kernels(launches, family):
+    """With the arguments that the launchers take, for small cases on the CPU; the kernels themselves do not run."""
+    expected = KERNELS.get(family) or KERNELS[family.rpartition("/")[0]]
+    for case in smoke.cases_of(family, "cpu"):
+        whole = smoke.FAMILIES[family].cases[case.seed]
+        sizes = ("head_dim", "keys", "key_lengths") if family == "plain/decode" else ("head_dim",)
+        case = dataclasses.replace(case, **{name: whole[name] for name in sizes})
+        call = smoke.Call(family, case, "cpu")
+        launches.clear()
+        smoke.launch_family(call, "triton")
+        assert expected <= set(launches) <= expected | {"mark_nonfinite", "split_large_lse"}
+
+
+def test_the_dispatch_launches_hopper_kernels_again_and_again(launches):
+    from fastattn.backends import triton
+
+    problem = problem_with(head_dim=128)
+    for _ in range(2):
+        testing.run_backend(triton, problem, torch.ones_like(problem.query))
+    assert launches == ["attention_forward", "statistics_kernel", "gradients"] * 2
 
 
 def test_checks_come_in_the_order_of_their_value():
