@@ -130,6 +130,8 @@ def on_device(tensor: torch.Tensor):
 
 #: Set while kernels are compiled for a device that is not there (offline.py).
 assumed_architecture: int | None = None
+#: Of that device; the interpreter counts as few.
+assumed_multiprocessors = 4
 
 
 @functools.cache
@@ -149,3 +151,8 @@ def architecture_of(tensor: torch.Tensor) -> int:
 @functools.cache
 def multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors_of(tensor: torch.Tensor) -> int:
+    """The multiprocessors to divide work among."""
+    return multiprocessors(tensor.get_device()) if tensor.is_cuda else assumed_multiprocessors

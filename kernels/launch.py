@@ -11,7 +11,7 @@ from .arguments import (
     dropout_of,
     heads_together,
     launch_arguments,
-    multiprocessors,
+    multiprocessors_of,
     on_device,
     padded,
     rows_of,
@@ -106,7 +106,7 @@ def decode_splits(problem) -> int:
     """
     batch, key_heads, Lk, _ = problem.key.shape
     programs = batch * key_heads * triton.cdiv(problem.group_size * problem.query.shape[2], 16)
-    slots = 2 * multiprocessors(problem.query.get_device()) if problem.query.is_cuda else 8
+    slots = 2 * multiprocessors_of(problem.query)
     most = max(1, min(Lk // KEYS_PER_SPLIT, MOST_SPLITS))
     busy = [programs * splits / slots / math.ceil(programs * splits / slots) for splits in range(1, most + 1)]
     return next(splits for splits, share in enumerate(busy, 1) if share >= NEARLY * max(busy))
