@@ -22,6 +22,7 @@
 enum {
   MULTIPROCESSORS = 132,
   SHARED_BY_DEFAULT = 48 * 1024,
+  SHARED_RESERVED = 1024,  // of each block by the system, in the binary but in none of the limits
   SHARED_OPT_IN = 227 * 1024,
   SHARED_OF_MULTIPROCESSOR = 228 * 1024,
   REGISTERS = 65536,
@@ -144,6 +145,30 @@ static const Elf64_Shdr* section(const unsigned char* image, const char* prefix,
   return NULL;
 }
 
+// The register count that section .nv.info notes of a kernel, in records of a format, an attribute, 16 bits
+// of payload or its length, and the payload.
+static unsigned registers_of(const unsigned char* image, const char* name) {
+  enum { BY_LENGTH = 4, REGISTER_COUNT = 0x2f };
+  const Elf64_Shdr* sections = (const Elf64_Shdr*)(image + ((const Elf64_Ehdr*)image)->e_shoff);
+  const Elf64_Shdr* notes = section(image, ".nv.info", "");
+  if (!notes) return 0;
+  const Elf64_Shdr* table = &sections[notes->sh_link];
+  const Elf64_Sym* symbols = (const Elf64_Sym*)(image + table->sh_offset);
+  const char* names = (const char*)image + sections[table->sh_link].sh_offset;
+  const unsigned char* end = image + notes->sh_offset + notes->sh_size;
+  for (const unsigned char* at = image + notes->sh_offset; at + 4 <= end;) {
+    uint16_t length;
+    memcpy(&length, at + 2, sizeof length);
+    uint32_t value[2];  // a symbol and its count
+    if (at[0] == BY_LENGTH && at[1] == REGISTER_COUNT && length == sizeof value) {
+      memcpy(value, at + 4, sizeof value);
+      if (!strcmp(names + symbols[value[0]].st_name, name)) return value[1];
+    }
+    at += at[0] == BY_LENGTH ? 4 + length : 4;
+  }
+  return 0;
+}
+
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   if (memcmp(image, ELFMAG, SELFMAG)) return refuse(CUDA_ERROR_INVALID_IMAGE, "the binary is no ELF file");
   *module = (CUmodule)(uintptr_t)image;
@@ -156,9 +181,11 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* 
   if (!text) return refuse(CUDA_ERROR_NOT_FOUND, "the binary has no kernel %s", name);
   const Elf64_Shdr* shared = section(image, ".nv.shared.", name);
   Kernel* kernel = malloc(sizeof *kernel);
+  kernel->registers = registers_of(image, name);
+  if (!kernel->registers)
+    return refuse(CUDA_ERROR_INVALID_IMAGE, "the binary notes no registers of %s", name);
   kernel->name = strdup(name);
-  kernel->registers = text->sh_info >> 24;
-  kernel->static_shared = shared ? shared->sh_size : 0;
+  kernel->static_shared = shared && shared->sh_size > SHARED_RESERVED ? shared->sh_size - SHARED_RESERVED : 0;
   kernel->dynamic_shared_limit = SHARED_BY_DEFAULT - kernel->static_shared;
   *function = (CUfunction)kernel;
   return CUDA_SUCCESS;
