@@ -1,0 +1,209 @@
+"""Launches each family of kernels on a device that is not there, through Triton's own launchers.
+
+    python -m tests.gpu_launches LIBRARY NAME...
+
+One JSON line per name, of FAMILIES, BROKEN_MAPS or (after "additive", whose kernel they launch) BROKEN_LAUNCHES: with
+what words it was refused, and of a family what was launched, how many tensor maps were encoded and kernels compiled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import stub
+from benchmarks.gpu.cache import count_compilations
+from benchmarks.gpu.environment import use_checkout
+
+use_checkout()
+
+from fastattn.testing import Case, run_backend  # noqa: E402
+
+BF16 = torch.bfloat16
+
+
+def case(engine: str, dtype: torch.dtype = BF16, **sizes):
+    """Forward and backward of one call by an engine of benchmarks/gpu/problems.py."""
+
+    def run() -> None:
+        from benchmarks.gpu.problems import load_engine
+
+        made = Case("launched", **{"batch": 1, "heads": 2, "queries": 200} | sizes)
+        grads = made.make_grad_out("cpu", dtype), made.make_grad_lse("cpu", torch.float32)
+        run_backend(load_engine(engine), made.make("cpu", dtype), *grads)
+
+    return run
+
+
+def backward(**switches):
+    """The fused backward at D = 128 with switches changed."""
+
+    def run() -> None:
+        from fastattn.kernels.hopper import configs, launch_backward
+
+        problem = Case("launched", batch=1, heads=2, queries=200, head_dim=128).make("cpu", BF16)
+        config = dataclasses.replace(configs.backward_config(128, False), **switches)
+        like = [torch.empty_like(problem.query) for _ in range(5)]
+        launch_backward.backward(problem, like[0], like[0][..., 0].float(), like[1], None, *like[2:], config)
+
+    return run
+
+
+def decode() -> None:
+    from fastattn.kernels.launch import forward
+
+    problem = Case("launched", batch=1, heads=4, kv_heads=2, queries=1, keys=1024, head_dim=32).make("cpu", BF16)
+    forward(problem, torch.empty_like(problem.query), torch.empty(1, 4, 1))
+
+
+def weights() -> None:
+    from fastattn.kernels.launch import weights
+
+    problem = Case("launched", batch=1, heads=2, queries=70, head_dim=16).make("cpu", BF16)
+    weights(problem, torch.empty(1, 2, 70), torch.empty(1, 70, 70, dtype=BF16), average=True)
+
+
+def additive() -> None:
+    from fastattn.backends.additive_triton import Call
+
+    query, key, value = torch.empty(1, 9, 4), torch.empty(1, 17, 4), torch.empty(1, 17, 3)
+    call = Call(query, key, value, torch.empty(4), None)
+    out, lse = call.forward()
+    call.backward(lse, torch.empty(1, 9), out)
+
+
+def broadcast() -> None:
+    """Keys that all heads share by a stride of zero, which the Hopper kernels' conditions keep from them."""
+    from fastattn.kernels.hopper.launch import forward
+
+    problem = Case("launched", batch=1, heads=2, queries=200, head_dim=128, layout="broadcast").make("cpu", BF16)
+    forward(problem, torch.empty(problem.query.shape, dtype=BF16), torch.empty(1, 2, 200))
+
+
+FAMILIES = {
+    "hopper_d64": case("hopper", head_dim=64, heads=4, kv_heads=2, window=(70, 3)),
+    "hopper_d128": case("hopper", head_dim=128, causal="lower_right", layout="transposed"),
+    "hopper_d256": case("hopper", head_dim=256, batch=2, key_lengths=(200, 3)),
+    "hopper_unordered": backward(ordered=False),
+    "hopper_two_sweeps": backward(fused=False),
+    "plain": case("plain", head_dim=16, causal="upper_left"),
+    "plain_mask_and_bias": case("plain", torch.float16, queries=33, head_dim=16, mask="keys", bias="shared"),
+    "plain_dropout": case("plain", torch.float32, queries=33, head_dim=16, dropout_p=0.1),
+    "decode": decode,
+    "weights": weights,
+    "additive": additive,
+    "broadcast": broadcast,
+}
+
+#: What is changed of a good tensor map, by what is wrong with it then.
+BROKEN_MAPS = {
+    "none": {},
+    "address": {"address": 8},
+    "no_address": {"address": 0},
+    "rank": {"rank": 6},
+    "size": {"sizes": (0, 16, 4)},
+    "stride": {"strides": (264, 4096)},
+    "zero_stride": {"strides": (256, 0)},
+    "wide_stride": {"strides": (256, 1 << 40)},
+    "box": {"box": (64, 257, 1)},
+    "empty_box": {"box": (64, 0, 1)},
+    "narrow_box": {"box": (4, 64, 1)},
+    "swizzle_128": {"box": (128, 64, 1)},
+    "swizzle_64": {"swizzle": 2},
+    "element_stride": {"element_strides": (1, 9, 1)},
+    "nan_of_integers": {"data_type": 1, "fill": 1},
+}
+
+#: What is changed of a launch of the additive forward kernel that is good, by what is wrong with it then.
+BROKEN_LAUNCHES = {
+    "good": {},
+    "no_grid": {"grid": (1, 0, 1)},
+    "grid": {"grid": (1, 65536, 1)},
+    "threads": {"threads": 1056},
+    "registers": {"threads": 1024},
+    "shared": {"shared": 48 * 1024 + 1},
+    "opt_in": {"allowed": 227 * 1024 + 1},
+    "opted_in": {"allowed": 227 * 1024, "shared": 227 * 1024},
+}
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]  # fmt: skip
+
+
+def launch(library: ctypes.CDLL, function: int, *, grid=(1, 1, 1), threads=128, shared=0, allowed=None) -> str | None:
+    """The driver's words on a launch, after ``allowed`` bytes of dynamic shared memory are asked for; None if good."""
+    code = 0
+    if allowed is not None:
+        code = library.cuFuncSetAttribute(ctypes.c_void_p(function), 8, allowed)
+    if not code:
+        config = LaunchConfig((ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(threads, 1, 1), shared, None, None, 0)
+        code = library.cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), None, None)
+    return words(library, code)
+
+
+def encode(library: ctypes.CDLL, *, rank=3, sizes=(128, 16, 4), strides=(256, 4096), box=(64, 64, 1), swizzle=3,
+           address=None, element_strides=(1, 1, 1), data_type=9, fill=0) -> str | None:  # fmt: skip
+    """The driver's words on a map of bf16 [4, 16, 128] in boxes of 64 columns, or of what is said otherwise; None if
+    it is good."""
+    space = torch.empty(256, dtype=torch.uint8)
+    target = space.data_ptr() + -space.data_ptr() % 64
+    address = target + address if address else (target if address is None else 0)
+    arrays = ((ctypes.c_uint64 * 8)(*sizes), (ctypes.c_uint64 * 8)(*strides), (ctypes.c_uint32 * 8)(*box))
+    code = library.cuTensorMapEncodeTiled(
+        ctypes.c_void_p(target), data_type, rank, ctypes.c_void_p(address), *arrays,
+        (ctypes.c_uint32 * 8)(*element_strides), 0, swizzle, 2, fill,
+    )  # fmt: skip
+    return words(library, code)
+
+
+def words(library: ctypes.CDLL, code: int) -> str | None:
+    text = ctypes.c_char_p()
+    library.cuGetErrorString(code, ctypes.byref(text))
+    return text.value.decode() if code else None
+
+
+def main(place: str, names: list[str]) -> None:
+    library = stub.activate(Path(place))
+    torch.set_num_threads(1)
+    from triton import knobs
+
+    from fastattn import kernels
+
+    launched: list[str] = []
+    functions: dict[str, int] = {}
+    knobs.runtime.launch_enter_hook.add(lambda metadata: launched.append(metadata.get()["name"]))
+    knobs.runtime.kernel_load_end_hook.add(lambda module, function, name, *_: functions.update({name: function}))
+    for name in names:
+        result = {"name": name}
+        if name in BROKEN_MAPS:
+            result["refused"] = encode(library, **BROKEN_MAPS[name])
+        elif name in BROKEN_LAUNCHES:
+            result["refused"] = launch(library, functions["additive_forward"], **BROKEN_LAUNCHES[name])
+        else:
+            launched.clear()
+            before = library.stub_launches(), library.stub_tensor_maps()
+            with count_compilations() as counted:
+                try:
+                    FAMILIES[name]()
+                    result["refused"] = None
+                except RuntimeError as error:
+                    result["refused"] = str(error)
+            result["hits"], result["compiled"] = counted.hits.total(), counted.misses.total()
+            result["kernels"] = kernels.__file__
+            result["launched"] = list(launched)
+            result["launches"] = library.stub_launches() - before[0]
+            result["maps"] = library.stub_tensor_maps() - before[1]
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
