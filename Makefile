@@ -8,6 +8,7 @@
 #   make bench                the benchmark report: tables, benchmarks/results/*.json, docs/*.png
 #   make bench-micro          the C++ micro-benchmark of the CPU engine's kernels
 #   make gpu-compile-report   registers, spills and instruction mix of every GPU configuration
+#   make gpu-cache            every GPU kernel that python -m benchmarks.gpu needs, compiled without a GPU and packed
 #   make test-newest-triton   the GPU kernels interpreted and compiled by the newest Triton, not the pinned one
 #   make readme               the README's tables, from benchmarks/results/
 #   make format               let the formatters rewrite the sources
@@ -32,7 +33,7 @@ SEED  ?= 0
 SANITIZED = build/sanitize/_C.so
 PRELOAD   = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)"
 
-.PHONY: test test-sanitize fuzz test-newest-triton lint format bench bench-micro gpu-compile-report readme clean
+.PHONY: test test-sanitize fuzz test-newest-triton lint format bench bench-micro gpu-compile-report gpu-cache readme clean
 
 test: $(VENV)/installed.stamp
 	$(RUN) -m pytest tests
@@ -64,6 +65,14 @@ bench-micro: $(VENV)/packages.stamp
 gpu-compile-report: $(VENV)/installed.stamp
 	$(RUN) -m fastattn.kernels.compile_report
 	$(RUN) -m fastattn.kernels.hopper.report --candidates
+
+# GPU_PYTHON: of the same version, and with the same Triton, as on the machine with the GPU. What the cache has already is
+# not compiled again.
+GPU_PYTHON ?= $(RUN)
+GPU_CACHE  ?= /tmp/fastattn-triton-cache
+
+gpu-cache: $(VENV)/installed.stamp
+	$(GPU_PYTHON) -m benchmarks.gpu.cache --out $(GPU_CACHE) --pack build/gpu-cache.tar.xz
 
 # An environment over the first one: what it lacks it finds there.
 $(NEWEST)/base.stamp: $(VENV)/installed.stamp

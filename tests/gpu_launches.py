@@ -54,6 +54,24 @@ def backward(**switches):
     return run
 
 
+def plain(dtype: torch.dtype, **sizes):
+    """All passes of one call by the plain kernels, in tiles that compile fast."""
+
+    def run() -> None:
+        from fastattn.kernels import launch
+        from fastattn.kernels.configs import Config
+
+        problem = Case("launched", **{"batch": 1, "heads": 2, "queries": 33, "head_dim": 16} | sizes).make("cpu", dtype)
+        tiles = Config(16, 16, num_warps=1, num_stages=2, tma=True)
+        out, lse, grad_out = torch.empty_like(problem.query), torch.empty(1, 2, 33), torch.empty_like(problem.query)
+        gradients = [torch.empty_like(tensor) for tensor in problem[:3]]
+        grad_bias = None if problem.bias is None else torch.zeros(1, 1, *problem.bias.shape[2:])
+        launch.forward(problem, out, lse, tiles)
+        launch.backward(problem, out, lse, grad_out, lse, *gradients, grad_bias, tiles, tiles, tiles)
+
+    return run
+
+
 def decode() -> None:
     from fastattn.kernels.launch import forward
 
@@ -90,10 +108,9 @@ FAMILIES = {
     "hopper_d128": case("hopper", head_dim=128, causal="lower_right", layout="transposed"),
     "hopper_d256": case("hopper", head_dim=256, batch=2, key_lengths=(200, 3)),
     "hopper_unordered": backward(ordered=False),
-    "hopper_two_sweeps": backward(fused=False),
-    "plain": case("plain", head_dim=16, causal="upper_left"),
-    "plain_mask_and_bias": case("plain", torch.float16, queries=33, head_dim=16, mask="keys", bias="shared"),
-    "plain_dropout": case("plain", torch.float32, queries=33, head_dim=16, dropout_p=0.1),
+    "plain": plain(BF16, causal="upper_left"),
+    "plain_mask_and_bias": plain(torch.float16, mask="keys", bias="shared"),
+    "plain_dropout": plain(BF16, dropout_p=0.1),
     "decode": decode,
     "weights": weights,
     "additive": additive,
