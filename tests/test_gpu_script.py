@@ -665,17 +665,17 @@ def test_the_winner_is_the_fastest_over_all_lengths_that_repeats_itself():
     def row(variant, relative, length, **config):
         shape = {"part": "tune", "status": "ok", "engine": "hopper", "direction": "backward", "head_dim": 128}
         shape |= {"causal": None, "queries": length, "variant": variant, "relative": relative}
-        return shape | {"default": variant == "chosen", "config": {"order": "keys"} | config}
+        return shape | {"default": variant == "chosen", "config": {"ordered": True} | config}
 
     rows = [row("chosen", 1.0, length) for length in (1024, 8192)]
     rows += [row("a", 1.3, 1024), row("a", 0.7, 8192)]  # mean 0.95
     rows += [row("b", 1.02, 1024), row("b", 1.02, 8192)]
-    rows += [row("c", 1.5, 1024, order="any"), row("c", 1.5, 8192, order="any")]
+    rows += [row("c", 1.5, 1024, fused=True, ordered=False), row("c", 1.5, 8192, fused=True, ordered=False)]
     rows += [row("d", 1.4, 8192)]  # one length failed
     found = tune.winners(rows)
     assert found["backward", 128, None]["variant"] == "b"
     (line,) = tune.config_lines(rows)
-    assert line == "BACKWARD[128, False] = BackwardConfig(order='keys')  # b: 1.020"
+    assert line == "BACKWARD[128, False] = BackwardConfig(ordered=True)  # b: 1.020"
     (task,) = tune.best_tasks(rows, "cuda", "triton", False)
     assert task.arguments["only"] == ["b"]
     assert tune.winners(rows[:4]) == {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from unittest import mock
 
 import pytest
@@ -73,6 +74,17 @@ def run_fused(problem, config, seed, programs, edits=(), together=False):
     """All gradients of the emulated kernel that adds dQ (here fp32) across programs, and the truth."""
     fused = dataclasses.replace(config, fused=True)
     return run_backward(problem, fused, seed, programs, ("query", "key", "value"), edits, together)
+
+
+#: The ways to add dQ across programs; what each adds to the kernel's code, apart and together.
+WAYS = {
+    "last keys first": {"walk": "last keys first"},
+    "two writers": {"writers": 2},
+    "last keys first, two writers": {"walk": "last keys first", "writers": 2, "dq_stages": 3},
+    "shifted": {"walk": "shifted", "ordered": False},
+    "shifted, two writers": {"walk": "shifted", "ordered": False, "writers": 2},
+    "two of a head": {"programs_of_head": 2},
+}
 
 
 RUNS = {"keys": run_keys, "queries": run_queries, "fused": run_fused}
@@ -147,6 +159,18 @@ def test_every_switch(run, config):
         check_backward(run, make_case(**PROBLEMS[name]), config, seed)
 
 
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_problem_with_the_last_keys_first(name):
+    config = BackwardConfig(walk="last keys first", writers=2)
+    check_backward("fused", make_case(**PROBLEMS[name]), config, seed=len(name))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_add_dq(way):
+    for seed, name in enumerate(("causal", "window", "key lengths, lower right", "grouped heads, causal")):
+        check_backward("fused", make_case(**PROBLEMS[name]), BackwardConfig(**WAYS[way]), seed)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("run", RUNS)
 def test_many_schedules(run, seed):
@@ -158,7 +182,7 @@ def bits_of_dq(problem, config, edits=()) -> set[bytes]:
     """What dQ (fp32) comes to under several schedules of programs that run at a time."""
     found = set()
     for seed in range(6):
-        grads, expected = run_fused(problem, config, seed, programs=None, edits=edits, together=True)
+        grads, expected = run_fused(problem, config, seed, programs=2, edits=edits, together=True)
         torch.testing.assert_close(grads[0].double(), expected[0], rtol=1e-2, atol=2e-2)
         found.add(grads[0].numpy().tobytes())
     return found
@@ -167,38 +191,87 @@ def bits_of_dq(problem, config, edits=()) -> set[bytes]:
 @pytest.mark.parametrize(
     "shape", [{}, {"causal": "upper_left"}, {"window": (150, 100)}, {"B": 2, "lengths": (400, 70)}], ids=str
 )
-def test_the_bits_of_an_ordered_dq_do_not_depend_on_the_schedule(shape):
+@pytest.mark.parametrize("way", [{}, WAYS["last keys first, two writers"]], ids=str)
+def test_the_bits_of_an_ordered_dq_do_not_depend_on_the_schedule(way, shape):
     problem = make_case(H=1, Lq=190, Lk=400, dtype=torch.float16, **shape)
-    assert len(bits_of_dq(problem, SMALL)) == 1
+    assert len(bits_of_dq(problem, BackwardConfig(**way))) == 1
+
+
+@pytest.mark.parametrize("way", ["last keys first", "two writers", "two of a head"])
+def test_nor_do_those_of_another_way(way):
+    problem = make_case(H=1, Lq=130, Lk=300, dtype=torch.float16, causal="lower_right")
+    assert len(bits_of_dq(problem, BackwardConfig(**WAYS[way]))) == 1
+
+
+@pytest.mark.parametrize("right", [0, 5, -70])
+@pytest.mark.parametrize("left", [0, 100])
+@pytest.mark.parametrize("last_keys_first", [False, True])
+def test_turns_at_a_tile_count_the_blocks_that_add_to_it(last_keys_first, left, right):
+    """Against each block's own tiles: the first to come waits for nobody, each other for as many as came before."""
+    functions = load_kernels(KERNELS, [*INGREDIENTS, "backward_keys", "backward_fused"]).functions
+    for lengths in ((190, 400), (400, 190), (65, 129), (64, 128), (1, 300)):
+        for offset in (0, lengths[1] - lengths[0]):
+            band = (lengths[0], offset, left, right)
+            options = types.SimpleNamespace(
+                block_m=64, has_left=left > 0, has_right=True, last_keys_first=last_keys_first
+            )
+            blocks = range(0, lengths[1], 128)
+            adders = {}
+            for first in reversed(blocks) if last_keys_first else blocks:
+                low, count = functions["queries_of_keys"](first, band, lengths[1], 64, 128, left > 0, True)
+                for tile in range(low, low + count):
+                    adders.setdefault(tile, []).append(first)
+            for tile, expected in adders.items():
+                found = [functions["parts_before"](first, 64 * tile, band, lengths[1], options) for first in expected]
+                assert found == list(range(len(expected)))
 
 
 @pytest.mark.parametrize(
     ("config", "edits"),
     [
         (BackwardConfig(ordered=False), []),
+        (BackwardConfig(ordered=False, walk="shifted"), []),
         (
             SMALL,
             [
-                ("backward_fused", "                publish_stores()\n", ""),
+                ("backward_fused", "            publish_stores()\n", ""),
                 (
                     "backward_fused",
                     'gl.atomic_add(counter, 1, sem="release")\n',
-                    'gl.atomic_add(counter, 1, sem="release")\n                publish_stores()\n',
+                    'gl.atomic_add(counter, 1, sem="release")\n            publish_stores()\n',
                 ),
             ],
         ),
     ],
-    ids=["unordered", "a turn passed before its part is added"],
+    ids=["unordered", "shifted", "a turn passed before its part is added"],
 )
 def test_the_bits_of_another_dq_do(config, edits):
     assert len(bits_of_dq(make_case(H=1, Lq=190, Lk=400, dtype=torch.float16), config, edits)) > 1
+
+
+def test_programs_that_would_wait_for_later_ones_are_refused():
+    with pytest.raises(ValueError, match="wait for later"):
+        BackwardConfig(walk="shifted")
+    with pytest.raises(ValueError, match="walk is one of"):
+        BackwardConfig(walk="sideways")
+    with pytest.raises(ValueError, match="at most dq_stages = 1"):
+        BackwardConfig(writers=2, dq_stages=1)
+    shifted = BackwardConfig(ordered=False, walk="shifted", writers=2)
+    assert shifted.deterministic() == BackwardConfig(writers=2)
+
+
+@pytest.mark.parametrize(("at_a_time", "section"), [(1, 6), (2, 6), (4, 3), (12, 1), (0, 6)])
+def test_programs_of_a_head_at_a_time(at_a_time, section):
+    problem = make_case(B=2, H=3, Lq=200, Lk=300)
+    config = BackwardConfig(fused=True, programs_of_head=at_a_time)
+    assert fused_plan(problem, band_of(problem), config, 12).scalars["section"] == section
 
 
 @pytest.mark.parametrize("section", [1, 2])
 def test_fused_programs_of_few_heads_at_a_time(section, monkeypatch):
     problem = make_case(B=2, H=3, Lq=200, Lk=300, causal="lower_right")
     monkeypatch.setattr(plan, "L2_BYTES", section * 200 * 64 * 8)
-    assert fused_plan(problem, band_of(problem), SMALL).scalars["section"] == section
+    assert fused_plan(problem, band_of(problem), SMALL, 132).scalars["section"] == section
     check_backward("fused", problem, SMALL, section)
 
 
@@ -307,9 +380,12 @@ FUSED_FAULTS = {
         "dq_full = new_barriers(DQ_STAGES, 2)",
         "dq_full = new_barriers(DQ_STAGES, 1)",
     ),
-    "the writer frees a part before it is added": ("                publish_stores()\n", ""),
-    "programs take turns in the wrong order": ("< first // 128 - key_low", "< key_high - 1 - first // 128"),
-    "the writer adds from the first tile on": ("m = count - 1 - i", "m = i"),
+    "the writer frees a part before it is added": ("            publish_stores()\n", ""),
+    "programs take turns in the wrong order": ("before = first // 128 - low", "before = high - 1 - first // 128"),
+    "the writer adds from the first tile on": (
+        "m = low + tile_of_turn(part % count, count, shift, OPTIONS.from_last_query)",
+        "m = low + part % count",
+    ),
     "a turn is never passed": ('gl.atomic_add(counter, 1, sem="release")', "pass"),
     "K overwritten while the other's dQ reads it": (
         '    named_barrier("sync", "8", "256")  # the other',

@@ -291,7 +291,14 @@ def run_host(context, device: str, backend: str) -> None:
         "fastattn.MultiHeadAttention": fastattn.MultiHeadAttention(512, 8, batch_first=True, device=device),
         "nn.MultiheadAttention": torch.nn.MultiheadAttention(512, 8, batch_first=True, device=device),
     }
-    x = torch.randn(16 if device == "cuda" else 1, 1024 if device == "cuda" else 64, 512, device=device, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(
+        16 if device == "cuda" else 1,
+        1024 if device == "cuda" else 64,
+        512,
+        device=device,
+        dtype=torch.bfloat16,
+        requires_grad=True,
+    )
     functions = {
         "fastattn": lambda: fastattn.scaled_dot_product_attention(q, q, q, backend=backend),
         "sdpa": lambda: F.scaled_dot_product_attention(q, q, q),

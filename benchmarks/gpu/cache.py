@@ -172,7 +172,7 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     chosen = re.compile(options.only)
     use_checkout()
-    tasks = [task for task in launches.planned(tuple(options.parts)) if chosen.search(task.key)]
+    tasks = [task for task in launches.planned(tuple(options.steps)) if chosen.search(task.key)]
     if options.list:
         print("\n".join(task.key for task in tasks))
         return 0
@@ -189,7 +189,7 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FOLDER, metavar="FOLDER", help=f"the cache (default {FOLDER})")
-    parser.add_argument("--parts", nargs="+", default=launches.PARTS, help=f"of {', '.join(launches.PARTS)}")
+    parser.add_argument("--steps", nargs="+", default=(), help="only what these steps of a run need")
     parser.add_argument("--only", default="", help="only tasks whose key matches this regular expression")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     parser.add_argument("--list", action="store_true", help="print the tasks' keys in their order")

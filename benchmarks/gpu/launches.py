@@ -13,41 +13,39 @@ from unittest import mock
 
 from .pool import Task
 
-#: The modules whose ``tasks(device, backend, quick)`` are a run's plan; one that is not there has none.
-PARTS = ("smoke", "bench", "tune", "ablate", "best", "check", "devices", "profile")
-#: What is compiled first: the headline, what chooses the Hopper kernels' configurations, then by how often it is used.
+#: What is compiled first: the gate and the headline, what chooses the Hopper kernels' configurations, then by how often
+#: it is used.
 ORDER = (
     r"^smoke",
     r"^bench/d128_l(8192|1024|16384)_\w+_bf16(_upper_left)?$",
-    r"^(ablate|tune)/hopper\w*_d128",
-    r"^(ablate|tune)/hopper",
+    r"^tune/hopper\w*_d128",
     r"^check/bf16",
-    r"^(bench|best|profile)",
-    r"^(ablate|tune)",
-    r"^check/(device|fp16)",
+    r"^tune/hopper",
+    r"^(bench|profile)",
+    r"^check/device",
+    r"^tune",
+    r"^check/fp16",
     r"",
 )
 
 Call = Callable[[], object]
 
 
-def planned(parts: tuple[str, ...] = PARTS) -> list[Task]:
-    """The tasks of a run that may launch kernels, in the order in which a cache should have them."""
-    tasks = []
-    for part in parts:
-        try:
-            module = importlib.import_module(f".{part}", __package__)
-        except ModuleNotFoundError:
-            continue
-        if hasattr(module, "tasks"):
-            tasks += module.tasks("cuda", "triton", False)
+def planned(names: tuple[str, ...] = ()) -> list[Task]:
+    """The tasks of a run's steps (all, or those named) that launch our kernels, in the order in which a cache should
+    have them."""
+    from .plan import steps
+
+    tasks = [task for step in steps("cuda", "triton") if not names or step.name in names for task in step.tasks]
     return sorted(tasks, key=lambda task: next(rank for rank, key in enumerate(ORDER) if re.search(key, task.key)))
 
 
 def calls_of(task: Task) -> Iterator[tuple[str, Call]]:
     """The calls of a task with their names; ValueError where its arguments are of no known kind."""
     arguments = task.arguments
-    if "case" in arguments:
+    if "family" in arguments:
+        yield from _smoke(arguments["family"])
+    elif "case" in arguments:
         yield from _case(**arguments)
     elif "direction" in arguments and "engine" in arguments:
         yield from _candidates(**arguments)
@@ -59,6 +57,28 @@ def calls_of(task: Task) -> Iterator[tuple[str, Call]]:
         yield task.key, lambda: _handler(task)
     else:
         raise ValueError(f"{task.key}: nothing here knows what {task.handler} launches")
+
+
+def _smoke(family: str) -> Iterator[tuple[str, Call]]:
+    """The calls of a family of the gate, without their truth."""
+    from . import smoke
+
+    if smoke.FAMILIES[family].engine == "torch":
+        return
+
+    def unknown(problem, *gradients, dtype=None) -> dict:
+        import torch
+
+        lse = torch.empty(problem.query.shape[:3])
+        return {"out": torch.empty(*lse.shape, problem.value.shape[-1]), "lse": lse}
+
+    for case in smoke.cases_of(family, "cuda"):
+        with (
+            mock.patch("fastattn.testing.run_reference", unknown),
+            mock.patch.object(smoke, "_additive_truth", unknown),
+        ):
+            call = smoke.Call(family, case, "cpu")
+        yield case.name, lambda call=call: smoke.launch_family(call, "triton")
 
 
 def _case(case: dict, dtype: str, engine: str, **others) -> Iterator[tuple[str, Call]]:
@@ -126,7 +146,7 @@ class _Silent:
 
     current = None
 
-    def stage(self, name: str) -> bool:
+    def stage(self, name: str, seconds: float | None = None) -> bool:
         self.current = name
         return True
 

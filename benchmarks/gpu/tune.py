@@ -99,12 +99,16 @@ def winners(rows: list[dict]) -> dict[tuple, dict]:
         means = {
             name: math.exp(sum(math.log(row["relative"]) for row in entries) / lengths)
             for name, entries in named.items()
-            if len(entries) == lengths and entries[0]["config"].get("order") != "any"
+            if len(entries) == lengths and _repeats_itself(entries[0]["config"])
         }
         best = max(means, key=means.get, default=None)
         if best is not None and means[best] > WORTHWHILE and not named[best][0]["default"]:
             found[key] = named[best][0] | {"relative": round(means[best], 4)}
     return found
+
+
+def _repeats_itself(config: dict) -> bool:
+    return config.get("ordered", True) or not config.get("fused")
 
 
 def config_lines(rows: list[dict]) -> list[str]:

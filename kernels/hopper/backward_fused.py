@@ -9,9 +9,19 @@ writer) adds the result to dQ (fp32, global memory) by TMA while the consumers g
 With ``ordered`` the parts of each query tile are added in the order of their keys, by a counter per tile, so that the
 result is deterministic; without, in any order, and the last bits of dQ change from run to run.  A program waits for
 programs with a smaller id only, which are launched before it: it must be launched with one work tile per program.
-Two things keep the waits short.  All go through their queries from the last to the first: under a causal band, the
-keys that most queries see come first, and yet reach each tile before those that follow.  And the same block of
-``section`` heads comes one after the other, so that few programs of a head run at a time.
+Which keys come first and which way programs walk through their queries decides how long they wait:
+
+- keys from the first to the last, queries from the last to the first: under a causal band, the keys that most queries
+  see come first, and yet reach each tile before those that follow;
+- with ``last_keys_first`` keys from the last to the first, and queries upwards from the first that sees a block: under
+  a causal band each program is the first to reach its first tile, and one turn behind its predecessor at every other,
+  but the longest programs come last;
+- ``shifted`` (never ordered): block b of keys starts at query tile b and walks upwards, round to the tile before it, so
+  that programs add to different tiles.  An order of parts that follows this walk would let the first program wait for
+  the last one at the tiles where it has come round, which ends only if both run at a time: nothing promises that.
+
+The same block of ``section`` heads comes one after the other, so that few programs of a head run at a time and the
+last of them waits for few others.  With two ``writers`` one polls and adds while the other's addition is on its way.
 """
 
 from triton.experimental import gluon
@@ -36,15 +46,15 @@ from .primitives import (
     tma_store,
     unknown_zero,
 )
-from .schedule import keys_of_queries, locate_tile, queries_of_keys
+from .schedule import keys_of_queries, locate_tile, queries_of_keys, tile_of_turn
 
 
 @gluon.jit
 def work_item(lengths, sizes, OPTIONS: gl.constexpr):
     """The block of keys of this program: (first key, batch, key head, key length, position offset, first query tile,
-    query tiles per head)."""
+    query tiles per head, the shift of its walk through them)."""
     Lq, Lk, left, right, Hkv, group, blocks, heads, section = sizes
-    block, batch_head = locate_tile(gl.program_id(0), blocks, heads, section, False, True)
+    block, batch_head = locate_tile(gl.program_id(0), blocks, heads, section, OPTIONS.last_keys_first, True)
     first = block * 128
     batch = batch_head // Hkv
     length = sequence_length(lengths, batch, Lk, OPTIONS)
@@ -52,7 +62,10 @@ def work_item(lengths, sizes, OPTIONS: gl.constexpr):
     low, count = queries_of_keys(
         first, (Lq, offset, left, right), length, OPTIONS.block_m, 128, OPTIONS.has_left, OPTIONS.has_right
     )
-    return first, batch, batch_head % Hkv, length, offset, low, count
+    shift = block * 0
+    if OPTIONS.shifted:
+        shift = block % gl.maximum(count, 1)
+    return first, batch, batch_head % Hkv, length, offset, low, count, shift
 
 
 @gluon.jit
@@ -84,7 +97,7 @@ def consumer(
     d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
-    first, batch, head, length, offset, low, count = work_item(lengths, sizes, OPTIONS)
+    first, batch, head, length, offset, low, count, shift = work_item(lengths, sizes, OPTIONS)
     k_all = k_tiles.index(0).reshape((128, D))
     v_all = v_tiles.index(0).reshape((128, D))
     s_zero = gl.zeros([64, M], gl.float32, s_layout)
@@ -97,7 +110,7 @@ def consumer(
             zero_tail(v_all, length - first, CONSUMER, 2)
     dk = gl.zeros([64, D], gl.float32, d_layout)
     dv = gl.zeros([64, D], gl.float32, d_layout)
-    m = count
+    m = count if OPTIONS.from_last_query else shift - 1
     for i in range(0, count * group):
         stage = i % STAGES
         parity = (i // STAGES) & 1
@@ -112,7 +125,10 @@ def consumer(
         mbarrier.wait(do_full.index(stage), parity)
         dp_token = warpgroup_mma(v_tile, do_tile.permute((1, 0)), s_zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s_token])
-        m = gl.where(m == 0, count, m) - 1
+        if OPTIONS.from_last_query:
+            m = gl.where(m == 0, count, m) - 1
+        else:
+            m = gl.where(m + 1 == count, 0, m + 1)
         start = (low + m) * M
         s = mask_keys(s, start, first, offset, key, left, right, 128, OPTIONS, s_layout)
         p = gl.exp2(s * scale_log2 - lse_tiles.index(stage).load(s_layout))
@@ -154,48 +170,85 @@ def producer(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scal
     q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc = descriptors
     k_tiles, v_tiles, kv_full = kv_bufs
     Lq, Lk, left, right, Hkv, group, blocks, heads, section = sizes
-    first, batch, head, length, offset, low, count = work_item(lengths, sizes, OPTIONS)
+    first, batch, head, length, offset, low, count, shift = work_item(lengths, sizes, OPTIONS)
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     tma_load(k_desc, [batch, head, first, 0], kv_full, k_tiles.index(0))
     tma_load(v_desc, [batch, head, first, 0], kv_full, v_tiles.index(0))
     stream = (q_desc, do_desc, lse_desc, delta_desc)
-    stream_queries(gl.to_tensor(0), batch, head, low, count, stream, ring, (Hkv, group), True, OPTIONS)
+    stream_queries(
+        gl.to_tensor(0), batch, head, low, count, shift, stream, ring, (Hkv, group), OPTIONS.from_last_query, OPTIONS
+    )
 
 
 @gluon.jit
-def writer(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS: gl.constexpr):
-    """One warp: adds the consumers' parts of dQ to global memory, in order."""
+def parts_before(first, start, band, length, OPTIONS: gl.constexpr):
+    """How many blocks of keys add their part of the query tile at ``start`` before the block at key ``first``.
+
+    The tile counts as whole, as in :func:`.schedule.queries_of_keys`: a block past the last query's band that a whole
+    tile would see adds zeros, and takes its turn.
+    """
+    Lq, offset, left, right = band
+    M: gl.constexpr = OPTIONS.block_m
+    keys, edge, low, low_edge, high = keys_of_queries(
+        start, (start + M, offset, left, right), length, M, 128, OPTIONS.has_left, OPTIONS.has_right
+    )
+    before = first // 128 - low
+    if OPTIONS.last_keys_first:
+        before = high - 1 - first // 128
+    return before
+
+
+@gluon.jit
+def writer(
+    WRITER: gl.constexpr,
+    descriptors,
+    kv_bufs,
+    ring,
+    dq_bufs,
+    counters,
+    lengths,
+    scale,
+    scale_log2,
+    sizes,
+    OPTIONS: gl.constexpr,
+):
+    """One warp: adds every ``writers``-th of the consumers' parts of dQ to global memory, each in its turn."""
     q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc = descriptors
     ds_tiles, dq_tiles, dq_full, dq_empty = dq_bufs
     Lq, Lk, left, right, Hkv, group, blocks, heads, section = sizes
     M: gl.constexpr = OPTIONS.block_m
     D: gl.constexpr = OPTIONS.head_dim
-    first, batch, head, length, offset, low, count = work_item(lengths, sizes, OPTIONS)
+    first, batch, head, length, offset, low, count, shift = work_item(lengths, sizes, OPTIONS)
     tiles = gl.cdiv(Lq, M)
-    parts = 0
-    for member in range(0, group):
-        query_head = head * group + member
-        for i in range(0, count):
-            m = count - 1 - i
-            start = (low + m) * M
-            stage = parts % OPTIONS.dq_stages
-            counter = counters + ((batch * Hkv * group + query_head) * tiles + low + m)
-            mbarrier.wait(dq_full.index(stage), (parts // OPTIONS.dq_stages) & 1)
-            if OPTIONS.ordered:
-                keys, edge, key_low, low_edge, key_high = keys_of_queries(
-                    start, (Lq, offset, left, right), length, M, 128, OPTIONS.has_left, OPTIONS.has_right
-                )
-                while gl.atomic_add(counter, 0, sem="acquire") < first // 128 - key_low:
-                    pass
-            for half in gl.static_range(2):
-                tma_reduce_add(dq_desc, [batch, query_head, start, D // 2 * half], dq_tiles.index(2 * stage + half))
-            if OPTIONS.ordered:
-                publish_stores()
-                gl.atomic_add(counter, 1, sem="release")
-            else:
-                tma.store_wait(0)
-            mbarrier.arrive(dq_empty.index(stage), count=1)
-            parts += 1
+    for part in range(WRITER, count * group, OPTIONS.writers):
+        query_head = head * group + part // count
+        m = low + tile_of_turn(part % count, count, shift, OPTIONS.from_last_query)
+        start = m * M
+        stage = part % OPTIONS.dq_stages
+        counter = counters + ((batch * Hkv * group + query_head) * tiles + m)
+        mbarrier.wait(dq_full.index(stage), (part // OPTIONS.dq_stages) & 1)
+        if OPTIONS.ordered:
+            before = parts_before(first, start, (Lq, offset, left, right), length, OPTIONS)
+            while gl.atomic_add(counter, 0, sem="acquire") < before:
+                pass
+        for half in gl.static_range(2):
+            tma_reduce_add(dq_desc, [batch, query_head, start, D // 2 * half], dq_tiles.index(2 * stage + half))
+        if OPTIONS.ordered:
+            publish_stores()
+            gl.atomic_add(counter, 1, sem="release")
+        else:
+            tma.store_wait(0)
+        mbarrier.arrive(dq_empty.index(stage), count=1)
+
+
+@gluon.jit
+def writer_1(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS: gl.constexpr):
+    writer(1, descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)
+
+
+@gluon.jit
+def writer_0(descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS: gl.constexpr):
+    writer(0, descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)
 
 
 @gluon.jit(do_not_specialize=["Lq", "Lk", "left", "right", "Hkv", "group", "blocks", "heads", "section"])
@@ -256,13 +309,38 @@ def gradients(
     ring = (q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty)
     dq_bufs = (ds_tiles, dq_tiles, dq_full, dq_empty)
     sizes = (Lq, Lk, left, right, Hkv, group, blocks, heads, section)
-    gl.warp_specialize(
-        [
-            (consumer, (0, descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
-            (consumer_1, (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
-            (producer, (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
-            (writer, (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
-    )
+    if OPTIONS.writers == 1:
+        gl.warp_specialize(
+            [
+                (
+                    consumer,
+                    (0, descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS),
+                ),
+                (
+                    consumer_1,
+                    (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS),
+                ),
+                (producer, (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
+                (writer_0, (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    consumer,
+                    (0, descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS),
+                ),
+                (
+                    consumer_1,
+                    (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS),
+                ),
+                (producer, (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
+                (writer_0, (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
+                (writer_1, (descriptors, kv_bufs, ring, dq_bufs, counters, lengths, scale, scale_log2, sizes, OPTIONS)),
+            ],
+            [4, 1, 1, 1],
+            [240, 24, 24, 24],
+        )

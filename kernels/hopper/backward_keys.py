@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .band import mask_keys, position_offset, sequence_length
 from .primitives import hold_order, new_barriers, tma_load, tma_store
-from .schedule import locate_tile, queries_of_keys, tile_of_round, tiles_of_program
+from .schedule import locate_tile, queries_of_keys, tile_of_round, tile_of_turn, tiles_of_program
 
 
 @gluon.jit
@@ -117,12 +117,12 @@ def consumer_1(descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OP
 
 @gluon.jit
 def stream_queries(
-    loads, batch, head, low, count, descriptors, ring, heads, FROM_LAST: gl.constexpr, OPTIONS: gl.constexpr
+    loads, batch, head, low, count, shift, descriptors, ring, heads, FROM_LAST: gl.constexpr, OPTIONS: gl.constexpr
 ):
     """A producer's: the ``count`` query tiles from ``low`` of every query head of a key head, through the ring.
 
     ``descriptors``: of queries, dO, lse and delta; ``heads`` = (Hkv, group); ``loads``, the tiles loaded before, gives
-    stage and parity.  Returns ``loads`` for the next.
+    stage and parity; ``shift`` and FROM_LAST as in :func:`.schedule.tile_of_turn`.  Returns ``loads`` for the next.
     """
     q_desc, do_desc, lse_desc, delta_desc = descriptors
     q_tiles, do_tiles, lse_tiles, delta_tiles, q_full, do_full, empty = ring
@@ -130,10 +130,8 @@ def stream_queries(
     for member in range(0, group):
         query_head = head * group + member
         row = batch * Hkv * group + query_head
-        for m in range(0, count):
-            start = (low + m) * OPTIONS.block_m
-            if FROM_LAST:
-                start = (low + count - 1 - m) * OPTIONS.block_m
+        for turn in range(0, count):
+            start = (low + tile_of_turn(turn, count, shift, FROM_LAST)) * OPTIONS.block_m
             stage = loads % OPTIONS.stages
             mbarrier.wait(empty.index(stage), ((loads // OPTIONS.stages) & 1) ^ 1)
             mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
@@ -161,7 +159,7 @@ def producer(descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTI
             tma_load(k_desc, [batch, head, first + 64 * c, 0], kv_full.index(c), k_tiles.index(c))
             tma_load(v_desc, [batch, head, first + 64 * c, 0], kv_full.index(c), v_tiles.index(c))
         stream = (q_desc, do_desc, lse_desc, delta_desc)
-        loads = stream_queries(loads, batch, head, low, count, stream, ring, (Hkv, group), False, OPTIONS)
+        loads = stream_queries(loads, batch, head, low, count, 0, stream, ring, (Hkv, group), False, OPTIONS)
 
 
 @gluon.jit(do_not_specialize=["Lq", "Lk", "left", "right", "Hkv", "group", "blocks", "heads", "section"])

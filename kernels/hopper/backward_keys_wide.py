@@ -114,7 +114,7 @@ def producer(descriptors, kv_bufs, ring, lengths, scale, scale_log2, sizes, OPTI
         tma_load(k_desc, [batch, head, first, 0], kv_full, k_tiles)
         tma_load(v_desc, [batch, head, first, 0], kv_full, v_tiles)
         stream = (q_desc, do_desc, lse_desc, delta_desc)
-        loads = stream_queries(loads, batch, head, low, count, stream, ring, (Hkv, group), False, OPTIONS)
+        loads = stream_queries(loads, batch, head, low, count, 0, stream, ring, (Hkv, group), False, OPTIONS)
 
 
 @gluon.jit(do_not_specialize=["Lq", "Lk", "left", "right", "Hkv", "group", "blocks", "heads", "section"])

@@ -24,7 +24,7 @@ def chosen_config(problem, band: Band) -> BackwardConfig:
     ``torch.use_deterministic_algorithms``.
     """
     config = backward_config(problem.query.shape[-1], band.has_left or band.has_right)
-    if config.fused and not fused_is_faster(problem, multiprocessors(problem.query.device)):
+    if config.fused and not fused_is_faster(problem, band, multiprocessors(problem.query.device)):
         config = dataclasses.replace(config, fused=False)
     unordered = os.environ.get("FASTATTN_HOPPER_UNORDERED") == "1" and not torch.are_deterministic_algorithms_enabled()
     return dataclasses.replace(config, ordered=False) if unordered else config
@@ -108,9 +108,9 @@ def all_gradients(problem, band, config, grad_out, lse_2, delta, lengths, grad_q
     """dQ, dK and dV in one sweep."""
     query = problem.query
     if torch.are_deterministic_algorithms_enabled():
-        config = dataclasses.replace(config, ordered=True)
+        config = config.deterministic()
     targets = targets_like((problem.key, problem.value), (grad_key, grad_value))
-    plan = fused_plan(problem, band, config)
+    plan = fused_plan(problem, band, config, multiprocessors(query.device))
     B, H, L, D = query.shape
     total = torch.zeros(B, H, L, D, dtype=torch.float32, device=query.device)
     counters = torch.zeros(B * H * -(-L // config.block_m), dtype=torch.int32, device=query.device)

@@ -3,16 +3,13 @@
 import math
 from dataclasses import dataclass
 
-from .configs import keys_of_program, tile_columns
+from .configs import FUSED_FROM, FUSED_STALLS, STEP_CYCLES, keys_of_program, tile_columns
 
 LOG2_E = 1.4426950408889634
 #: K and V of the heads in flight at one time should stay in this much of the 50 MB L2.
 L2_BYTES = 32 << 20
 #: Row statistics of the backward are padded to a multiple of every tile of queries.
 STATISTICS_ROWS = 128
-#: Cycles at D = 128 by cycle_model.py: of 64 queries and 128 keys for all gradients or for dK and dV, and of 128
-#: queries and 128 keys for dQ.
-STEP_CYCLES = {"fused": 3049, "keys": 2048, "queries": 3085}
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,8 @@ class QueriesOptions:
 
 @dataclass(frozen=True)
 class FusedOptions:
-    """What the kernel for all gradients at once is compiled for."""
+    """What the kernel for all gradients at once is compiled for: the band's kind, the tile shape, and which way its
+    programs walk and add (:mod:`.backward_fused`)."""
 
     head_dim: int
     has_left: bool
@@ -91,7 +89,11 @@ class FusedOptions:
     block_m: int
     stages: int
     dq_stages: int
+    writers: int
     ordered: bool
+    last_keys_first: bool
+    from_last_query: bool
+    shifted: bool
 
 
 @dataclass(frozen=True)
@@ -236,23 +238,33 @@ def keys_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
     return _backward_plan(problem, band, config, multiprocessors, blocks, heads, options, {"Hkv": heads})
 
 
-def fused_is_faster(problem, multiprocessors: int) -> bool:
+def fused_is_faster(problem, band: Band, multiprocessors: int) -> bool:
     """Whether one sweep for all gradients ends before a sweep for dK and dV and then one for dQ.
 
-    It is, but where few key heads leave multiprocessors idle that the sweep for dQ, with its programs for every
-    query head, would use.
+    By cycles it is, but where few key heads leave multiprocessors idle that the sweep for dQ, with its programs for
+    every query head, would use.  FUSED_STALLS and FUSED_FROM hold what was measured of it.
     """
     batch, heads, Lq, _ = problem.query.shape
+    banded = band.has_left or band.has_right
+    if Lq < FUSED_FROM[banded]:
+        return False
     key_heads, Lk = problem.key.shape[1:3]
     key_blocks, query_blocks = math.ceil(Lk / 128), math.ceil(Lq / 128)
     key_rounds = math.ceil(batch * key_heads * key_blocks / multiprocessors)
     query_rounds = math.ceil(batch * heads * query_blocks / multiprocessors)
-    more_per_step = STEP_CYCLES["fused"] - STEP_CYCLES["keys"]
+    more_per_step = STEP_CYCLES["fused"] * FUSED_STALLS[banded] - STEP_CYCLES["keys"]
     steps = problem.group_size * math.ceil(Lq / 64)
     return key_rounds * steps * more_per_step <= query_rounds * key_blocks * STEP_CYCLES["queries"]
 
 
-def fused_plan(problem, band: Band, config) -> Plan:
+def fused_section(problem, config, multiprocessors: int) -> int:
+    """Key heads of which the same block of keys comes one after the other."""
+    heads = problem.key.shape[0] * problem.key.shape[1]
+    at_a_time = config.programs_of_head
+    return min(heads, math.ceil(multiprocessors / at_a_time) if at_a_time else key_heads_in_l2(problem))
+
+
+def fused_plan(problem, band: Band, config, multiprocessors: int) -> Plan:
     """Arguments of :func:`.backward_fused.gradients` but tensors and descriptors."""
     batch, heads = problem.key.shape[:2]
     options = FusedOptions(
@@ -263,8 +275,12 @@ def fused_plan(problem, band: Band, config) -> Plan:
         key_lengths=problem.key_lengths is not None,
         block_m=config.block_m,
         stages=config.keys_stages,
-        dq_stages=2,
+        dq_stages=config.dq_stages,
+        writers=config.writers,
         ordered=config.ordered,
+        last_keys_first=config.walk == "last keys first",
+        from_last_query=config.walk == "first keys first",
+        shifted=config.walk == "shifted",
     )
     blocks = math.ceil(problem.key.shape[2] / 128)
     scalars = {
@@ -278,7 +294,7 @@ def fused_plan(problem, band: Band, config) -> Plan:
         "group": problem.group_size,
         "blocks": blocks,
         "heads": batch * heads,
-        "section": min(key_heads_in_l2(problem), batch * heads),
+        "section": fused_section(problem, config, multiprocessors),
     }
     return Plan(blocks * batch * heads, scalars, options)
 

@@ -113,3 +113,13 @@ def queries_of_keys(
     low = start // BLOCK_M
     count = gl.maximum(gl.cdiv(gl.maximum(end, 0), BLOCK_M) - low, 0)
     return low, gl.where(first < length, count, 0)
+
+
+@gluon.jit
+def tile_of_turn(turn, count, shift, FROM_LAST: gl.constexpr):
+    """Which of ``count`` tiles a program takes in a turn: from the last to the first, or upwards from tile ``shift``,
+    round to the tile before it."""
+    if FROM_LAST:
+        return count - 1 - turn
+    else:
+        return gl.where(turn + shift >= count, turn + shift - count, turn + shift)
