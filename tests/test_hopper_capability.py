@@ -8,7 +8,7 @@ triton = pytest.importorskip("triton")
 from fastattn import dispatch  # noqa: E402
 from fastattn.backends import triton as backend  # noqa: E402
 from fastattn.kernels import hopper, launch  # noqa: E402
-from fastattn.kernels.hopper import capability  # noqa: E402
+from fastattn.kernels.hopper import capability, configs  # noqa: E402
 from fastattn.kernels.hopper.launch_backward import chosen_config  # noqa: E402
 from fastattn.kernels.hopper.plan import band_of  # noqa: E402
 from fastattn.problem import Problem  # noqa: E402
@@ -213,3 +213,14 @@ def test_an_unordered_dq_is_an_explicit_choice_that_determinism_overrules(monkey
 )
 def test_few_key_heads_take_two_sweeps(shape, fused):
     assert chosen_backward(**shape).fused == fused
+
+
+def test_what_was_measured_of_the_fused_backward_decides(monkeypatch):
+    full = {"H": 2, "Lq": 2048, "Lk": 2048}
+    causal = {**full, "causal": "upper_left"}
+    monkeypatch.setitem(configs.FUSED_FROM, True, 2049)
+    assert chosen_backward(**full).fused and not chosen_backward(**causal).fused
+    monkeypatch.setitem(configs.FUSED_FROM, True, 2048)
+    assert chosen_backward(**causal).fused
+    monkeypatch.setitem(configs.FUSED_STALLS, True, 1.5)
+    assert chosen_backward(**full).fused and not chosen_backward(**causal).fused

@@ -107,3 +107,10 @@ def test_a_tile_without_a_mask_skips_the_mask():
     assert [text.split()[0] for text in before] == ["FADD"]
     assert [text.split()[0] for text in turn] == ["HGMMA.64x128x16.F32.BF16", "BRA", "MUFU.EX2", "BRA"]
     assert [text.split()[0] for text in after] == ["FMUL", "BRA"]
+
+
+def test_taller_tiles_ask_less_of_l2():
+    """A tile of 128 x 128 at D = 128: 4 * 128^3 FLOP for keys and values of 2 * 128 * 128 * 2 bytes."""
+    flop, read = 4 * 128**3, 2 * 128 * 128 * 2
+    assert cycle_model.l2_bound(128) == pytest.approx(cycle_model.L2_BANDWIDTH * flop / read)
+    assert cycle_model.l2_bound(192) == pytest.approx(1.5 * cycle_model.l2_bound(128))

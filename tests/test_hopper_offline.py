@@ -28,6 +28,12 @@ def test_two_sweeps_where_one_is_chosen():
         assert report.broken_rules(row) == [], row
 
 
+def test_another_order_of_dq_with_two_writers():
+    name = "fused, last keys first, two writers"
+    (row,) = report.compile_rows("backward", 128, "causal", name, report.configs.BACKWARD_CANDIDATES[128][name])
+    assert report.broken_rules(row) == [], row
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_window_and_key_lengths_in_tiles_filled_with_zeros(direction):
     config = getattr(report.configs, f"{direction}_config")(96, True)

@@ -19,6 +19,7 @@ PREDICTIONS = {
     ("forward", 128, "own_out=False", 1024, None): 0.92,
     ("forward", 128, "128x64", 8192, None): 0.87,
     ("forward", 128, "192x64", 8192, None): 1.01,
+    ("forward", 128, "192x64 4 stages", 8192, None): 1.01,
     ("forward", 64, "overlap=False", 8192, None): 0.97,
     ("forward", 64, "ping_pong=False", 8192, None): 1.01,
     ("forward", 64, "overlap=False ping_pong=False", 8192, None): 0.97,

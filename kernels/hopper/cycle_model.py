@@ -23,6 +23,9 @@ BARRIER, MBARRIER_WAIT, PRODUCT_DRAIN = 25, 20, 30
 #: How much longer than on its own an instruction occupies its pipe while products run.
 CONTENTION = 1.25
 
+#: Bytes a second that an H100's L2 gives all its multiprocessors, of the 5.5 to 6 TB/s that are reported.
+L2_BANDWIDTH = 5.5e12
+
 #: opcode -> (pipe, cycles for which a warp's instruction occupies it, cycles until its result can be used).
 UNITS = {
     **dict.fromkeys(("FFMA", "FADD", "FMUL", "IMAD"), ("fma", 1, 4)),
@@ -62,6 +65,12 @@ def product_cycles(text: str) -> float:
     columns = int(re.match(r"HGMMA\.64x(\d+)x16", text)[1])
     left_in_registers = re.match(r"\S+ R\d+, R\d+", text)
     return max(columns / 2, (32 * columns + (0 if left_in_registers else 2048)) / 128)
+
+
+def l2_bound(rows: int) -> float:
+    """The 16-bit FLOP/s of a forward with tiles of ``rows`` queries that L2 can feed: 4 N D bytes of keys and values for
+    4 rows N D FLOP.  A bound of its own, not part of the cycles."""
+    return L2_BANDWIDTH * rows
 
 
 def decode(text: str) -> Instruction:
