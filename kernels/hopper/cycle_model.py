@@ -68,8 +68,8 @@ def product_cycles(text: str) -> float:
 
 
 def l2_bound(rows: int) -> float:
-    """The 16-bit FLOP/s of a forward with tiles of ``rows`` queries that L2 can feed: 4 N D bytes of keys and values for
-    4 rows N D FLOP.  A bound of its own, not part of the cycles."""
+    """The 16-bit FLOP/s of a forward with tiles of ``rows`` queries that L2 can feed: 4 N D bytes of keys and values
+    for 4 rows N D FLOP.  A bound of its own, not part of the cycles."""
     return L2_BANDWIDTH * rows
 
 
