@@ -9,6 +9,7 @@ from fastattn import dispatch  # noqa: E402
 from fastattn.backends import triton as backend  # noqa: E402
 from fastattn.kernels import hopper, launch  # noqa: E402
 from fastattn.kernels.hopper import capability, configs  # noqa: E402
+from fastattn.kernels.hopper import launch as hopper_launch  # noqa: E402
 from fastattn.kernels.hopper.launch_backward import chosen_config  # noqa: E402
 from fastattn.kernels.hopper.plan import band_of  # noqa: E402
 from fastattn.problem import Problem  # noqa: E402
@@ -224,3 +225,16 @@ def test_what_was_measured_of_the_fused_backward_decides(monkeypatch):
     assert chosen_backward(**causal).fused
     monkeypatch.setitem(configs.FUSED_STALLS, True, 1.5)
     assert chosen_backward(**full).fused and not chosen_backward(**causal).fused
+
+
+def test_a_remembered_descriptor_is_of_the_tensor_at_hand(monkeypatch):
+    monkeypatch.setattr(hopper_launch, "_checked", {})
+    monkeypatch.setattr(hopper_launch, "MOST_CHECKED", 2)
+    for length in (8, 16, 24, 8):
+        first, second = torch.zeros(2, 1, 2, length, 72, dtype=torch.bfloat16).unbind()
+        made, remembered = (hopper_launch.tile_descriptor(tensor, 64) for tensor in (first, second))
+        assert made.base is first and remembered.base is second and type(made) is type(remembered)
+        assert vars(made) | {"base": None} == vars(remembered) | {"base": None}
+        assert remembered.shape == [1, 2, length, 72] and remembered.block_shape == [1, 1, 64, 128]
+        assert not any(value is first for fields in hopper_launch._checked.values() for value in fields.values())
+    assert len(hopper_launch._checked) <= 2

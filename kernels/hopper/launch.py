@@ -18,6 +18,8 @@ GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.flo
 
 #: Streaming multiprocessors of an H100 or H200 (SXM), assumed where kernels are compiled without a GPU.
 ASSUMED_MULTIPROCESSORS = 132
+#: Shapes of tensors whose descriptors are remembered.
+MOST_CHECKED = 1024
 
 
 @functools.cache
@@ -39,12 +41,14 @@ def tile_layout(box: tuple[int, ...], dtype: torch.dtype):
     return gl.NVMMASharedLayout.get_default_for(list(box), GLUON_DTYPE[dtype])
 
 
-def tma_strides(tensor: torch.Tensor) -> list[int]:
+def tma_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
     """The strides in elements, with legal ones for the dimensions of size 1, whose strides mean nothing."""
-    row = tensor.shape[-1]
-    return [
-        stride if size > 1 else row for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    ] + [1]
+    row = shape[-1]
+    return [stride if size > 1 else row for size, stride in zip(shape[:-1], strides[:-1], strict=True)] + [1]
+
+
+#: Fields of checked descriptors but the tensor, by what they follow from: checks and lists cost more than a launch.
+_checked: dict[tuple, dict] = {}
 
 
 def tile_descriptor(tensor: torch.Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
@@ -53,8 +57,19 @@ def tile_descriptor(tensor: torch.Tensor, rows: int, columns: int | None = None)
     Rank 4 with the true strides and sizes: past the rows of a head and past its columns loads give zeros and stores
     do nothing.
     """
-    box = [1, 1, rows, columns or tile_columns(tensor.shape[-1])]
-    return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), box, tile_layout(tuple(box), tensor.dtype))
+    key = (tensor.shape, tensor.stride(), tensor.dtype, rows, columns)
+    fields = _checked.get(key)
+    if fields is None:
+        box = [1, 1, rows, columns or tile_columns(tensor.shape[-1])]
+        strides = tma_strides(tensor.shape, tensor.stride())
+        made = TensorDescriptor(tensor, list(tensor.shape), strides, box, tile_layout(tuple(box), tensor.dtype))
+        if len(_checked) >= MOST_CHECKED:
+            _checked.clear()
+        _checked[key] = {name: value for name, value in vars(made).items() if name != "base"}
+        return made
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(fields, base=tensor)
+    return descriptor
 
 
 def writable(tensor: torch.Tensor) -> torch.Tensor:
