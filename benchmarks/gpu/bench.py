@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+from . import watchdog
 from .pool import Task
 
 TOKENS, WIDTH = 16384, 2048
@@ -200,15 +201,19 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
     labels = {name: value for name, value in setup.items() if name not in ("device", "backend")}
     truth = Truth(made, "backward" in directions)
     forwards, outputs, accuracy = {}, {}, {}
+
+    def watched(call):
+        return watchdog.launch(context, context.current, call, made.device, **labels)
+
     for name in contenders:
 
         def verify(name=name) -> None:
             forward = CONTENDERS[name](made)
             with torch.set_grad_enabled("backward" in directions):
-                out = forward()
+                out = watched(forward)
             results = {"out": out.detach()}
             if "backward" in directions:
-                gradients = backward_of(made, out, name)()
+                gradients = watched(backward_of(made, out, name))
                 results |= dict(zip(GRADIENTS, gradients, strict=False))
             accuracy[name] = truth.judge(results, strict=name in OURS)
             forwards[name], outputs[name] = forward, out

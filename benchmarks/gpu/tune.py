@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 
+from . import watchdog
 from .pool import Task
 
 TOKENS, WIDTH = 16384, 2048
 #: Seconds that a stage may take: a candidate may have to be compiled, a launch takes milliseconds.
-VERIFY_SECONDS = 25.0
+VERIFY_SECONDS = 20.0
 #: How much faster than the chosen configuration a winner must be.
 WORTHWHILE = 1.005
 PEERS = ("cudnn", "flash")
@@ -171,7 +172,7 @@ def run(
     for candidate in candidates:
 
         def verify(candidate=candidate) -> None:
-            _run_if_it_fits(candidate)
+            watchdog.launch(context, family, lambda: _run_if_it_fits(candidate), made.device, **labels)
             of_budget = truth.judge(candidate.results, strict=True)
             functions[candidate.name] = candidate.run
             own[candidate.name] = {"default": candidate.default, "of_budget": of_budget, "config": _as_dict(candidate)}
