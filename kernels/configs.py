@@ -72,9 +72,10 @@ TABLE: dict[tuple[str, int, int], dict[int, Config]] = {
     ("decode", 4, 512): {80: Config(16, 16, 4, 1)},
 }
 
-#: What takes their place in calls with a mask, a bias or dropout: looking at every element takes registers.
+#: What takes their place in calls with a mask, a bias or dropout: looking at every element takes registers, and the
+#: tiles of a mask and a bias that are loaded ahead take shared memory, twice where a band has loops of its own.
 ELEMENTWISE: dict[tuple[str, int, int], dict[int, Config]] = {
-    ("forward", 2, 64): {80: Config(128, 32, 4, 2)},
+    ("forward", 2, 64): {80: Config(128, 32, 4, 2), 90: Config(128, 64, 8, 3, tma=True)},
     ("forward", 2, 128): {
         80: Config(64, 64, 8, 2),
         90: Config(128, 64, 8, 2, tma=True),

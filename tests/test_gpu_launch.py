@@ -37,6 +37,7 @@ EXPECTED = {
         6,
     ),
     "plain_dropout": (["attention_forward", "row_statistics", "gradients_of_keys", "gradients_of_queries"], 6),
+    "masked": (["mark_nonfinite", "attention_forward"], 2),
     "decode": (["decode_part", "combine_parts"], 0),
     "weights": (["split_large_lse", "attention_weights"], 0),
     "additive": (["additive_forward", "additive_backward_queries", "additive_backward_keys"], 0),

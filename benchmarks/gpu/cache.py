@@ -145,9 +145,11 @@ def warm(task: Task) -> Outcome:
     def attempt(name: str, call) -> None:
         try:
             call()
-        except (Unsupported, OutOfResources):
+        except Unsupported:
             pass
         except Exception as error:
+            if isinstance(error, OutOfResources) and "direction" in task.arguments:
+                return  # one of many candidates
             place = traceback.extract_tb(error.__traceback__)[-1]
             text = " ".join(str(error).split())[:300]
             outcome.failures.append(
