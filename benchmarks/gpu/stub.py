@@ -16,6 +16,7 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("stub_libcuda.c")
 ARCHITECTURE = 90
 MULTIPROCESSORS = 132
+VAST = 2**28  # elements
 
 
 def build(folder: Path) -> Path:
@@ -81,7 +82,7 @@ def _stand_in_for_the_device() -> None:
 
 
 def without_values() -> None:
-    """Random and NaN-filled tensors stay unwritten from here on: memory that nobody touches costs nothing."""
+    """Random and NaN-filled tensors, and vast ones, stay unwritten from here on: untouched memory costs nothing."""
     import torch
 
     def unwritten(*shape, generator=None, **options):
@@ -93,6 +94,12 @@ def without_values() -> None:
 
         return create
 
+    def unless_vast(*shape, **options):
+        made = torch.empty(*shape, **options)
+        return made if made.numel() >= VAST else made.zero_()
+
     torch.randn = torch.rand = unwritten
+    torch.zeros = unless_vast
+    torch.Tensor.normal_ = torch.Tensor.random_ = lambda tensor, *bounds, **options: tensor
     torch.full = unless_nan(torch.full, torch.empty)
     torch.full_like = unless_nan(torch.full_like, torch.empty_like)
