@@ -81,6 +81,7 @@ ELEMENTWISE: dict[tuple[str, int, int], dict[int, Config]] = {
         90: Config(128, 64, 8, 2, tma=True),
         100: Config(128, 128, 8, 2, tma=True),
     },
+    ("forward", 2, 256): {90: Config(64, 32, 8, 2, tma=True)},
     ("grad_key_value", 2, 64): {80: Config(32, 32, 4, 2)},
     ("grad_key_value", 2, 128): {80: Config(32, 64, 8, 2), 90: Config(32, 128, 8, 3), 100: Config(64, 128, 8, 2)},
 }

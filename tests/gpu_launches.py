@@ -72,14 +72,18 @@ def plain(dtype: torch.dtype, **sizes):
     return run
 
 
-def masked() -> None:
+def masked(head_dim: int):
     """The forward's own tiles where all that is loaded ahead comes together: a mask, a bias, and loops for a band."""
-    from fastattn.kernels.launch import forward
 
-    made = Case("launched", batch=1, heads=2, queries=65, keys=130, head_dim=64, mask="keys", bias="per_head",
-                causal="upper_left")  # fmt: skip
-    problem = made.make("cpu", BF16)
-    forward(problem, torch.empty_like(problem.query), torch.empty(1, 2, 65))
+    def run() -> None:
+        from fastattn.kernels.launch import forward
+
+        sizes = {"batch": 1, "heads": 2, "queries": 65, "keys": 130, "head_dim": head_dim}
+        made = Case("launched", **sizes, mask="keys", bias="per_head", causal="upper_left", window=(20, None))
+        problem = made.make("cpu", BF16)
+        forward(problem, torch.empty_like(problem.query), torch.empty(1, 2, 65))
+
+    return run
 
 
 def decode() -> None:
@@ -121,7 +125,8 @@ FAMILIES = {
     "plain": plain(BF16, causal="upper_left"),
     "plain_mask_and_bias": plain(torch.float16, mask="keys", bias="shared"),
     "plain_dropout": plain(BF16, dropout_p=0.1),
-    "masked": masked,
+    "masked_d64": masked(64),
+    "masked_d256": masked(256),
     "decode": decode,
     "weights": weights,
     "additive": additive,
