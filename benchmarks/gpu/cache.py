@@ -122,6 +122,9 @@ class Outcome:
 
 
 def _start_worker(library: Path, folder: Path) -> None:
+    from .worker import die_with_the_parent
+
+    die_with_the_parent()
     os.environ["TRITON_CACHE_DIR"] = str(folder)
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
     use_checkout()

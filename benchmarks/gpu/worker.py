@@ -88,7 +88,7 @@ def device_is_lost() -> bool:
     return False
 
 
-def _die_with_the_parent() -> None:
+def die_with_the_parent() -> None:
     """Have the kernel end this process when the thread that started it ends: a hung one would live on for ever."""
     PR_SET_PDEATHSIG = 1
     parent = os.getppid()
@@ -107,7 +107,7 @@ def _change_environment(variables: dict[str, str]) -> None:
 
 
 def main() -> None:
-    _die_with_the_parent()
+    die_with_the_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log, not between the answers
 
