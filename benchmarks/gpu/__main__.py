@@ -148,8 +148,11 @@ def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
             if step.side_by_side:
                 beside.run(tasks, ends, options.resume)
             seconds = round(time.monotonic() - began, 1)
-            result.set("steps", {step.name: {"seconds": seconds, "source": source}})
-            progress(f"== {step.name}: {seconds} s of {step.seconds:.0f}", important=True)
+            kernels = first.compilations + timed.compilations + beside.compilations
+            result.set("steps", {step.name: {"seconds": seconds, "source": source, "kernels": dict(kernels)}})
+            progress(
+                f"== {step.name}: {seconds} s of {step.seconds:.0f}; kernels so far: {dict(kernels)}", important=True
+            )
             if step.name == "smoke":
                 first.close()
                 gate = Gate(result.rows)

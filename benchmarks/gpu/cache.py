@@ -76,7 +76,7 @@ def pack(folder: Path, file: Path) -> int:
 
     kept = [path for path in folder.glob("*/*") if path.suffix in KEPT and not path.name.startswith(GROUP)]
     kept.sort(key=lambda path: (path.suffix, path.name, path.stat().st_size))
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": LARGEST_DICTIONARY}]
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 2, "dict_size": LARGEST_DICTIONARY}]
     file.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(file, "wb", filters=filters) as stream, tarfile.open(fileobj=stream, mode="w") as archive:
         for path in kept:

@@ -5,7 +5,7 @@ Each worker (worker.py) takes one task at a time and answers in JSON lines::
     {"ready": true}                       imports done
     {"stage": "name", "seconds": s}       what it does next, and the time that it gets; restarts the clock
     {"row": {...}}                        one result, kept whatever happens afterwards
-    {"end": "done"|"error"}
+    {"end": "done"|"error", "hits": n, "compiled": n}     kernels found compiled, or not
 
 A stage that outlasts its time, or that takes the process or its device down, is recorded as a row and the task goes
 on without that stage in a fresh process. A stage that has done so ``stage_limit`` times is left out of all further
@@ -129,6 +129,8 @@ class Pool:
         self._workers: list[_Worker | None] = [None] * workers
         # A worker dies with the thread that started it (see worker.py): one thread starts them all and stays.
         self._starter = ThreadPoolExecutor(1)
+        #: Kernels that were found compiled ("hits"), and that were not ("compiled").
+        self.compilations: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
         self._pending: deque[Task] = deque()
         self._finished = self._total = 0
@@ -227,6 +229,8 @@ class Pool:
                     elif "row" in answer:
                         self._add(task, answer["row"])
                     else:
+                        with self._lock:
+                            self.compilations.update({name: answer.get(name, 0) for name in ("hits", "compiled")})
                         return answer["end"]
             except _Died as death:
                 self._workers[index] = None

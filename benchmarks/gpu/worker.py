@@ -5,6 +5,7 @@ Its arguments are the modules to import before it says that it is ready.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -119,7 +120,25 @@ def main() -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)
-    send({"ready": True})
+    with _count_compilations() as counted:
+        send({"ready": True})
+        serve(send, counted)
+
+
+def _count_compilations():
+    """Counts the kernels that Triton found in its cache, and those that it compiled; nothing without Triton."""
+    from . import cache
+
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return contextlib.nullcontext(cache.Compilations())
+    return cache.count_compilations()
+
+
+def serve(send, counted) -> None:
+    """Answer task after task."""
+    torch = sys.modules.get("torch")
     for line in sys.stdin:
         task = json.loads(line)
         context = Context(send, task["skip"])
@@ -138,7 +157,9 @@ def main() -> None:
         gc.collect()
         if torch is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
-        send({"end": end})
+        send({"end": end, "hits": counted.hits.total(), "compiled": counted.misses.total()})
+        counted.hits.clear()
+        counted.misses.clear()
 
 
 if __name__ == "__main__":
