@@ -299,6 +299,34 @@ def test_resume_runs_again_what_other_sources_made(tmp_path):
     assert ResultFile(tmp_path / "result.json").rows == [], "without resume a run starts afresh"
 
 
+def test_a_change_of_one_engine_lets_the_others_results_stand(tmp_path, monkeypatch):
+    from benchmarks.gpu import environment
+
+    keys = ("tune/hopper_forward_d128", "check/bf16/a/plain", "smoke/plain/forward", "bench/d128", "smoke/torch/matmul")
+    for folder in ("fastattn/train", "kernels/hopper"):
+        (tmp_path / folder).mkdir(parents=True)
+    files = ("fastattn/plain.py", "fastattn/train/loop.py", "kernels/launch.py", "kernels/hopper/launch.py")
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+
+    def changed_by(name):
+        digests = []
+        for text in ("before", "after"):
+            for file in files:
+                (tmp_path / file).write_text("before")
+            (tmp_path / name).write_text(text)
+            environment.source_digest.cache_clear()
+            digests.append([environment.source_of(key) for key in keys])
+        return [key for key, before, after in zip(keys, *digests, strict=True) if before != after]
+
+    try:
+        assert changed_by("kernels/hopper/launch.py") == ["tune/hopper_forward_d128", "bench/d128"]
+        assert changed_by("kernels/launch.py") == ["check/bf16/a/plain", "smoke/plain/forward", "bench/d128"]
+        assert changed_by("fastattn/plain.py") == list(keys[:-1])
+        assert changed_by("fastattn/train/loop.py") == []
+    finally:
+        environment.source_digest.cache_clear()
+
+
 def test_the_result_file_is_whole_at_any_moment(tmp_path, monkeypatch):
     monkeypatch.setattr(result_module, "WRITE_EVERY", 0.01)
     result = ResultFile(tmp_path / "deep" / "result.json")

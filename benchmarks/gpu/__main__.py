@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +27,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from threading import Thread
 
-from .environment import commit, source_digest
+from .environment import ROOT, commit, source_digest, source_of
 from .plan import TIME_LIMIT, Step, machine_task, steps, table
 from .pool import Pool
 from .result import ResultFile
@@ -71,6 +73,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, help="a packed cache of compiled kernels (make gpu-cache) to unpack first"
     )
+    parser.add_argument(
+        "--warm",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="without a cache: compile side by side for so long first",
+    )
     parser.add_argument("--resume", action="store_true", help="keep the tasks that --out has from these sources")
     parser.add_argument("--quick", action="store_true", help="a few tasks of each step")
     parser.add_argument("--only", default="", help="only tasks whose key matches this regular expression")
@@ -111,9 +120,8 @@ def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
     start = time.monotonic()
     end = start + options.time_limit
     result = ResultFile(options.out, options.resume)
-    source = source_digest()
-    head = {"commit": options.commit or commit(), "source": source, "command": sys.argv[1:]}
-    result.set("head", head | {"cache": _unpack(options.cache)})
+    head = {"commit": options.commit or commit(), "source": source_digest(), "command": sys.argv[1:]}
+    result.set("head", head | {"cache": _prepare(options, [step.name for step in chosen], workers)})
     print(f"cache: {result.content['head']['cache']}", flush=True)
     gate = Gate()
     with ExitStack() as stack:
@@ -121,7 +129,7 @@ def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
         progress = _progress(start)
 
         def pool(name: str, count: int = 1, **environment: str) -> Pool:
-            made = Pool(result, source, logs, count, environment=environment, progress=progress, name=name)
+            made = Pool(result, source_of, logs, count, environment=environment, progress=progress, name=name)
             return stack.enter_context(made)
 
         # The smoke step's process is ready to dump its GPU's state: what is timed runs in another.
@@ -149,7 +157,7 @@ def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
                 beside.run(tasks, ends, options.resume)
             seconds = round(time.monotonic() - began, 1)
             kernels = first.compilations + timed.compilations + beside.compilations
-            result.set("steps", {step.name: {"seconds": seconds, "source": source, "kernels": dict(kernels)}})
+            result.set("steps", {step.name: {"seconds": seconds, "kernels": dict(kernels)}})
             progress(
                 f"== {step.name}: {seconds} s of {step.seconds:.0f}; kernels so far: {dict(kernels)}", important=True
             )
@@ -169,16 +177,29 @@ def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
     return WRONG if report.wrong_rows(result.rows) else RIGHT
 
 
-def _unpack(packed: Path | None) -> str | None:
-    """Put the compiled kernels where every process that follows finds them; says what was done."""
-    if packed is None:
+def _prepare(options: argparse.Namespace, names: list[str], workers: int) -> str | None:
+    """Put compiled kernels where every process that follows finds them; says what was done.
+
+    They come from a packed cache, or are compiled here, side by side: what a step lacks it compiles itself, alone.
+    """
+    if options.cache is None and not options.warm:
         return None
     from . import cache
 
     start = time.monotonic()
-    count = cache.unpack(packed, cache.FOLDER)
     os.environ["TRITON_CACHE_DIR"] = str(cache.FOLDER)
-    return f"{count} kernels unpacked in {time.monotonic() - start:.1f} s"
+    if options.cache is not None:
+        count = cache.unpack(options.cache, cache.FOLDER)
+        return f"{count} kernels unpacked in {time.monotonic() - start:.1f} s"
+    command = [sys.executable, "-m", "benchmarks.gpu.cache", "--out", str(cache.FOLDER), "--workers", str(workers)]
+    process = subprocess.Popen([*command, "--steps", *names], cwd=ROOT, start_new_session=True)
+    try:
+        process.wait(options.warm)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    count = cache.kernels_in(cache.FOLDER).total()
+    return f"{count} kernels compiled in {time.monotonic() - start:.1f} s"
 
 
 def _missing_device(device: str) -> str | None:

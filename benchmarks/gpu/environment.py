@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.abc
 import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -35,14 +37,40 @@ def use_checkout() -> None:
         sys.meta_path.insert(0, _KernelsFinder())
 
 
-def source_digest() -> str:
-    """A short hash of the Python sources that a result depends on: fastattn/ and kernels/."""
+#: By engine the sources that its results depend on, and those among them that it does not use.
+SOURCES = {
+    "hopper": (("fastattn", "kernels/hopper"), ()),
+    "plain": (("fastattn", "kernels"), ("kernels/hopper",)),
+    "every": (("fastattn", "kernels"), ()),
+    "none": ((), ()),
+}
+#: Packages of fastattn that no kernel's result depends on.
+ABOVE = ("fastattn/train", "fastattn/models", "fastattn/integrations", "fastattn/kernels")
+#: Which engine a task runs, by its key; a task that runs several, or that is not named here, depends on every one.
+ENGINES = (
+    (r"^(smoke|tune|best)/hopper|/hopper$", "hopper"),
+    (r"^smoke/(plain|additive)|^tune/triton|/plain$", "plain"),
+    (r"^smoke/torch|^machine$|^compile/", "none"),
+)
+
+
+@functools.cache
+def source_digest(engine: str = "every") -> str:
+    """A short hash of the Python sources that an engine's results depend on."""
+    folders, unused = SOURCES[engine]
+    left_out = (*unused, *ABOVE)
     digest = hashlib.sha256()
-    for folder in ("fastattn", "kernels"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.relative_to(ROOT).as_posix().encode())
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith(tuple(f"{folder}/" for folder in left_out)):
+            digest.update(name.encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def source_of(key: str) -> str:
+    """The digest of what the task with this key depends on: an edit of one engine lets the others' results stand."""
+    return source_digest(next((engine for pattern, engine in ENGINES if re.search(pattern, key)), "every"))
 
 
 def commit() -> str | None:

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,12 +106,15 @@ class _Worker:
 
 
 class Pool:
-    """``workers`` processes that serve one :meth:`run` after the other and end with :meth:`close`."""
+    """``workers`` processes that serve one :meth:`run` after the other and end with :meth:`close`.
+
+    ``source``: the digest of what results depend on, or a function that gives it for a task's key.
+    """
 
     def __init__(
         self,
         result: ResultFile,
-        source: str,
+        source: str | Callable[[str], str],
         log_folder: Path,
         workers: int = 1,
         stage_limit: int = 3,
@@ -119,7 +123,8 @@ class Pool:
         progress=lambda text: None,
         name: str = "worker",
     ) -> None:
-        self.result, self.source = result, source
+        self.result = result
+        self._source_of = source if callable(source) else lambda key: source
         self.log_folder, self.stage_limit = log_folder, stage_limit
         self.command = [sys.executable, "-u", "-m", WORKER, *preload]
         self.environment = os.environ | (environment or {})
@@ -152,7 +157,7 @@ class Pool:
     def run(self, tasks: list[Task], deadline: float, resume: bool = False) -> None:
         """Run the tasks in order of appearance until ``deadline`` (monotonic) passes; with ``resume`` those not yet
         done on these sources."""
-        todo = [task for task in tasks if not (resume and self.result.is_done(task.key, self.source))]
+        todo = [task for task in tasks if not (resume and self.result.is_done(task.key, self._source_of(task.key)))]
         self._pending, self._total, self._finished, self._deadline = deque(todo), len(todo), 0, deadline
         count = min(len(self._workers), len(todo))
         threads = [threading.Thread(target=self._serve, args=(index,)) for index in range(count)]
@@ -193,7 +198,7 @@ class Pool:
             start = time.monotonic()
             self.result.start(task.key)
             status = self._attempt(task, index)
-            self.result.finish(task.key, status, time.monotonic() - start, self.source)
+            self.result.finish(task.key, status, time.monotonic() - start, self._source_of(task.key))
             with self._lock:
                 self._finished += 1
                 self.progress(f"{self._finished}/{self._total} {task.key}: {status}")
@@ -201,7 +206,8 @@ class Pool:
     def _take(self) -> Task | None:
         with self._lock:
             if self._pending and time.monotonic() >= self._deadline:
-                self.result.leave_out(((task.part, task.key) for task in self._pending), self.source)
+                for task in self._pending:
+                    self.result.leave_out(task.part, task.key, self._source_of(task.key))
                 self._pending.clear()
             return self._pending.popleft() if self._pending else None
 
@@ -255,4 +261,4 @@ class Pool:
         self._add(task, {"status": status, "stage": stage, "error": error})
 
     def _add(self, task: Task, row: dict) -> None:
-        self.result.add({"part": task.part, "task": task.key, "source": self.source} | row)
+        self.result.add({"part": task.part, "task": task.key, "source": self._source_of(task.key)} | row)

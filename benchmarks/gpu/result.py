@@ -6,7 +6,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 SCHEMA = 2
@@ -67,14 +66,11 @@ class ResultFile:
             self.content["tasks"][key] = {"status": status, "seconds": round(seconds, 2), "source": source}
         self._changed.set()
 
-    def leave_out(self, tasks: Iterable[tuple[str, str]], source: str) -> None:
-        """Note (part, key) of tasks that there was no time for."""
-        with self._lock:
-            for part, key in tasks:
-                left_out = {"part": part, "task": key, "source": source, "stage": None}
-                self.rows.append(left_out | {"status": "skipped", "error": "out of time"})
-                self.content["tasks"][key] = {"status": "skipped", "seconds": 0.0, "source": source}
-        self._changed.set()
+    def leave_out(self, part: str, key: str, source: str) -> None:
+        """Note a task that there was no time for."""
+        left_out = {"part": part, "task": key, "source": source, "stage": None}
+        self.add(left_out | {"status": "skipped", "error": "out of time"})
+        self.finish(key, "skipped", 0.0, source)
 
     def close(self) -> None:
         """Write what is not written yet."""
