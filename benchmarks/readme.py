@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.gpu.plot import shapes
 from benchmarks.model_memory import COMPARED, LIMIT
 from benchmarks.tables import markdown, memory_rows, memory_share, model_memory_rows, times
 
@@ -182,8 +183,10 @@ def plots(result: dict) -> str:
 
 
 def gpu(result: dict) -> str:
-    """TFLOP/s of the contenders of one run, and the share of the matrix product's rate that fastattn reached."""
-    machine = result["machine"]
+    """TFLOP/s of the contenders of one run (GB/s of keys and values when decoding), and fastattn's share of the matrix
+    product's (the copy's) rate; then the plots of ``python -m benchmarks.gpu plot``."""
+    machine, versions = result["head"]["machine"], result["head"]["versions"]
+    where = f"{machine['gpu']}, torch {versions['torch']}, triton {versions['triton']}, {result['head']['date'][:10]}"
     groups: dict[tuple[str, str], dict[str, dict]] = {}
     for row in result["rows"]:
         if row["part"] == "bench" and row["status"] == "ok" and row["direction"] != "host":
@@ -196,7 +199,10 @@ def gpu(result: dict) -> str:
         rates = [f"{group[name]['rate']:.0f}" if name in group else "" for name in GPU_CONTENDERS]
         rows.append([task, direction, *rates, f"{group['fastattn']['of_ceiling']:.2f}"])
     table = markdown(("call", "pass"), (*GPU_CONTENDERS, "of ceiling"), rows)
-    return f"{machine}\n\n{table}"
+    ceilings = result["ceilings"]
+    where += f"; a bf16 matrix product runs at {ceilings['matmul_tflops']:.0f} TFLOP/s." if ceilings else "."
+    plots = [f"![Throughput, {dtype}, D = {D}](docs/gpu-{dtype}-d{D}.png)" for dtype, D in shapes(result["rows"])]
+    return "\n\n".join([where, table, *plots])
 
 
 BLOCKS: dict[str, Callable[[dict], str]] = {

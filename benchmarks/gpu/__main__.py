@@ -199,7 +199,7 @@ def _prepare(options: argparse.Namespace, names: list[str], workers: int) -> str
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     count = cache.kernels_in(cache.FOLDER).total()
-    return f"{count} kernels compiled in {time.monotonic() - start:.1f} s"
+    return f"{count} kernels after {time.monotonic() - start:.1f} s of compiling"
 
 
 def _missing_device(device: str) -> str | None:

@@ -15,6 +15,7 @@ import time
 
 from . import watchdog
 from .environment import ROOT
+from .families import leave_out_dead
 from .pool import Task
 
 STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
@@ -217,4 +218,5 @@ def _profiled(setup: dict, direction: str) -> None:
 
 
 if __name__ == "__main__":
+    leave_out_dead()
     _profiled(**json.loads(sys.argv[1]))
