@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 from . import launches, stub
 from .environment import use_checkout
@@ -173,10 +174,36 @@ def warm(task: Task) -> Outcome:
     return outcome
 
 
+def count_needed(steps: list, library: Path) -> dict[str, int]:
+    """By step how many kernels it needs that no step before it needs. Compiles and launches nothing."""
+    from triton.runtime.jit import JITFunction
+
+    _start_worker(library, FOLDER)
+    asked: set[tuple[str, str]] = set()
+
+    def ask(self, key: str, *others) -> None:
+        asked.add((self.fn.__name__, key))  # and do without
+
+    counts = {}
+    with mock.patch.object(JITFunction, "_do_compile", ask):
+        for step in steps:
+            before = len(asked)
+            for task in step.tasks:
+                with contextlib.suppress(Exception):  # results that are not there may end a task's calls
+                    for _, call in launches.calls_of(task):
+                        with contextlib.suppress(Exception):
+                            call()
+            counts[step.name] = len(asked) - before
+    return counts
+
+
 def main(argv: list[str]) -> int:
     options = _parse(argv)
     chosen = re.compile(options.only)
     use_checkout()
+    if options.count:
+        _print_counts(options.steps)
+        return 0
     tasks = [task for task in launches.planned(tuple(options.steps)) if chosen.search(task.key)]
     if options.list:
         print("\n".join(task.key for task in tasks))
@@ -197,10 +224,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", default=(), help="only what these steps of a run need")
     parser.add_argument("--only", default="", help="only tasks whose key matches this regular expression")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+    parser.add_argument("--count", action="store_true", help="only count the kernels that each step needs")
     parser.add_argument("--list", action="store_true", help="print the tasks' keys in their order")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="then pack the cache into this .tar.xz")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="pack what there is")
     return parser.parse_args(argv)
+
+
+def _print_counts(names: list[str]) -> None:
+    from .plan import steps
+
+    chosen = [step for step in steps("cuda", "triton") if not names or step.name in names]
+    with tempfile.TemporaryDirectory(prefix="fastattn-stub-") as place:
+        counts = count_needed(chosen, stub.build(Path(place)))
+    for name, number in counts.items():
+        print(f"{name:14}{number:6}")
+    print(f"{'in all':14}{sum(counts.values()):6}")
 
 
 def _warm_all(tasks: list[Task], folder: Path, workers: int) -> list[Outcome]:
