@@ -77,8 +77,9 @@ def test_every_family_is_right_on_the_reference():
         context = run_family(family)
         assert [row["status"] for row in context.rows] == ["ok"] * len(described.cases), context.rows
         assert all(row["family"] == family and 0.0 <= row["of_budget"] <= 1.0 for row in context.rows)
-        assert [name for name, _ in context.stages] == [f"compile/{family}", family]
-        assert context.stages[1][1] > watchdog.LAUNCH_SECONDS + watchdog.DUMP_SECONDS + watchdog.READ_SECONDS
+        names, seconds = zip(*context.stages, strict=True)
+        assert names == (f"compile/{family}",) * (1 + len(described.cases)) + (family,), "a clock for each case"
+        assert seconds[-1] > watchdog.LAUNCH_SECONDS + watchdog.DUMP_SECONDS + watchdog.READ_SECONDS
         assert smoke.dead_families(context.rows) == set()
 
 
@@ -145,6 +146,7 @@ def test_a_hang_in_each_family_is_named_before_the_process_ends(monkeypatch):
         with pytest.raises(Ended, match=str(watchdog.HUNG_EXIT)):
             smoke.run(context, family, "cpu", "reference")
         assert [row["status"] for row in context.rows] == ["hang", "note"]
+        assert context.stages[-1] == (f"compile/{family}", pytest.approx(33.0)), "the dump's own time"
         assert context.rows[0]["stage"] == f"compile/{family}"
         assert context.rows[0]["family"] == family
         assert "no dump" in context.rows[1]["text"]
@@ -177,6 +179,13 @@ def test_a_row_without_a_family_is_booked_by_its_stage(status):
         assert smoke.dead_families(rows) == {"hopper/fused/d128"}
     assert smoke.dead_families([{"part": "check", "status": status, "stage": "plain/forward"}]) == set()
     assert smoke.dead_families([{"part": "smoke", "status": status, "stage": "core_dump"}]) == set()
+
+
+def test_a_family_that_was_running_when_the_time_was_up_is_dead():
+    """One that was still compiling, or that never began, is only unknown."""
+    stages = ("plain/forward", "compile/plain/decode", None)
+    rows = [{"part": "smoke", "status": "skipped", "stage": stage, "error": "out of time"} for stage in stages]
+    assert smoke.dead_families(rows) == {"plain/forward"}
 
 
 KEYS = (

@@ -92,6 +92,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny shapes, to try the program"
     )
+    parser.add_argument("--preload", action="append", default=[], help=argparse.SUPPRESS)  # modules of every worker
     options = parser.parse_args(argv)
     unknown = [name for name in options.steps if name not in (*names, "all")]
     if unknown:
@@ -129,7 +130,8 @@ def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
         progress = _progress(start)
 
         def pool(name: str, count: int = 1, **environment: str) -> Pool:
-            made = Pool(result, source_of, logs, count, environment=environment, progress=progress, name=name)
+            preload = ("torch", *options.preload)
+            made = Pool(result, source_of, logs, count, 3, preload, environment, progress, name)
             return stack.enter_context(made)
 
         # The smoke step's process is ready to dump its GPU's state: what is timed runs in another.
@@ -203,9 +205,11 @@ def _prepare(options: argparse.Namespace, names: list[str], workers: int) -> str
 
 
 def _missing_device(device: str) -> str | None:
+    if device != "cuda":
+        return None
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return "no CUDA device: --dry-run lists what would run, --device cpu tries the program on tiny shapes"
     return None
 

@@ -206,6 +206,8 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
     def watched(call):
         return watchdog.launch(context, context.current, call, made.device, **labels)
 
+    # A stage that dies again and again is left out of all further tasks: at this head dimension, not at any other.
+    family = f"d{made.head_dim}"
     for name in contenders:
 
         def verify(name=name) -> None:
@@ -220,7 +222,7 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
             forwards[name], outputs[name] = forward, out
 
         seconds = VERIFY_SECONDS.get(name, OURS_SECONDS if name in OURS else PEERS_SECONDS)
-        run_stage(context, name, verify, seconds, contender=name, **labels)
+        run_stage(context, f"{family}/{name}", verify, seconds, contender=name, **labels)
     for direction in directions:
         functions = {
             name: without_graph(forward) if direction == "forward" else backward_of(made, outputs[name], name)
@@ -231,7 +233,7 @@ def run_group(context, setup: dict, contenders: list[str], directions: list[str]
         def fields(name: str) -> dict:
             return {"contender": name, "of_budget": accuracy.get(name)}
 
-        time_each(context, functions, made, direction, fields, labels | {"direction": direction})
+        time_each(context, functions, made, direction, fields, labels | {"direction": direction}, family)
 
 
 def time_each(
@@ -246,7 +248,7 @@ def time_each(
 ) -> None:
     """Time functions in turns, each turn a stage of its own, so that one that hangs is the one that is left out.
 
-    ``fields(name)``: further fields of its row. ``relative_to`` names the function whose rate is 1.
+    ``fields(name)``: further fields of its row. ``relative_to`` names the function whose speed is 1.
     """
     from .timing import time_beside_ceiling
 
@@ -254,9 +256,9 @@ def time_each(
         return "/".join(part for part in ("timing", family, name) if part)
 
     timed = time_beside_ceiling(functions, made, direction, lambda name: context.stage(stage_of(name), TIMING_SECONDS))
-    rate = timed[relative_to]["rate"] if relative_to in timed else None
+    of_one = timed[relative_to]["ms"] if relative_to in timed else None
     for name, values in timed.items():
-        relative = {"relative": round(values["rate"] / rate, 4)} if rate else {}
+        relative = {"relative": round(of_one / values["ms"], 4)} if of_one and name in functions else {}
         context.row("ok", stage=stage_of(name), **labels, **fields(name), **values, **relative)
 
 

@@ -207,6 +207,49 @@ def _tile_name(config) -> str:
     return f"{config.block_m}x{config.block_n} {config.num_warps} warps {config.num_stages} stages{tma}"
 
 
+@dataclass(frozen=True)
+class Slices:
+    """The one choice that the reference has, so that a run without a GPU has something to rank."""
+
+    whole: bool = False  # one call, not one for each entry of the batch
+
+
+def reference(direction: str) -> Callable[[Setup], list[Candidate]]:
+    """The reference as an engine with two configurations, of which the chosen one is the slower."""
+
+    def list_candidates(setup: Setup) -> list[Candidate]:
+        from fastattn.backends import reference as engine
+
+        problem = problem_of(setup)
+        out, lse = _forward_buffers(problem)
+        engine.forward(problem, out, lse)
+        grad_out = setup.tensors["grad_out"]
+
+        def candidate(name: str, config: Slices) -> Candidate:
+            if direction == "forward":
+                results = {"out": _forward_buffers(problem)[0]}
+            else:
+                results = _gradient_buffers(problem, ("grad_query", "grad_key", "grad_value"))
+            entries = [slice(None)] if config.whole else [slice(i, i + 1) for i in range(setup.batch)]
+
+            def run() -> None:
+                for entry in entries:
+                    part = problem._replace(**{name: getattr(problem, name)[entry] for name in INPUTS})
+                    written = [tensor[entry] for tensor in results.values()]
+                    if direction == "forward":
+                        engine.forward(part, *written, lse[entry])
+                    else:
+                        engine.backward(part, out[entry], lse[entry], grad_out[entry], None, *written, None)
+
+            return Candidate(name, not config.whole, run, results, config)
+
+        return [candidate("chosen", Slices()), candidate("whole", Slices(whole=True))]
+
+    return list_candidates
+
+
+INPUTS = ("query", "key", "value")
+
 #: By engine and direction.
 ENGINES: dict[tuple[str, str], Callable[[Setup], list[Candidate]]] = {
     ("hopper", "forward"): hopper("forward"),
@@ -215,4 +258,6 @@ ENGINES: dict[tuple[str, str], Callable[[Setup], list[Candidate]]] = {
     ("triton", "grad_key_value"): _triton_backward("grad_key_value"),
     ("triton", "grad_query"): _triton_backward("grad_query"),
     ("triton", "decode"): triton_decode,
+    ("reference", "forward"): reference("forward"),
+    ("reference", "backward"): reference("backward"),
 }

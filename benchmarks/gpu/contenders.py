@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .families import is_dead
 from .problems import DTYPES, environment
 from .worker import Unsupported
 
@@ -178,6 +179,8 @@ def fastattn_unordered(setup: Setup) -> Forward:
     """fastattn with the parts of dQ added in any order, as the peers' backward does; the forward is the same."""
     if setup.variant is not None or setup.dtype == "fp32":
         raise Unsupported("the unordered backward is timed on plain calls")
+    if is_dead("hopper/fused_unordered/d128"):
+        raise Unsupported("the unordered backward is dead")
     return in_environment("fastattn_unordered", fastattn_default(setup))
 
 

@@ -73,12 +73,21 @@ def _hopper(problem, direction: str) -> dict[str, tuple[str, ...]]:
     return {f"hopper/{ordered}/d{columns}": RESULTS["fused"]}
 
 
+def dead_families() -> frozenset[str]:
+    """The families that this process is to do without."""
+    return frozenset(filter(None, os.environ.get(DEAD, "").split(",")))
+
+
+def is_dead(name: str) -> bool:
+    return name in dead_families()
+
+
 def leave_out_dead() -> None:
     """Let the dispatch of this process avoid the families named in the environment variable DEAD.
 
     Instead of a dead fused kernel the two sweeps run, instead of any other of Hopper's a plain one.
     """
-    dead = frozenset(filter(None, os.environ.get(DEAD, "").split(",")))
+    dead = dead_families()
     if not any(name.startswith("hopper/") for name in dead):
         return
     from fastattn.backends import triton

@@ -78,12 +78,15 @@ class _Worker:
             line = self._lines.get(timeout=max(timeout, 0.0))
         except queue.Empty:
             self.kill()
-            raise _Died("timeout", f"no answer within {timeout:.0f} s") from None
+            raise _Died("timeout", f"no answer within {timeout:.0f} s: {self.log_tail()}") from None
         if line is None:
             code = self.process.wait()
             reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             raise _Died("crash", f"{reason}: {self.log_tail()}")
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except ValueError:  # the process ended within a line
+            return self.receive(timeout)
 
     def send(self, message: dict) -> None:
         try:
@@ -197,7 +200,11 @@ class Pool:
         while (task := self._take()) is not None:
             start = time.monotonic()
             self.result.start(task.key)
-            status = self._attempt(task, index)
+            try:
+                status = self._attempt(task, index)
+            except Exception as error:  # a fault of this program must not end the thread, and with it the step
+                self._record(task, "error", None, f"{type(error).__name__}: {error}")
+                status = "error"
             self.result.finish(task.key, status, time.monotonic() - start, self._source_of(task.key))
             with self._lock:
                 self._finished += 1

@@ -41,7 +41,7 @@ def wrong_rows(rows: list[dict]) -> list[dict]:
     from .contenders import CONTENDERS, OURS
 
     peers = set(CONTENDERS) - set(OURS)
-    return [row for row in rows if row["status"] in WRONG and row.get("stage") not in peers]
+    return [row for row in rows if row["status"] in WRONG and (row.get("stage") or "").split("/")[-1] not in peers]
 
 
 def main(argv: list[str]) -> int:
@@ -87,8 +87,9 @@ def target_lines(rows: list[dict]) -> list[str]:
         ours, other = timed.get((task, direction, "fastattn")), timed.get((task, direction, peer))
         if ours is None or (peer is not None and other is None):
             continue
-        reached = ours["of_ceiling"] if peer is None else ours["rate"] / other["rate"]
-        beside = "of the copy" if peer is None else f"of {peer}'s rate, {ours['of_ceiling']:.3f} of matmul"
+        share = ours["of_ceiling"] or 0.0  # none where the ceiling was not timed
+        reached = share if peer is None else ours["rate"] / other["rate"]
+        beside = "of the copy" if peer is None else f"of {peer}'s rate, {share:.3f} of matmul"
         lines.append(f"{task.removeprefix('bench/')} {direction}: {reached:.3f} {beside} (target {goal:.2f})")
     slower = []
     for (task, direction, contender), row in timed.items():

@@ -18,7 +18,8 @@ from . import watchdog
 from .families import DEAD, GRADIENTS
 from .pool import Task
 
-COMPILE_SECONDS = 90.0
+#: For compiling and calling one case, also where a launch waits on the host for a kernel that hangs: less than the step.
+COMPILE_SECONDS = 40.0
 #: For judging the cases of a family, and for a core dump where one hangs.
 JUDGE_SECONDS = 15.0 + watchdog.DUMP_SECONDS + watchdog.READ_SECONDS
 KEYS, QUERIES = ("grad_key", "grad_value"), ("grad_query",)
@@ -131,6 +132,7 @@ def run(context, family: str, device: str, backend: str, folder: str | None = No
 
     def compile_and_call() -> bool:
         for case in cases_of(family, device):
+            context.stage(f"compile/{family}", COMPILE_SECONDS)
             call = Call(family, case, device)
             calls[call] = launch(call)
         return True
@@ -355,12 +357,15 @@ WRONG = ("fail", "error", "hang", "timeout", "crash")
 
 
 def dead_families(rows: list[dict]) -> set[str]:
-    """The families whose rows of part smoke say that they hang, crash, raise or are wrong."""
-    named = (
-        row.get("family") or (row.get("stage") or "").removeprefix("compile/")
-        for row in rows
-        if row["part"] == "smoke" and row["status"] in WRONG
-    )
+    """The families whose rows of part smoke say that they hang, crash, raise or are wrong; or that they were running,
+    compiled, when the time was up."""
+    named = set()
+    for row in rows:
+        stage = row.get("stage") or ""
+        if row["part"] == "smoke" and row["status"] in WRONG:
+            named.add(row.get("family") or stage.removeprefix("compile/"))
+        elif row["part"] == "smoke" and row["status"] == "skipped":
+            named.add(stage)
     return {name for name in named if name in FAMILIES}
 
 

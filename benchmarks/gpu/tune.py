@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 from . import watchdog
+from .families import is_dead
 from .pool import Task
 
 TOKENS, WIDTH = 16384, 2048
@@ -37,9 +38,9 @@ def switch_tasks(device: str, backend: str, quick: bool) -> list[Task]:
 
 
 def tasks(device: str, backend: str, quick: bool) -> list[Task]:
-    """What the other two do not rank."""
+    """What the other two do not rank; on a CPU the reference, in two ways."""
     if device == "cpu":
-        return []
+        return [task_of("reference", direction, 16, None, 32, **_tiny()) for direction in ("forward", "backward")]
     wanted = [
         task_of("hopper", direction, head_dim, causal, 8192)
         for head_dim, causals in ((64, (None, "upper_left")), (256, (None,)))
@@ -84,14 +85,23 @@ def setup_of(head_dim: int, causal: str | None, length: int, **changes) -> dict:
     } | changes
 
 
+def _tiny() -> dict:
+    return {"batch": 8, "heads": 2, "kv_heads": 2, "dtype": "fp32", "device": "cpu", "backend": "reference"}
+
+
+#: Engines whose winners are measured again.
+WINNING = ("hopper", "reference")
+
+
 def winners(rows: list[dict]) -> dict[tuple, dict]:
-    """{(direction, head_dim, causal): the row of the Hopper variant that is fastest over the lengths measured}.
+    """{(direction, head_dim, causal): the row of the variant that is fastest over the lengths measured}.
 
     One that every length has, that gives the same bits from run to run, and that is worth a change; none otherwise.
     """
     ranked: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
-        if row["part"] == "tune" and row["status"] == "ok" and row.get("engine") == "hopper" and "config" in row:
+        is_ranked = row["status"] == "ok" and row.get("engine") in WINNING and "config" in row
+        if row["part"] == "tune" and is_ranked and row.get("relative"):  # none where the chosen one was not timed
             key = (row["direction"], row["head_dim"], row["causal"])
             ranked.setdefault(key, {}).setdefault(row["variant"], []).append(row)
     found = {}
@@ -131,9 +141,11 @@ def best_tasks(rows: list[dict], device: str, backend: str, quick: bool) -> list
             key=f"best/{direction}_d{head_dim}_{causal or 'full'}",
             handler=".tune:run",
             arguments={
-                "engine": "hopper",
+                "engine": row["engine"],
                 "direction": direction,
-                "setup": setup_of(head_dim, causal, 8192),
+                "setup": setup_of(head_dim, causal, 32, **_tiny())
+                if device == "cpu"
+                else setup_of(head_dim, causal, 8192),
                 "only": [row["variant"]],
                 "peers": list(PEERS),
             },
@@ -160,14 +172,15 @@ def run(
         context.row("unsupported", stage="list", error=f"the {engine} engine has no {direction} candidates")
         return
     made = Setup(**setup)
+    labels = {"engine": engine, "direction": direction}
+    labels |= {k: v for k, v in setup.items() if k not in ("device", "backend")}
     candidates = run_stage(context, f"{family}/list", lambda: ENGINES[engine, direction](made), VERIFY_SECONDS) or []
+    candidates = [candidate for candidate in candidates if _lives(context, candidate, family, labels)]
     if only is not None:
         candidates = [candidate for candidate in candidates if candidate.default or candidate.name in only]
     if not candidates:
         return
     truth = Truth(made, with_gradients=direction != "forward")
-    labels = {"engine": engine, "direction": direction}
-    labels |= {k: v for k, v in setup.items() if k not in ("device", "backend")}
     functions, own = {}, {}
     for candidate in candidates:
 
@@ -189,6 +202,19 @@ def run(
         return {"variant": name} | own.get(name, {"default": False})
 
     time_each(context, functions, made, direction, fields, labels, family, relative_to=_default(own))
+
+
+def _lives(context, candidate, family: str, labels: dict) -> bool:
+    """False, and a row, where the fused kernel that a candidate runs is dead: each would cost a process."""
+    if not getattr(candidate.config, "fused", False):
+        return True
+    kernel = "fused" if candidate.config.ordered else "fused_unordered"
+    name = family.replace("/backward/", f"/{kernel}/")
+    if not is_dead(name):
+        return True
+    stage = f"{family}/{candidate.name}"
+    context.row("skipped", stage=stage, error=f"{name} is dead", variant=candidate.name, **labels)
+    return False
 
 
 def _default(own: dict) -> str | None:
@@ -214,11 +240,11 @@ def _peer(name: str, made, direction: str):
 
 def _run_if_it_fits(candidate) -> None:
     """A tile that takes more shared memory or registers than there are is no failure, only no candidate."""
-    from triton.runtime.errors import OutOfResources
-
     from .worker import Unsupported
 
     try:
         candidate.run()
-    except OutOfResources as error:
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources":  # of Triton, which may not be there
+            raise
         raise Unsupported(str(error)) from None

@@ -36,6 +36,7 @@ def launch(context, family: str, call, device: str, folder: str | None = None, *
         error = f"the device did not finish within {LAUNCH_SECONDS:.0f} s"
         labels = {"stage": context.current, "family": family} | labels
         context.row("hang", error=error, **labels)
+        context.stage(context.current, DUMP_SECONDS + READ_SECONDS + 5.0)  # the time that the dump takes
         with contextlib.suppress(Exception):
             context.row("note", text=core_dump(family, folder)[-6000:], **labels)
         os._exit(HUNG_EXIT)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import importlib
 import json
@@ -38,10 +39,21 @@ class Context:
             return False
         self.current = name
         self._send({"stage": name, "seconds": seconds})
+        if seconds is not None:  # just before it is ended for being late, the process says where it is
+            faulthandler.dump_traceback_later(max(0.9 * seconds, seconds - 1.0))
         return True
 
     def row(self, status: str, **values) -> None:
         self._send({"row": {"status": status} | values})
+
+
+def as_json(message: dict) -> str:
+    """The message in a line; null for what is not finite, which JSON has no number for."""
+    try:
+        return json.dumps(message, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(message), parse_constant=lambda name: None)
+        return json.dumps(finite)
 
 
 def describe(error: BaseException, characters: int = 20000) -> dict[str, str]:
@@ -112,8 +124,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log, not between the answers
 
+    faulthandler.enable()
+
     def send(message: dict) -> None:
-        answers.write(json.dumps(message) + "\n")
+        answers.write(as_json(message) + "\n")
 
     for name in sys.argv[1:]:
         importlib.import_module(name)
@@ -142,9 +156,9 @@ def serve(send, counted) -> None:
     for line in sys.stdin:
         task = json.loads(line)
         context = Context(send, task["skip"])
-        _change_environment(task["environment"])
         end = "done"
         try:
+            _change_environment(task["environment"])
             module, function = task["handler"].split(":")
             getattr(importlib.import_module(module, __package__), function)(context, **task["arguments"])
         except Exception as error:
@@ -154,6 +168,7 @@ def serve(send, counted) -> None:
             context.row(status, stage=context.current, **describe(error))
             end = "error"
         _die_with_the_device()  # a fault that no call has reported yet
+        faulthandler.cancel_dump_traceback_later()
         gc.collect()
         if torch is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
