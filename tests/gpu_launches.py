@@ -4,14 +4,17 @@
 
 One JSON line per name, of FAMILIES, BROKEN_MAPS or (after "additive", whose kernel they launch) BROKEN_LAUNCHES: with
 what words it was refused, and of a family what was launched, how many tensor maps were encoded and kernels compiled.
+CHECKS, which are to be the last, compile nothing: of each launch the grid and the tensor maps are looked at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -165,6 +168,118 @@ BROKEN_LAUNCHES = {
 }
 
 
+#: CUtensorMapDataType as Triton's compiler numbers it, before its driver translates it to the host's numbers.
+ELEMENT_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 10}
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
+LARGEST_SIDE = 256  # of a box
+
+
+def described(descriptor) -> dict:
+    """What the compiler tells the launcher of a descriptor: a wide box is fetched in strips as wide as the swizzle."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    from fastattn.kernels.hopper.launch import GLUON_DTYPE
+
+    dtype = descriptor.base.dtype
+    layout = getattr(descriptor, "layout", None)
+    if layout is None:
+        layout = NVMMASharedLayout.get_default_for(descriptor.block_shape, GLUON_DTYPE[dtype])
+    strip = layout.swizzle_byte_width // dtype.itemsize or LARGEST_SIDE
+    block = [min(side, LARGEST_SIDE) for side in descriptor.block_shape]
+    block[-1] = min(block[-1], strip)
+    swizzle = {0: 0, 32: 1, 64: 2, 128: 3}[layout.swizzle_byte_width]
+    types = {"elem_size": dtype.itemsize, "elem_type": ELEMENT_TYPES[dtype], "fp4_padded": False}
+    return {"swizzle": swizzle, "block_size": block} | types
+
+
+@contextlib.contextmanager
+def uncompiled_launches():
+    """Within, a launch encodes its tensor maps as the launcher of its kernel would; yields {kernel: launches}."""
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+    from triton.runtime.jit import JITFunction
+
+    counted, run = Counter(), JITFunction.run
+
+    def launch(self, *arguments, grid, warmup, **named) -> None:
+        sides = (*(grid(named) if callable(grid) else grid), 1, 1)[:3]
+        if not all(1 <= side <= most for side, most in zip(sides, LARGEST_GRID, strict=True)):
+            raise RuntimeError(f"the grid {sides} of {self.fn.__name__} is no grid")
+        for argument in (*arguments, *named.values()):
+            if hasattr(argument, "block_shape"):
+                make_tensordesc_arg(argument, described(argument))
+        counted[self.fn.__name__] += 1
+
+    JITFunction.run = launch
+    try:
+        yield counted
+    finally:
+        JITFunction.run = run
+
+
+def check_cases(library: ctypes.CDLL) -> dict:
+    """Every task of part check: what is launched for it, which tasks launch nothing, and all that a rule refuses.
+
+    In fp32 the plain kernels load through tensor maps here, although their tiles for it do not ask for that.
+    """
+    from benchmarks.gpu import check, launches
+    from fastattn.kernels import launch
+
+    choose = launch.choose
+    counts, refused, idle, maps, kernels = Counter(), [], [], Counter(), Counter()
+    for task in check.tasks("cuda", "triton", quick=False):
+        before, calls = library.stub_tensor_maps(), 0
+        by_tma = {"tma": True} if task.arguments["dtype"] == "fp32" else {}
+        launch.choose = lambda *what, by_tma=by_tma: dataclasses.replace(choose(*what), **by_tma)
+        with uncompiled_launches() as counted:
+            for name, call in launches.calls_of(task):
+                calls += 1
+                try:
+                    call()
+                except Exception as error:
+                    refused.append(f"{task.key} {name}: {type(error).__name__}: {error}")
+        counts["tasks"] += 1
+        counts["calls"] += calls
+        counts["launches"] += counted.total()
+        kernels += counted
+        group = f"{task.arguments['dtype']} {task.arguments['engine']}"
+        maps[group] += library.stub_tensor_maps() - before
+        if not counted:
+            idle.append(task.key)
+    launch.choose = choose
+    return {"counts": counts, "refused": refused, "idle": idle, "maps": maps, "kernels": kernels}
+
+
+def broken_stride(library: ctypes.CDLL) -> dict:
+    """The keys of "broadcast", in a case of the table otherwise."""
+    with uncompiled_launches():
+        broadcast()
+    return {}
+
+
+def broken_address(library: ctypes.CDLL) -> dict:
+    """Queries that begin two bytes late, after others of the same shape, whose checks are remembered."""
+    from fastattn.kernels.hopper.launch import forward
+
+    problem = Case("launched", batch=1, heads=2, queries=200, head_dim=128).make("cpu", BF16)
+    late = torch.empty(problem.query.numel() + 1, dtype=BF16)[1:].view(problem.query.shape)
+    with uncompiled_launches():
+        for query in (problem.query, late):
+            forward(problem._replace(query=query), torch.empty_like(problem.query), torch.empty(1, 2, 200))
+    return {}
+
+
+def broken_grid(library: ctypes.CDLL) -> dict:
+    """No program."""
+    from triton.runtime.jit import JITFunction
+
+    with uncompiled_launches():
+        JITFunction(described)[(0,)]()
+    return {}
+
+
+CHECKS = {call.__name__: call for call in (check_cases, broken_stride, broken_address, broken_grid)}
+
+
 class LaunchConfig(ctypes.Structure):
     """CUlaunchConfig of cuda.h."""
 
@@ -218,7 +333,13 @@ def main(place: str, names: list[str]) -> None:
     knobs.runtime.kernel_load_end_hook.add(lambda module, function, name, *_: functions.update({name: function}))
     for name in names:
         result = {"name": name}
-        if name in BROKEN_MAPS:
+        if name in CHECKS:
+            stub.without_values()
+            try:
+                result |= {"refused": None} | CHECKS[name](library)
+            except RuntimeError as error:
+                result["refused"] = str(error)
+        elif name in BROKEN_MAPS:
             result["refused"] = encode(library, **BROKEN_MAPS[name])
         elif name in BROKEN_LAUNCHES:
             result["refused"] = launch(library, functions["additive_forward"], **BROKEN_LAUNCHES[name])

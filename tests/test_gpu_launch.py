@@ -19,7 +19,7 @@ if not shutil.which(os.environ.get("CC", "gcc")):
     pytest.skip("Triton's launchers need a C compiler", allow_module_level=True)
 
 from benchmarks.gpu import cache, stub  # noqa: E402
-from tests.gpu_launches import BROKEN_LAUNCHES, BROKEN_MAPS  # noqa: E402
+from tests.gpu_launches import BROKEN_LAUNCHES, BROKEN_MAPS, CHECKS  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,9 +45,10 @@ EXPECTED = {
 }
 #: What two processes do side by side: the one most of the Hopper kernels, the other the rest.
 FIRST = "hopper_d64", "hopper_d128", "hopper_d256"
+ELSEWHERE = (*FIRST, "additive", "weights")
 SHARES = (
     [*FIRST, "broadcast", *BROKEN_MAPS],
-    ["additive", *BROKEN_LAUNCHES, *(name for name in EXPECTED if name not in (*FIRST, "additive"))],
+    ["additive", *BROKEN_LAUNCHES, *(name for name in EXPECTED if name not in ELSEWHERE), *CHECKS],
 )
 
 #: Words of the rule that a refusal names; None where nothing is broken.
@@ -94,10 +95,18 @@ def launch(library: Path, names: list[str], folder: Path = ROOT, **environment: 
 
 
 @pytest.fixture(scope="module")
-def results(library) -> dict[str, dict]:
+def made(library, tmp_path_factory) -> tuple[Path, dict]:
+    """A cache folder with the kernels of "weights", and what was said of them."""
+    folder = tmp_path_factory.mktemp("made")
+    named = launch(library, ["weights"], TRITON_CACHE_DIR=str(folder), TRITON_STORE_BINARY_ONLY="1")
+    return folder, named["weights"]
+
+
+@pytest.fixture(scope="module")
+def results(library, made) -> dict[str, dict]:
     with ThreadPoolExecutor() as threads:
         first, second = threads.map(lambda names: launch(library, names), SHARES)
-    return first | second
+    return first | second | {"weights": made[1]}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -115,11 +124,47 @@ def test_the_stand_in_keeps_the_rules(results, name):
     assert RULES[name] is None or RULES[name] in refused
 
 
-def test_a_packed_cache_serves_another_checkout(library, tmp_path):
-    made = launch(library, ["weights"], TRITON_CACHE_DIR=str(tmp_path / "made"), TRITON_STORE_BINARY_ONLY="1")
-    assert made["weights"]["compiled"] == 2
+def test_every_case_of_the_checks_keeps_the_rules(results):
+    """Each launch's grid, and each tensor map through the function of Triton's launcher; nothing is compiled."""
+    from benchmarks.gpu import check
+
+    found, tasks = results["check_cases"], check.tasks("cuda", "triton", quick=False)
+    assert found["refused"] == []
+    assert found["idle"] == [task.key for task in tasks if "/empty_" in task.key], "all others launch something"
+    counts = found["counts"]
+    assert counts["tasks"] == len(tasks) > 500
+    assert counts["calls"] == 2 * len(tasks)
+    assert counts["launches"] == sum(found["kernels"].values()) > 2500
+    assert found["kernels"].keys() == KERNELS
+    groups = {"bf16 triton": 2000, "bf16 hopper": 150, "bf16 plain": 250, "fp16 triton": 1000, "fp32 triton": 1000}
+    assert found["maps"].keys() == groups.keys()
+    assert all(found["maps"][group] > least for group, least in groups.items()), found["maps"]
+
+
+KERNELS = {
+    *("attention_forward", "row_statistics", "gradients_of_keys", "gradients_of_queries", "gradient_of_bias"),
+    *("decode_part", "combine_parts", "mark_nonfinite", "split_large_lse"),
+    *("statistics_kernel", "gradients", "gradients_of_wide_keys"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("broken_stride", "stride 2 is zero"),
+        ("broken_address", "no multiple of 16 bytes"),
+        ("broken_grid", "the grid (0, 1, 1)"),
+    ],
+)
+def test_a_case_that_breaks_a_rule_is_refused(results, name, words):
+    assert words in results[name]["refused"]
+
+
+def test_a_packed_cache_serves_another_checkout(library, made, tmp_path):
+    kept, made = made
+    assert made["compiled"] == 2
     packed, folder, elsewhere = tmp_path / "cache.tar.xz", tmp_path / "unpacked", tmp_path / "checkout"
-    cache.pack(tmp_path / "made", packed)
+    cache.pack(kept, packed)
     assert cache.unpack(packed, folder) == 2
     assert cache.kernels_in(folder) == {"attention_weights": 1, "split_large_lse": 1}
     for name in ("benchmarks", "fastattn", "kernels"):
@@ -133,5 +178,5 @@ def test_a_packed_cache_serves_another_checkout(library, tmp_path):
     tools = {"TRITON_PTXAS_PATH": str(broken), "CC": "false"}
     read = launch(library, ["weights"], elsewhere, TRITON_CACHE_DIR=str(folder), **tools)["weights"]
     assert (read["refused"], read["hits"], read["compiled"]) == (None, 2, 0)
-    assert read["launched"] == made["weights"]["launched"]
+    assert read["launched"] == made["launched"]
     assert Path(read["kernels"]).is_relative_to(elsewhere)

@@ -11,13 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gpu import __main__ as program  # noqa: E402
 from benchmarks.gpu import bench, plan, smoke, tune  # noqa: E402
 
 FAULTS = '''
@@ -89,7 +92,7 @@ reference.forward, reference.backward = map(faulty, ("forward", "backward"), cal
 
 FULL, CAUSAL = {"causal": None, "bias": False}, {"causal": "upper_left"}
 SQUARE = {"shape": [32, 32]}
-#: By rehearsal what goes wrong: "stuck" is a launch that does not end on the device, "hang" a call that does not return.
+#: By rehearsal what goes wrong: "stuck" is a launch that does not end on the device, "hang" a call that does not end.
 FAULTS_OF = {
     "first": [
         {"what": "stuck", "stage": "compile/hopper/fused/d128"},
@@ -99,7 +102,6 @@ FAULTS_OF = {
         {"what": "hang", "stage": "timing/d16/fastattn", "call": "forward"} | SQUARE | CAUSAL,
         {"what": "wrong", "stage": "reference/forward", "shape": [5, 5]},
         {"what": "crash", "stage": "reference/backward", "shape": [33, 80]},
-        {"what": "hang", "stage": "public_gradients", "call": "backward"},
         {"what": "wrong", "stage": "autocast", "call": "forward"},
         {"what": "crash", "stage": "reference/backward/d16/whole", "call": "backward"},
     ],
@@ -115,7 +117,6 @@ FAULTS_OF = {
         {"what": "wrong", "stage": "reference/forward/d16/whole", "call": "forward"},
         {"what": "hang", "stage": "timing/reference/backward/d16/chosen", "call": "backward"},
     ],
-    "hopper": [{"what": "stuck", "stage": "compile/hopper/statistics"}],
 }
 #: By rehearsal and task what its rows say is wrong, or left out for it: (status, stage, words of the error).
 EXPECTED = {
@@ -143,10 +144,6 @@ EXPECTED = {
         "check/bf16/gqa_causal": [
             ("crash", "reference/backward", "SIGSEGV"),
             ("skipped", "reference/backward", "failed hard"),
-        ],
-        "check/device/public_gradients": [
-            ("timeout", "public_gradients", "no answer within 3 s"),
-            ("skipped", "public_gradients", "failed hard"),
         ],
         "check/device/autocast": [("fail", "autocast", "output: error")],
         "tune/reference_backward_d16_l32_full": [
@@ -185,11 +182,9 @@ EXPECTED = {
         ],
     },
 }
-STEPS = {"hopper": ("smoke", "headline", "tune")}
 DEAD = {
     "first": {"hopper/fused/d128", "plain/decode", "hopper/keys/d64"},
     "second": {"hopper/forward/d256"},
-    "hopper": {"hopper/statistics"},
 }
 #: The first dead family, at which compute-sanitizer looks where it is installed.
 CHECKED = {"first": "profile/memcheck/plain/decode", "second": "profile/memcheck/hopper/forward/d256"}
@@ -203,7 +198,7 @@ class Rehearsal:
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.out, self.broken = name, folder / f"{name}.json", []
         self.mark = f"FASTATTN_TEST_MARK={folder}/{name}"
-        arguments = ["--device", "cpu", "--quick", "--workers", "2", "--out", str(self.out), *STEPS.get(name, ())]
+        arguments = ["--device", "cpu", "--quick", "--workers", "2", "--out", str(self.out)]
         arguments += ["--time-limit", "400", "--preload", "gpu_faults", "--logs", str(folder / name)]
         environment = {
             "PYTHONPATH": str(folder),
@@ -354,14 +349,60 @@ def test_the_winner_is_measured_again_and_printed(rehearsals):
     assert "Config(" not in rehearsals["second"].printed, "one was wrong, the other has nothing to be compared with"
 
 
-def test_a_dead_engine_leaves_the_headline_and_ends_the_run(rehearsals):
-    run = rehearsals["hopper"]
-    assert run.process.returncode == 3, run.printed
-    assert smoke.dead_families(run.rows) == DEAD["hopper"]
-    assert {row["part"] for row in run.rows} == {"machine", "smoke", "bench", "profile"}
-    headline = {task.key for task in bench.headline_tasks("cpu", "reference", quick=True)}
-    assert {row["task"] for row in run.rows if row["part"] == "bench"} == headline
-    assert {row["contender"] for row in run.rows if row["part"] == "bench" and row["status"] == "ok"} >= {"fastattn"}
+class Recorded:
+    """A pool that runs nothing, keeps what it was given, and finds one family of part smoke dead."""
+
+    given: ClassVar[list] = []
+    dead: ClassVar[str] = ""
+
+    def __init__(self, result, source, logs, count, limit, preload, environment, progress, name):
+        self.result, self.name, self.compilations, self.task_environment = result, name, Counter(), {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def start(self):
+        pass
+
+    close = start
+
+    def run(self, tasks, deadline, resume):
+        self.given.extend((self.name, task.key, self.task_environment) for task in tasks)
+        for task in tasks:
+            wrong = task.key in {f"smoke/{name}" for name in self.dead.split()}
+            row = {"part": task.part, "task": task.key, "status": "hang" if wrong else "ok"}
+            self.result.add(row | ({"stage": task.key.removeprefix("smoke/")} if wrong else {"stage": None}))
+
+
+@pytest.mark.parametrize(
+    ("dead", "status", "parts"),
+    [
+        ("", 0, {"smoke", "machine", "bench", "check", "tune"}),
+        ("additive", 1, {"smoke", "machine", "bench", "check", "tune", "profile"}),
+        ("hopper/statistics", 3, {"smoke", "machine", "bench", "profile"}),
+        ("hopper/forward/d128 plain/forward", 3, {"smoke", "machine", "profile"}),
+        ("torch/matmul", 3, {"smoke", "machine"}),
+    ],
+)
+def test_what_is_dead_decides_what_the_program_runs(monkeypatch, tmp_path, dead, status, parts):
+    monkeypatch.setattr(program, "Pool", Recorded)
+    monkeypatch.setattr(Recorded, "given", [])
+    monkeypatch.setattr(Recorded, "dead", dead)
+    assert program.main(["--device", "cpu", "--out", str(tmp_path / "result.json"), "--workers", "2"]) == status
+    assert {row["part"] for row in strict(tmp_path / "result.json")["rows"]} == parts
+    assert {name for name, key, _ in Recorded.given if key.startswith("smoke/")} == {"smoke"}
+    after = [(key, environment) for name, key, environment in Recorded.given if name == "timed"]
+    headline = {task.key for task in bench.headline_tasks("cpu", "reference", quick=False)}
+    if "bench" in parts:
+        assert headline <= {key for key, _ in after}
+    if dead == "hopper/statistics":
+        assert {key for key, _ in after} == headline | {"profile/memcheck/hopper/statistics"}
+        assert {environment["FASTATTN_HOPPER"] for _, environment in after} == {"0"}
+    told = dead.replace(" ", ",") if "bench" in parts else ""
+    assert {environment.get("FASTATTN_GPU_DEAD", "") for _, environment in after} <= {told}
 
 
 @pytest.mark.parametrize("name", FAULTS_OF)

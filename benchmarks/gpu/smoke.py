@@ -18,7 +18,8 @@ from . import watchdog
 from .families import DEAD, GRADIENTS
 from .pool import Task
 
-#: For compiling and calling one case, also where a launch waits on the host for a kernel that hangs: less than the step.
+#: For compiling and calling one case, also where a launch waits on the host for a kernel that hangs: less than the
+#: step has.
 COMPILE_SECONDS = 40.0
 #: For judging the cases of a family, and for a core dump where one hangs.
 JUDGE_SECONDS = 15.0 + watchdog.DUMP_SECONDS + watchdog.READ_SECONDS
