@@ -35,8 +35,9 @@ PRELOAD   = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-
 
 .PHONY: test test-sanitize fuzz test-newest-triton lint format bench bench-micro gpu-compile-report gpu-cache readme clean
 
+# Side by side, each file in one process; two threads a process, which give way while they wait.
 test: $(VENV)/installed.stamp
-	$(RUN) -m pytest tests
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(RUN) -m pytest tests -n auto --maxprocesses 8 --dist loadfile
 
 fuzz: $(VENV)/installed.stamp
 	$(RUN) -m tests.fuzz --cases $(CASES) --seed $(SEED)
