@@ -182,6 +182,7 @@ EXPECTED = {
         ],
     },
 }
+WORKERS = {"first": "2", "second": "1"}
 DEAD = {
     "first": {"hopper/fused/d128", "plain/decode", "hopper/keys/d64"},
     "second": {"hopper/forward/d256"},
@@ -198,7 +199,7 @@ class Rehearsal:
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.out, self.broken = name, folder / f"{name}.json", []
         self.mark = f"FASTATTN_TEST_MARK={folder}/{name}"
-        arguments = ["--device", "cpu", "--quick", "--workers", "2", "--out", str(self.out)]
+        arguments = ["--device", "cpu", "--quick", "--workers", WORKERS[name], "--out", str(self.out)]
         arguments += ["--time-limit", "400", "--preload", "gpu_faults", "--logs", str(folder / name)]
         environment = {
             "PYTHONPATH": str(folder),

@@ -1,6 +1,7 @@
 """The smoke gate of benchmarks.gpu without a GPU: each fault in each family, the row it gives, what it switches off."""
 
 import dataclasses
+import functools
 import os
 import sys
 import threading
@@ -16,35 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import check, devices, families, profile, smoke, watchdog  # noqa: E402
-from benchmarks.gpu.pool import Pool  # noqa: E402
-from benchmarks.gpu.result import ResultFile  # noqa: E402
-
-FAULTY = '''
-"""The smoke task, with a fault in a family."""
-import os
-import signal
-
-from benchmarks.gpu import smoke, watchdog
-
-right = smoke.launch_family
-
-
-def run(context, fault, family, **arguments):
-    calls = []
-
-    def launch(call, backend):
-        calls.append(call)
-        if fault == "crash" and len(calls) > 1:
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return right(call, backend)
-
-    smoke.launch_family = launch
-    finished = watchdog.finished
-    if fault == "hang":
-        watchdog.finished = lambda device, seconds: False
-    smoke.run(context, family, **arguments)
-    watchdog.finished, smoke.launch_family = finished, right
-'''
 
 
 class Ended(BaseException):
@@ -66,13 +38,21 @@ class Recorder:
         self.rows.append({"part": "smoke", "status": status} | values)
 
 
+@pytest.fixture(scope="module")
+def calls():
+    """The calls of the small cases, each with its truth, made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smoke, "Call", functools.cache(smoke.Call))
+        yield
+
+
 def run_family(family):
     context = Recorder()
     smoke.run(context, family, "cpu", "reference")
     return context
 
 
-def test_every_family_is_right_on_the_reference():
+def test_every_family_is_right_on_the_reference(calls):
     for family, described in smoke.FAMILIES.items():
         context = run_family(family)
         assert [row["status"] for row in context.rows] == ["ok"] * len(described.cases), context.rows
@@ -106,7 +86,7 @@ def spoiled(fault, launch):
         ("unwritten", "fail", "allowed"),
     ],
 )
-def test_what_is_wrong_in_a_family_kills_it_alone(monkeypatch, fault, status, message):
+def test_what_is_wrong_in_a_family_kills_it_alone(calls, monkeypatch, fault, status, message):
     monkeypatch.setattr(smoke, "launch_family", spoiled(fault, smoke.launch_family))
     for family in smoke.FAMILIES:
         rows = run_family(family).rows
@@ -135,7 +115,7 @@ def test_a_result_that_changes_from_call_to_call_is_wrong_unless_its_order_is_fr
             assert rows[0]["status"] == "fail" and "a second run" in rows[0]["error"]
 
 
-def test_a_hang_in_each_family_is_named_before_the_process_ends(monkeypatch):
+def test_a_hang_in_each_family_is_named_before_the_process_ends(calls, monkeypatch):
     def end(code):
         raise Ended(code)
 
@@ -151,25 +131,6 @@ def test_a_hang_in_each_family_is_named_before_the_process_ends(monkeypatch):
         assert context.rows[0]["family"] == family
         assert "no dump" in context.rows[1]["text"]
         assert smoke.dead_families(context.rows) == {family}
-
-
-def test_a_hang_and_a_crash_leave_the_other_families_alive(tmp_path):
-    """In real processes: the pool goes on with the next family, and books each death on the family that died."""
-    (tmp_path / "faulty.py").write_text(FAULTY)
-    faults = {"plain/decode": "hang", "hopper/forward/d64": "crash", "hopper/fused/d128": None}
-    tasks = [task for task in smoke.tasks("cpu", "reference") if task.arguments["family"] in faults]
-    for task in tasks:
-        task.handler = "faulty:run"
-        task.arguments["fault"] = faults[task.arguments["family"]]
-    result = ResultFile(tmp_path / "result.json")
-    environment = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    with Pool(result, "source", tmp_path, environment=environment) as pool:
-        pool.run(tasks, time.monotonic() + 60.0)
-    statuses = {family: [r["status"] for r in result.rows if r["task"] == f"smoke/{family}"] for family in faults}
-    assert statuses["plain/decode"][:3] == ["hang", "note", "crash"]
-    assert "crash" in statuses["hopper/forward/d64"]
-    assert set(statuses["hopper/fused/d128"]) == {"ok"}
-    assert smoke.dead_families(result.rows) == {"plain/decode", "hopper/forward/d64"}
 
 
 @pytest.mark.parametrize("status", ["hang", "timeout", "crash", "error", "fail"])
