@@ -23,6 +23,7 @@ from benchmarks.gpu import pool  # noqa: E402
 from benchmarks.gpu import result as result_module  # noqa: E402
 from benchmarks.gpu.pool import Pool, Task  # noqa: E402
 from benchmarks.gpu.result import ResultFile  # noqa: E402
+from benchmarks.gpu.worker import Unsupported, as_json  # noqa: E402
 
 FAULTY = '''
 """Handlers that misbehave in each way that a kernel can."""
@@ -56,6 +57,18 @@ def stages(context, faults):
         if faults.get(name) == "assert":
             raise AssertionError("wrong")
         context.row("ok", stage=name)
+
+
+def broken_off(context):
+    """Ends within a line of its answers."""
+    import gc
+    import io
+
+    (answers,) = [f for f in gc.get_objects() if isinstance(f, io.TextIOWrapper) and f.fileno() > 2 and f.writable()]
+    if context.stage("second"):
+        answers.write('{"row": {"status": "o')
+        answers.flush()
+        os._exit(3)
 
 
 def chatty(context):
@@ -174,6 +187,24 @@ def test_a_stage_that_keeps_dying_is_left_out(run_pool):
     left_out = rows_of(result, "t3")[1]
     assert (left_out["status"], left_out["stage"]) == ("skipped", "second")
     assert sum(row["stage"] == "third" for row in result.rows) == 4
+
+
+def test_a_process_that_ends_within_a_line_has_crashed(run_pool):
+    result = run_pool([task("t", "broken_off"), task("good", "good", value=1)])
+    assert [(row["status"], row["stage"]) for row in result.rows[:2]] == [("crash", "second"), ("skipped", "second")]
+    assert rows_of(result, "good")[0]["status"] == "ok"
+
+
+def test_a_fault_of_the_program_costs_one_task(run_pool, monkeypatch):
+    attempt = Pool._attempt
+
+    def faulty(pool, task, index):
+        return 1 / 0 if task.key == "bad" else attempt(pool, task, index)
+
+    monkeypatch.setattr(Pool, "_attempt", faulty)
+    result = run_pool([task("bad", "good", value=0), task("good", "good", value=1)])
+    assert [(row["task"], row["status"]) for row in result.rows] == [("bad", "error"), ("good", "ok")]
+    assert "ZeroDivisionError" in result.rows[0]["error"]
 
 
 def test_what_a_library_prints_is_not_an_answer(run_pool):
@@ -595,7 +626,26 @@ def test_summary_names_failures_and_fits_a_short_log():
     assert len(text) <= 9000
     assert "50 fail" in text
     assert "check/0 [forward]" in text
+    rows.append({"part": "bench", "task": "t", "status": "timeout", "stage": "timing/d128/flash", "error": "a peer's"})
     assert len(report.wrong_rows(rows)) == 50, "a peer's failure is not ours"
+    rows.append({"part": "bench", "task": "t", "status": "timeout", "stage": "timing/d128/fastattn", "error": "ours"})
+    assert len(report.wrong_rows(rows)) == 51
+
+
+def test_the_targets_are_told_where_the_ceiling_died():
+    from benchmarks.gpu import report
+
+    row = {"part": "bench", "status": "ok", "direction": "forward", "rate": 600.0, "of_ceiling": None, "host_ms": 0.1}
+    names = ("bench/d128_l8192_b2h16_bf16", "bench/d128_l1x8192_b16h32kv8_bf16")
+    rows = [row | {"task": task, "contender": name} for task in names for name in ("fastattn", "cudnn")]
+    lines = report.summary({"rows": rows, "ceilings": {}}).splitlines()
+    assert "d128_l8192_b2h16_bf16 forward: 1.000 of cudnn's rate, 0.000 of matmul (target 1.05)" in lines
+
+
+def test_what_is_not_finite_is_no_number_of_a_row():
+    message = {"row": {"metrics": {"stalled": float("nan"), "rate": [1.5, float("-inf")]}, "text": "NaN"}}
+    expected = {"row": {"metrics": {"stalled": None, "rate": [1.5, None]}, "text": "NaN"}}
+    assert json.loads(as_json(message)) == expected
 
 
 def test_device_cpu_stops_what_takes_too_long_and_keeps_what_it_said():
@@ -683,6 +733,38 @@ def test_the_winner_is_the_fastest_over_all_lengths_that_repeats_itself():
     (task,) = tune.best_tasks(rows, "cuda", "triton", False)
     assert task.arguments["only"] == ["b"]
     assert tune.winners(rows[:4]) == {}
+    for entry in rows:  # the chosen configuration was wrong or hung, so there is nothing to compare with
+        entry.pop("relative")
+    assert tune.winners(rows) == {} and tune.config_lines(rows) == []
+
+
+def test_what_a_dead_kernel_would_cost_again_and_again_is_left_out(monkeypatch):
+    """Each candidate and each contender with a fused kernel that hangs would cost a process."""
+    pytest.importorskip("triton")
+    from benchmarks.gpu import contenders, families, tune
+    from benchmarks.gpu.candidates import Candidate
+    from fastattn.kernels.hopper.configs import BackwardConfig, ForwardConfig
+
+    configs = {
+        "sweeps": BackwardConfig(),
+        "ordered": BackwardConfig(fused=True),
+        "unordered": BackwardConfig(fused=True, ordered=False),
+        "forward": ForwardConfig(),
+    }
+
+    def lives(dead):
+        monkeypatch.setenv(families.DEAD, dead)
+        context = Recorder()
+        candidates = [Candidate(name, False, None, {}, config) for name, config in configs.items()]
+        found = [c.name for c in candidates if tune._lives(context, c, "hopper/backward/d128", {})]
+        return found, {row["variant"] for row in context.rows if row["status"] == "skipped"}
+
+    assert lives("hopper/keys/d128") == (list(configs), set())
+    assert lives("hopper/fused/d128") == (["sweeps", "unordered", "forward"], {"ordered"})
+    assert lives("additive,hopper/fused_unordered/d128") == (["sweeps", "ordered", "forward"], {"unordered"})
+    setup = contenders.Setup(1, 1, 1, 8, 8, 8, "bf16", device="cpu", backend="reference")
+    with pytest.raises(Unsupported, match="dead"):
+        contenders.fastattn_unordered(setup)
 
 
 def test_what_each_contender_runs_is_timed_in_its_environment(monkeypatch):
