@@ -59,12 +59,22 @@ def stages(context, faults):
         context.row("ok", stage=name)
 
 
-def broken_off(context):
-    """Ends within a line of its answers."""
+def answers_of():
     import gc
     import io
 
-    (answers,) = [f for f in gc.get_objects() if isinstance(f, io.TextIOWrapper) and f.fileno() > 2 and f.writable()]
+    return next(f for f in gc.get_objects() if isinstance(f, io.TextIOWrapper) and f.fileno() > 2 and f.writable())
+
+
+def silent(context):
+    if context.stage("second"):
+        os.close(answers_of().fileno())
+        time.sleep(600)
+
+
+def broken_off(context):
+    """Ends within a line of its answers."""
+    answers = answers_of()
     if context.stage("second"):
         answers.write('{"row": {"status": "o')
         answers.flush()
@@ -192,6 +202,15 @@ def test_a_stage_that_keeps_dying_is_left_out(run_pool):
 def test_a_process_that_ends_within_a_line_has_crashed(run_pool):
     result = run_pool([task("t", "broken_off"), task("good", "good", value=1)])
     assert [(row["status"], row["stage"]) for row in result.rows[:2]] == [("crash", "second"), ("skipped", "second")]
+    assert rows_of(result, "good")[0]["status"] == "ok"
+
+
+def test_a_process_that_cannot_end_is_not_waited_for(run_pool, monkeypatch):
+    """The driver may hold back one whose kernel hangs; here it only closes what it answers through."""
+    monkeypatch.setattr(pool, "KILL_SECONDS", 0.5)
+    result = run_pool([task("t", "silent"), task("good", "good", value=1)])
+    assert [(row["status"], row["stage"]) for row in result.rows[:2]] == [("crash", "second"), ("skipped", "second")]
+    assert "no exit status" in result.rows[0]["error"]
     assert rows_of(result, "good")[0]["status"] == "ok"
 
 

@@ -80,13 +80,20 @@ class _Worker:
             self.kill()
             raise _Died("timeout", f"no answer within {timeout:.0f} s: {self.log_tail()}") from None
         if line is None:
-            code = self.process.wait()
-            reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-            raise _Died("crash", f"{reason}: {self.log_tail()}")
+            raise _Died("crash", f"{self._end()}: {self.log_tail()}")
         try:
             return json.loads(line)
         except ValueError:  # the process ended within a line
             return self.receive(timeout)
+
+    def _end(self) -> str:
+        """How the process ended; where the driver holds it back, which may tear a hung context down, nobody waits."""
+        try:
+            code = self.process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return "no exit status"
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
     def send(self, message: dict) -> None:
         try:

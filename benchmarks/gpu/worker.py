@@ -39,6 +39,7 @@ class Context:
             return False
         self.current = name
         self._send({"stage": name, "seconds": seconds})
+        faulthandler.cancel_dump_traceback_later()
         if seconds is not None:  # just before it is ended for being late, the process says where it is
             faulthandler.dump_traceback_later(max(0.9 * seconds, seconds - 1.0))
         return True
