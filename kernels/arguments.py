@@ -88,6 +88,19 @@ def launch_arguments(problem, config: Config) -> dict:
     }
 
 
+def tensors_of(problem) -> dict[str, torch.Tensor | None]:
+    """The problem's tensors by the names of the kernels' parameters that hold them."""
+    return {
+        "query": problem.query,
+        "key": problem.key,
+        "value": problem.value,
+        "key_lengths": problem.key_lengths,
+        "mask": problem.attn_mask,
+        "bias": problem.bias,
+        "dropout": problem.rng_state,
+    }
+
+
 def heads_together(heads: int, *tensors: torch.Tensor) -> int:
     """How many of ``heads`` heads take turns: those whose rows of these [B, H, L, D] tensors share the L2 cache."""
     per_head = sum(tensor.shape[2] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
@@ -123,9 +136,13 @@ def boxes(config: Config, rows: int, **tensors: torch.Tensor) -> dict:
     return {f"{name}_boxes": descriptor(tensor, rows) if by_tma else None for name, tensor in tensors.items()}
 
 
+_as_it_is = nullcontext()
+
+
 def on_device(tensor: torch.Tensor):
-    """The tensor's device as the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """The tensor's device as the current one, which it mostly is already."""
+    index = tensor.get_device()  # -1 for the CPU
+    return _as_it_is if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 #: Set while kernels are compiled for a device that is not there (offline.py).

@@ -15,6 +15,7 @@ from .arguments import (
     on_device,
     padded,
     rows_of,
+    tensors_of,
 )
 from .backward_bias import gradient_of_bias
 from .backward_keys import gradients_of_keys
@@ -24,6 +25,7 @@ from .decode import combine_parts, decode_part
 from .finite import mark_nonfinite
 from .forward import attention_forward
 from .large_scores import split_large_lse
+from .remembered import Call, remembered
 from .statistics import row_statistics
 from .weights import attention_weights
 
@@ -58,31 +60,42 @@ def forward(problem, out: torch.Tensor, lse: torch.Tensor, config: Config | None
         out.zero_()
         lse.fill_(-math.inf)
         return
-    if config is None and splits_keys(problem):
-        return decode(problem, out, lse, decode_splits(problem))
-    config = chosen("forward", problem, config)
+    call = remembered(forward, problem, (out, lse), config)
+    if config is None and call.once("splits_keys", splits_keys, problem):
+        return _decode(call, problem, out, lse, call.once("splits", decode_splits, problem), None)
     with on_device(out):
-        attention_forward[(triton.cdiv(Lq, config.block_m) * batch * heads,)](
-            value=rows_of(problem.value),
-            out=rows_of(out),
-            lse=lse,
-            dropout=dropout_of(problem),
-            nonfinite=nonfinite_heads(problem, problem.value),
-            together=together_by_group(problem),
-            **boxes(config, config.block_n, key=problem.key, value=problem.value),
-            **launch_arguments(problem, config),
-        )
+        marks = nonfinite_heads(call, problem, problem.value)
+
+        def arguments() -> tuple[int, dict]:
+            tiles = chosen("forward", problem, config)
+            return triton.cdiv(Lq, tiles.block_m) * batch * heads, {
+                "value": rows_of(problem.value),
+                "out": rows_of(out),
+                "lse": lse,
+                "dropout": dropout_of(problem),
+                "nonfinite": marks,
+                "together": together_by_group(problem),
+                **boxes(tiles, tiles.block_n, key=problem.key, value=problem.value),
+                **launch_arguments(problem, tiles),
+            }
+
+        tensors = tensors_of(problem) | {"key_boxes": problem.key, "value_boxes": problem.value}
+        call.launch(attention_forward, tensors | {"out": out, "lse": lse, "nonfinite": marks}, arguments)
 
 
-def nonfinite_heads(problem, tensor: torch.Tensor) -> torch.Tensor | None:
+def nonfinite_heads(call: Call, problem, tensor: torch.Tensor) -> torch.Tensor | None:
     """int32 [B * Hkv]: which heads of K or V hold an infinity or a NaN, where a mask or bias may hide one."""
     if problem.attn_mask is None and problem.bias is None:
         return None
     batch, heads, length, head_dim = tensor.shape
     marks = torch.zeros(batch * heads, dtype=torch.int32, device=tensor.device)
-    mark_nonfinite[(triton.cdiv(length, MARKED_ROWS) * batch * heads,)](
-        rows_of(tensor), marks, heads, length, D=head_dim, BLOCK_L=MARKED_ROWS, BLOCK_D=padded(head_dim)
-    )
+
+    def arguments() -> tuple[int, dict]:
+        blocks = {"D": head_dim, "BLOCK_L": MARKED_ROWS, "BLOCK_D": padded(head_dim)}
+        tensors = {"x": rows_of(tensor), "marks": marks}
+        return triton.cdiv(length, MARKED_ROWS) * batch * heads, tensors | {"heads": heads, "L": length} | blocks
+
+    call.launch(mark_nonfinite, {"x": tensor, "marks": marks}, arguments)
     return marks
 
 
@@ -114,69 +127,67 @@ def decode_splits(problem) -> int:
 
 def decode(problem, out: torch.Tensor, lse: torch.Tensor, splits: int, config: Config | None = None) -> None:
     """The forward pass with the keys split over programs."""
-    config = chosen("decode", problem, config)
-    batch, heads, Lq = lse.shape
-    key_heads, Lk = problem.key.shape[1:3]
-    blocks = triton.cdiv(problem.group_size * Lq, config.block_m)
-    keys_per_split = triton.cdiv(triton.cdiv(Lk, splits), config.block_n) * config.block_n
+    _decode(remembered(decode, problem, (out, lse), splits, config), problem, out, lse, splits, config)
+
+
+def _decode(call: Call, problem, out: torch.Tensor, lse: torch.Tensor, splits: int, config: Config | None) -> None:
     part_out = lse.new_empty(splits, lse.numel(), out.shape[-1])
     part_sum, part_max = lse.new_empty(2, splits, lse.numel())
-    arguments = launch_arguments(problem, config)
+    parts = {"part_out": part_out, "part_sum": part_sum, "part_max": part_max}
+
+    def arguments() -> tuple[int, dict]:
+        tiles = chosen("decode", problem, config)
+        batch, key_heads, Lk, _ = problem.key.shape
+        blocks = triton.cdiv(problem.group_size * lse.shape[2], tiles.block_m)
+        keys_per_split = triton.cdiv(triton.cdiv(Lk, splits), tiles.block_n) * tiles.block_n
+        own = {"value": rows_of(problem.value), "splits": splits, "keys_per_split": keys_per_split}
+        return batch * key_heads * blocks * splits, parts | own | launch_arguments(problem, tiles)
+
+    def arguments_to_combine() -> tuple[int, dict]:
+        shared = launch_arguments(problem, chosen("decode", problem, config))
+        own = {"out": rows_of(out), "lse": lse, "splits": splits}
+        return lse.numel(), parts | own | {name: shared[name] for name in ("sizes", "OPTIONS")}
+
     with on_device(out):
-        decode_part[(batch * key_heads * blocks * splits,)](
-            value=rows_of(problem.value),
-            part_out=part_out,
-            part_sum=part_sum,
-            part_max=part_max,
-            splits=splits,
-            keys_per_split=keys_per_split,
-            **arguments,
-        )
-        combine_parts[(lse.numel(),)](
-            part_out,
-            part_sum,
-            part_max,
-            rows_of(out),
-            lse,
-            sizes=arguments["sizes"],
-            splits=splits,
-            OPTIONS=arguments["OPTIONS"],
-        )
+        call.launch(decode_part, tensors_of(problem) | parts, arguments)
+        call.launch(combine_parts, parts | {"out": out, "lse": lse}, arguments_to_combine)
 
 
-def statistics(problem, out, lse, grad_out, grad_lse) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics(call: Call, out, lse, grad_out, grad_lse) -> tuple[torch.Tensor, torch.Tensor]:
     """(lse in log2 units, delta = rowsum(dO * O) - d lse), fp32 [B, Hq, Lq]."""
     batch, heads, Lq = lse.shape
     log2_lse, delta = lse.new_empty(2, *lse.shape)
+    tensors = {"lse": lse, "grad_lse": grad_lse, "log2_lse": log2_lse, "delta": delta}
+
+    def arguments() -> tuple[int, dict]:
+        head_dim = out.shape[-1]
+        blocks = {"DV": head_dim, "BLOCK_DV": padded(head_dim), "BLOCK_M": STATISTICS_ROWS}
+        rows = {"out": rows_of(out), "grad_out": rows_of(grad_out)}
+        return triton.cdiv(Lq, STATISTICS_ROWS) * batch * heads, tensors | rows | {"Lq": Lq, "heads": heads} | blocks
+
     with on_device(out):
-        row_statistics[(triton.cdiv(Lq, STATISTICS_ROWS) * batch * heads,)](
-            rows_of(out),
-            lse,
-            rows_of(grad_out),
-            grad_lse,
-            log2_lse,
-            delta,
-            Lq=Lq,
-            heads=heads,
-            DV=out.shape[-1],
-            BLOCK_DV=padded(out.shape[-1]),
-            BLOCK_M=STATISTICS_ROWS,
-        )
+        call.launch(row_statistics, tensors | {"out": out, "grad_out": grad_out}, arguments)
     return log2_lse, delta
 
 
-def large_lse_split(problem, lse: torch.Tensor, log2_lse: torch.Tensor, config: Config) -> torch.Tensor:
-    """Write what P is recomputed from to ``log2_lse``, and return the factors beside it (see large_scores.py)."""
+def large_lse_split(
+    call: Call, problem, lse: torch.Tensor, log2_lse: torch.Tensor, kernel: str, config: Config | None
+) -> torch.Tensor:
+    """Write what P is recomputed from to ``log2_lse``, and return the factors beside it (see large_scores.py).
+
+    In the tiles of ``kernel``, a name in configs.py.
+    """
     batch, heads, Lq = lse.shape
     rescale = torch.empty_like(log2_lse)
+    tensors = {"lse": lse, "log2_lse": log2_lse, "rescale": rescale}
+
+    def arguments() -> tuple[int, dict]:
+        tiles = chosen(kernel, problem, config)
+        limit = {"LIMIT": LARGEST_WHOLE_LSE[problem.query.element_size()]}
+        return triton.cdiv(Lq, tiles.block_m) * batch * heads, tensors | limit | launch_arguments(problem, tiles)
+
     with on_device(lse):
-        split_large_lse[(triton.cdiv(Lq, config.block_m) * batch * heads,)](
-            lse=lse,
-            log2_lse=log2_lse,
-            rescale=rescale,
-            LIMIT=LARGEST_WHOLE_LSE[problem.query.element_size()],
-            **launch_arguments(problem, config),
-        )
+        call.launch(split_large_lse, tensors_of(problem) | tensors, arguments)
     return rescale
 
 
@@ -202,73 +213,91 @@ def backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    log2_lse, delta = statistics(problem, out, lse, grad_out, grad_lse)
+    given = (out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
+    call = remembered(backward, problem, given, key_value_config, query_config, bias_config)
+    log2_lse, delta = statistics(call, out, lse, grad_out, grad_lse)
     rescale = None
     if problem.bias is not None or problem.query.element_size() == 4:
-        rescale = large_lse_split(problem, lse, log2_lse, chosen("grad_query", problem, query_config))
-    shared = {
-        "value": rows_of(problem.value),
-        "grad_out": rows_of(grad_out),
-        "log2_lse": log2_lse,
-        "rescale": rescale,
-        "delta": delta,
-        "dropout": dropout_of(problem),
-    }
+        rescale = large_lse_split(call, problem, lse, log2_lse, "grad_query", query_config)
+    rows = {"log2_lse": log2_lse, "rescale": rescale, "delta": delta}
+    tensors = tensors_of(problem) | rows | {"grad_out": grad_out}
+
+    def shared(config: Config) -> dict:
+        operands = {"value": rows_of(problem.value), "grad_out": rows_of(grad_out), "dropout": dropout_of(problem)}
+        return rows | operands | launch_arguments(problem, config)
+
+    def arguments_for_keys() -> tuple[int, dict]:
+        config = chosen("grad_key_value", problem, key_value_config)
+        return triton.cdiv(Lk, config.block_n) * batch * key_heads, {
+            "grad_key": rows_of(grad_key),
+            "grad_value": rows_of(grad_value),
+            "together": heads_together(batch * key_heads, problem.query, grad_out),
+            **boxes(config, config.block_m, query=problem.query, grad_out=grad_out),
+            **shared(config),
+        }
+
+    def arguments_for_queries() -> tuple[int, dict]:
+        config = chosen("grad_query", problem, query_config)
+        return triton.cdiv(Lq, config.block_m) * batch * heads, {
+            "grad_query": rows_of(grad_query),
+            "nonfinite": marks,
+            "together": together_by_group(problem),
+            **boxes(config, config.block_n, key=problem.key, value=problem.value),
+            **shared(config),
+        }
+
+    def arguments_for_bias() -> tuple[int, dict]:
+        config = chosen("grad_bias", problem, bias_config)
+        return bias_programs(problem, grad_bias, config), {
+            "grad_bias": grad_bias,
+            "batch": batch,
+            **summed_sides(problem, grad_bias),
+            **shared(config),
+        }
+
     with on_device(out):
         if grad_key is not None or grad_value is not None:
-            config = chosen("grad_key_value", problem, key_value_config)
-            gradients_of_keys[(triton.cdiv(Lk, config.block_n) * batch * key_heads,)](
-                grad_key=rows_of(grad_key),
-                grad_value=rows_of(grad_value),
-                together=heads_together(batch * key_heads, problem.query, grad_out),
-                **boxes(config, config.block_m, query=problem.query, grad_out=grad_out),
-                **shared,
-                **launch_arguments(problem, config),
-            )
+            own = {"grad_key": grad_key, "grad_value": grad_value}
+            streamed = {"query_boxes": problem.query, "grad_out_boxes": grad_out}
+            call.launch(gradients_of_keys, tensors | own | streamed, arguments_for_keys)
         if grad_query is not None:
-            config = chosen("grad_query", problem, query_config)
-            gradients_of_queries[(triton.cdiv(Lq, config.block_m) * batch * heads,)](
-                grad_query=rows_of(grad_query),
-                nonfinite=nonfinite_heads(problem, problem.key),
-                together=together_by_group(problem),
-                **boxes(config, config.block_n, key=problem.key, value=problem.value),
-                **shared,
-                **launch_arguments(problem, config),
-            )
+            marks = nonfinite_heads(call, problem, problem.key)
+            own = {"grad_query": grad_query, "nonfinite": marks}
+            streamed = {"key_boxes": problem.key, "value_boxes": problem.value}
+            call.launch(gradients_of_queries, tensors | own | streamed, arguments_for_queries)
         if grad_bias is not None:
-            _launch_grad_bias(problem, grad_bias, shared, bias_config)
+            call.launch(gradient_of_bias, tensors | {"grad_bias": grad_bias}, arguments_for_bias)
 
 
-def _launch_grad_bias(problem, grad_bias: torch.Tensor, shared: dict, config: Config | None) -> None:
-    config = chosen("grad_bias", problem, config)
+def summed_sides(problem, grad_bias: torch.Tensor) -> dict[str, bool]:
+    """Over which dimensions of the scores the bias's gradient is summed, as the kernel's options."""
     full = (*problem.query.shape[:3], problem.key.shape[2])
     summed = [size == 1 and whole != 1 for size, whole in zip(grad_bias.shape, full, strict=True)]
-    sizes = grad_bias.shape
-    tiles = 1 if summed[2] else triton.cdiv(sizes[2], config.block_m)
-    tiles *= 1 if summed[3] else triton.cdiv(sizes[3], config.block_n)
-    gradient_of_bias[(tiles * sizes[0] * sizes[1],)](
-        grad_bias=grad_bias,
-        batch=full[0],
-        **shared,
-        **launch_arguments(problem, config),
-        **dict(zip(("SUM_B", "SUM_H", "SUM_M", "SUM_N"), summed, strict=True)),
-    )
+    return dict(zip(("SUM_B", "SUM_H", "SUM_M", "SUM_N"), summed, strict=True))
+
+
+def bias_programs(problem, grad_bias: torch.Tensor, config: Config) -> int:
+    """Programs of the bias's gradient: one for each of its tiles."""
+    summed, sizes = summed_sides(problem, grad_bias), grad_bias.shape
+    tiles = 1 if summed["SUM_M"] else triton.cdiv(sizes[2], config.block_m)
+    tiles *= 1 if summed["SUM_N"] else triton.cdiv(sizes[3], config.block_n)
+    return tiles * sizes[0] * sizes[1]
 
 
 def weights(problem, lse: torch.Tensor, out: torch.Tensor, average: bool, config: Config | None = None) -> None:
     """Write the attention weights [B, Lq, Lk] (mean over the heads) or [B, Hq, Lq, Lk]."""
     if not out.numel():
         return
-    config = chosen("weights", problem, config)
+    call = remembered(weights, problem, (lse, out), average, config)
     log2_lse = torch.empty_like(lse)
-    rescale = large_lse_split(problem, lse, log2_lse, config)
-    tiles = triton.cdiv(out.shape[-2], config.block_m) * triton.cdiv(out.shape[-1], config.block_n)
+    rescale = large_lse_split(call, problem, lse, log2_lse, "weights", config)
+    tensors = {"log2_lse": log2_lse, "rescale": rescale, "weights": out}
+
+    def arguments() -> tuple[int, dict]:
+        tiles = chosen("weights", problem, config)
+        number = triton.cdiv(out.shape[-2], tiles.block_m) * triton.cdiv(out.shape[-1], tiles.block_n)
+        own = {"dropout": dropout_of(problem), "AVERAGE": average}
+        return number * math.prod(out.shape[:-2]), tensors | own | launch_arguments(problem, tiles)
+
     with on_device(out):
-        attention_weights[(tiles * math.prod(out.shape[:-2]),)](
-            log2_lse=log2_lse,
-            rescale=rescale,
-            weights=out,
-            dropout=dropout_of(problem),
-            **launch_arguments(problem, config),
-            AVERAGE=average,
-        )
+        call.launch(attention_weights, tensors_of(problem) | tensors, arguments)

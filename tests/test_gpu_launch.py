@@ -115,6 +115,7 @@ def test_a_family_launches(results, name):
     result = results[name]
     assert result["refused"] is None
     assert (result["launched"], result["launches"], result["maps"]) == (launched, len(launched), maps)
+    assert result["again"] == [2 * len(launched), 2 * maps]
 
 
 @pytest.mark.parametrize("name", RULES)

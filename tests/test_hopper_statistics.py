@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 CHECK = """
 import math
 import torch
+from fastattn.kernels.remembered import Call
 from fastattn.kernels.hopper.plan import LOG2_E, STATISTICS_ROWS
 from fastattn.kernels.hopper.statistics import row_statistics
 
@@ -20,7 +21,7 @@ for B, H, L, D, with_lse in ((2, 3, 5, 64, True), (1, 2, 129, 96, False), (1, 1,
     lse, grad_lse = torch.randn(2, B, H, L).unbind()
     lse[0, 0, L // 2] = -math.inf
     lse[0, 0, L // 3] = math.nan
-    lse_2, delta = row_statistics(out, lse, grad_out, grad_lse if with_lse else None)
+    lse_2, delta = row_statistics(Call(remembers=False), out, lse, grad_out, grad_lse if with_lse else None)
     expected = (out.double() * grad_out.double()).sum(-1) - (grad_lse.double() if with_lse else 0.0)
     sees = lse != -math.inf
     shape = B, H, -(-L // STATISTICS_ROWS) * STATISTICS_ROWS

@@ -91,11 +91,13 @@ def leave_out_dead() -> None:
     if not any(name.startswith("hopper/") for name in dead):
         return
     from fastattn.backends import triton
+    from fastattn.kernels import remembered
     from fastattn.kernels.hopper import configs
 
     for (columns, banded), config in configs.BACKWARD.items():
         if f"hopper/fused/d{columns}" in dead:
             configs.BACKWARD[columns, banded] = dataclasses.replace(config, fused=False)
+    remembered.forget()
     reasons = triton.hopper_reasons
 
     def hopper_reasons(problem, direction: str) -> list[str]:

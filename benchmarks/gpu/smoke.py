@@ -297,8 +297,10 @@ def _statistics(call: Call, backend: str) -> dict:
     if backend != "triton":
         return {name: tensor.float() for name, tensor in call.statistics().items()}
     from fastattn.kernels.hopper.statistics import row_statistics
+    from fastattn.kernels.remembered import Call as Launches
 
-    found = dict(zip(("lse_2", "delta"), row_statistics(out, lse, call.grad_out, call.grad_lse), strict=True))
+    rows = row_statistics(Launches(remembers=False), out, lse, call.grad_out, call.grad_lse)
+    found = dict(zip(("lse_2", "delta"), rows, strict=True))
     length = lse.shape[2]
     padding = {f"{name} padding": tensor[:, length:] for name, tensor in found.items()}
     return {name: tensor[:, :length] for name, tensor in found.items()} | padding

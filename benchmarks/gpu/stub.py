@@ -64,7 +64,7 @@ def _stand_in_for_the_device() -> None:
     """CPU tensors get the kernels, and each kernel the configuration, that an H200's would."""
     from fastattn import dispatch
     from fastattn.backends import triton as backend
-    from fastattn.kernels import arguments, hopper
+    from fastattn.kernels import arguments, hopper, remembered
     from fastattn.kernels.hopper import capability
 
     def hopper_reasons(problem) -> list[str]:
@@ -72,6 +72,7 @@ def _stand_in_for_the_device() -> None:
             ["FASTATTN_HOPPER=0"] if os.environ.get("FASTATTN_HOPPER") == "0" else capability.problem_reasons(problem)
         )
 
+    remembered.cpu_stands_for_device = True
     arguments.assumed_architecture = ARCHITECTURE
     arguments.assumed_multiprocessors = MULTIPROCESSORS
     capability.reasons = hopper.reasons = hopper_reasons

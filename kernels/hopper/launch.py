@@ -1,6 +1,5 @@
 """From a problem to the arguments and the grid of the forward kernel."""
 
-import contextlib
 import functools
 import math
 
@@ -8,18 +7,18 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..arguments import on_device
+from ..remembered import remembered
 from .capability import tma_reason
-from .configs import forward_config, tile_columns
+from .configs import ForwardConfig, forward_config, tile_columns
 from .forward import attention_forward
-from .plan import band_of, forward_plan, without_unseen
+from .plan import Plan, band_of, forward_plan, seen_keys, without_unseen
 
 GLUON_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
 #: Streaming multiprocessors of an H100 or H200 (SXM), assumed where kernels are compiled without a GPU.
 ASSUMED_MULTIPROCESSORS = 132
-#: Shapes of tensors whose descriptors are remembered.
-MOST_CHECKED = 1024
 
 
 @functools.cache
@@ -28,11 +27,6 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return ASSUMED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def on_device(tensor: torch.Tensor):
-    """Makes the tensor's device the current one; does nothing where kernels are compiled without a GPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @functools.cache
@@ -47,38 +41,20 @@ def tma_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
     return [stride if size > 1 else row for size, stride in zip(shape[:-1], strides[:-1], strict=True)] + [1]
 
 
-#: Fields of checked descriptors but the tensor, by what they follow from: checks and lists cost more than a launch.
-_checked: dict[tuple, dict] = {}
-
-
 def tile_descriptor(tensor: torch.Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
     """A TMA descriptor of [B, H, L, D] in boxes of ``rows`` rows of one head, a tile's columns unless said otherwise.
 
     Rank 4 with the true strides and sizes: past the rows of a head and past its columns loads give zeros and stores
     do nothing.
     """
-    key = (tensor.shape, tensor.stride(), tensor.dtype, rows, columns)
-    fields = _checked.get(key)
-    if fields is None:
-        box = [1, 1, rows, columns or tile_columns(tensor.shape[-1])]
-        strides = tma_strides(tensor.shape, tensor.stride())
-        made = TensorDescriptor(tensor, list(tensor.shape), strides, box, tile_layout(tuple(box), tensor.dtype))
-        if len(_checked) >= MOST_CHECKED:
-            _checked.clear()
-        _checked[key] = {name: value for name, value in vars(made).items() if name != "base"}
-        return made
-    descriptor = object.__new__(TensorDescriptor)
-    vars(descriptor).update(fields, base=tensor)
-    return descriptor
+    box = [1, 1, rows, columns or tile_columns(tensor.shape[-1])]
+    strides = tma_strides(tensor.shape, tensor.stride())
+    return TensorDescriptor(tensor, list(tensor.shape), strides, box, tile_layout(tuple(box), tensor.dtype))
 
 
-def writable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where TMA can write it, else a contiguous stand-in to be copied back."""
-    return (
-        tensor
-        if tma_reason("output", tensor) is None
-        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    )
+def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """What TMA writes in place of a tensor that it cannot write, to be copied back."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def compiler_options(config) -> dict:
@@ -90,36 +66,46 @@ def compiler_options(config) -> dict:
     return {"num_warps": 4, "maxnreg": config.entry_registers, "enable_fp_fusion": True}
 
 
+def forward_numbers(problem, out: torch.Tensor, config) -> tuple[ForwardConfig, Plan, slice | None, bool] | None:
+    """(configuration, plan, which keys are seen if not all, whether TMA can write ``out``), or None for no work."""
+    if not out.numel() or not problem.key.shape[2]:
+        return None
+    band = band_of(problem)
+    config = config or forward_config(problem.query.shape[-1], band.has_left or band.has_right)
+    seen = seen_keys(problem, band)
+    plan = forward_plan(without_unseen(problem, seen), band, config, multiprocessors(problem.query.device))
+    return config, plan, seen, tma_reason("output", out) is None
+
+
 def forward(problem, out: torch.Tensor, lse: torch.Tensor, config=None) -> None:
     """Launch the forward kernel on the current stream; see kernels/hopper/__init__.py.
 
     Writes out [B, Hq, Lq, D] and lse [B, Hq, Lq] (fp32, natural logarithm).
     """
-    query = problem.query
-    if not out.numel():
-        lse.fill_(-math.inf)
-        return
-    if not problem.key.shape[2]:
+    call = remembered(forward, problem, (out, lse), config)
+    numbers = call.once("numbers", forward_numbers, problem, out, config)
+    if numbers is None:
         out.zero_()
         lse.fill_(-math.inf)
         return
-    band = band_of(problem)
-    problem = without_unseen(problem, band)
-    config = config or forward_config(query.shape[-1], band.has_left or band.has_right)
-    plan = forward_plan(problem, band, config, multiprocessors(query.device))
-    target = writable(out)
-    lengths = problem.key_lengths if problem.key_lengths is not None else lse
-    with on_device(query):
-        attention_forward[(plan.programs,)](
-            tile_descriptor(query, 64),
-            tile_descriptor(problem.key, config.block_n),
-            tile_descriptor(problem.value, config.block_n),
-            tile_descriptor(target, 64),
-            lse,
-            lengths,
-            **plan.scalars,
-            OPTIONS=plan.options,
-            **compiler_options(config),
-        )
+    config, plan, seen, in_place = numbers
+    problem = without_unseen(problem, seen)
+    target = out if in_place else stand_in(out)
+    tensors = {
+        "q_desc": problem.query,
+        "k_desc": problem.key,
+        "v_desc": problem.value,
+        "o_desc": target,
+        "lse_ptr": lse,
+        "lengths": lse if problem.key_lengths is None else problem.key_lengths,
+    }
+
+    def arguments() -> tuple[int, dict]:
+        rows = {"q_desc": 64, "k_desc": config.block_n, "v_desc": config.block_n, "o_desc": 64}
+        descriptors = {name: tile_descriptor(tensors[name], number) for name, number in rows.items()}
+        return plan.programs, tensors | descriptors | plan.named() | compiler_options(config)
+
+    with on_device(out):
+        call.launch(attention_forward, tensors, arguments)
     if target is not out:
         out.copy_(target)

@@ -6,13 +6,15 @@ import os
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..arguments import on_device
+from ..remembered import Call, remembered
 from .backward_fused import gradients
 from .backward_keys import gradients_of_keys
 from .backward_keys_wide import gradients_of_wide_keys
 from .backward_queries import gradients_of_queries
 from .capability import tma_reason
 from .configs import BackwardConfig, backward_config, keys_of_program, tile_columns
-from .launch import compiler_options, multiprocessors, on_device, tile_descriptor, tile_layout, writable
+from .launch import compiler_options, multiprocessors, stand_in, tile_descriptor, tile_layout
 from .plan import Band, band_of, fused_is_faster, fused_plan, keys_plan, queries_plan, seen_keys, without_unseen
 from .statistics import row_statistics
 
@@ -37,11 +39,16 @@ def row_descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, layout)
 
 
-def targets_like(tensors, gradients) -> list[torch.Tensor]:
+def in_place(gradients) -> list[bool]:
+    """Which gradients TMA can write itself."""
+    return [gradient is not None and tma_reason("output", gradient) is None for gradient in gradients]
+
+
+def targets_like(call: Call, name: str, tensors, gradients) -> list[torch.Tensor]:
     """Where a kernel writes each gradient: in place where TMA can, else (or where None is asked for) a stand-in."""
     return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if gradient is None else writable(gradient)
-        for tensor, gradient in zip(tensors, gradients, strict=True)
+        gradient if direct else stand_in(tensor if gradient is None else gradient)
+        for tensor, gradient, direct in zip(tensors, gradients, call.once(name, in_place, gradients), strict=True)
     ]
 
 
@@ -52,83 +59,112 @@ def deliver(targets, gradients) -> None:
             gradient.copy_(target)
 
 
-def seen_part(gradient: torch.Tensor | None, low: int, high: int) -> torch.Tensor | None:
-    """dK or dV of the keys from low up to high; zeros are written to the others, which no query sees."""
-    if gradient is None or high - low == gradient.shape[2]:
+def seen_part(gradient: torch.Tensor | None, seen: slice | None) -> torch.Tensor | None:
+    """dK or dV of the seen keys (None: all); zeros are written to the others, which no query sees."""
+    if gradient is None or seen is None:
         return gradient
-    gradient[:, :, :low].zero_()
-    gradient[:, :, high:].zero_()
-    return gradient[:, :, low:high]
+    gradient[:, :, : seen.start].zero_()
+    gradient[:, :, seen.stop :].zero_()
+    return gradient[:, :, seen]
 
 
-def query_descriptors(problem, grad_out, lse_2, delta, rows: int) -> tuple:
+def query_descriptors(problem, grad_out, lse_2, delta, rows: int) -> dict:
     """Descriptors of what streams past a block of keys, in tiles of ``rows`` queries."""
-    tiles = (tile_descriptor(tensor, rows) for tensor in (problem.query, grad_out))
-    return *tiles, row_descriptor(lse_2, rows), row_descriptor(delta, rows)
+    return {
+        "q_desc": tile_descriptor(problem.query, rows),
+        "do_desc": tile_descriptor(grad_out, rows),
+        "lse_desc": row_descriptor(lse_2, rows),
+        "delta_desc": row_descriptor(delta, rows),
+    }
 
 
-def key_gradients(problem, band, config, grad_out, lse_2, delta, lengths, grad_key, grad_value) -> None:
+def key_gradients(call, problem, band, config, grad_out, lse_2, delta, lengths, grad_key, grad_value) -> None:
     """dK and dV."""
-    targets = targets_like((problem.key, problem.value), (grad_key, grad_value))
-    plan = keys_plan(problem, band, config, multiprocessors(problem.query.device))
+    targets = targets_like(call, "key targets", (problem.key, problem.value), (grad_key, grad_value))
+    described = {"k_desc": problem.key, "v_desc": problem.value, "dk_desc": targets[0], "dv_desc": targets[1]}
+
+    def arguments() -> tuple[int, dict]:
+        plan = keys_plan(problem, band, config, multiprocessors(problem.query.device))
+        return plan.programs, {
+            **query_descriptors(problem, grad_out, lse_2, delta, config.block_m),
+            **{name: tile_descriptor(tensor, 64) for name, tensor in described.items()},
+            "lengths": lengths,
+            **plan.named(),
+            **compiler_options(config),
+        }
+
     wide = keys_of_program(problem.query.shape[-1]) == 64
-    kernel = gradients_of_wide_keys if wide else gradients_of_keys
-    kernel[(plan.programs,)](
-        *query_descriptors(problem, grad_out, lse_2, delta, config.block_m),
-        *(tile_descriptor(tensor, 64) for tensor in (problem.key, problem.value, *targets)),
-        lengths,
-        **plan.scalars,
-        OPTIONS=plan.options,
-        **compiler_options(config),
-    )
+    streamed = {"q_desc": problem.query, "do_desc": grad_out, "lse_desc": lse_2, "delta_desc": delta}
+    tensors = {**streamed, **described, "lengths": lengths}
+    call.launch(gradients_of_wide_keys if wide else gradients_of_keys, tensors, arguments)
     deliver(targets, (grad_key, grad_value))
 
 
-def query_gradients(problem, band, config, grad_out, lse_2, delta, lengths, grad_query) -> None:
+def query_gradients(call, problem, band, config, grad_out, lse_2, delta, lengths, grad_query) -> None:
     """dQ."""
-    targets = targets_like((problem.query,), (grad_query,))
-    plan = queries_plan(problem, band, config, multiprocessors(problem.query.device))
-    gradients_of_queries[(plan.programs,)](
-        tile_descriptor(problem.query, 64),
-        tile_descriptor(grad_out, 64),
-        tile_descriptor(problem.key, config.block_n),
-        tile_descriptor(problem.value, config.block_n),
-        tile_descriptor(targets[0], 64),
-        lse_2,
-        delta,
-        lengths,
-        **plan.scalars,
-        OPTIONS=plan.options,
-        **compiler_options(config),
-    )
+    targets = targets_like(call, "query targets", (problem.query,), (grad_query,))
+    rows = {"q_desc": problem.query, "do_desc": grad_out, "dq_desc": targets[0]}
+    keys = {"k_desc": problem.key, "v_desc": problem.value}
+    pointers = {"lse_ptr": lse_2, "delta_ptr": delta, "lengths": lengths}
+
+    def arguments() -> tuple[int, dict]:
+        plan = queries_plan(problem, band, config, multiprocessors(problem.query.device))
+        return plan.programs, {
+            **{name: tile_descriptor(tensor, 64) for name, tensor in rows.items()},
+            **{name: tile_descriptor(tensor, config.block_n) for name, tensor in keys.items()},
+            **pointers,
+            **plan.named(),
+            **compiler_options(config),
+        }
+
+    call.launch(gradients_of_queries, {**rows, **keys, **pointers}, arguments)
     deliver(targets, (grad_query,))
 
 
-def all_gradients(problem, band, config, grad_out, lse_2, delta, lengths, grad_query, grad_key, grad_value) -> None:
+def all_gradients(
+    call, problem, band, config, grad_out, lse_2, delta, lengths, grad_query, grad_key, grad_value
+) -> None:
     """dQ, dK and dV in one sweep."""
     query = problem.query
-    if torch.are_deterministic_algorithms_enabled():
-        config = config.deterministic()
-    targets = targets_like((problem.key, problem.value), (grad_key, grad_value))
-    plan = fused_plan(problem, band, config, multiprocessors(query.device))
+    targets = targets_like(call, "key targets", (problem.key, problem.value), (grad_key, grad_value))
     B, H, L, D = query.shape
     total = torch.zeros(B, H, L, D, dtype=torch.float32, device=query.device)
     counters = torch.zeros(B * H * -(-L // config.block_m), dtype=torch.int32, device=query.device)
-    gradients[(plan.programs,)](
-        *query_descriptors(problem, grad_out, lse_2, delta, config.block_m),
-        tile_descriptor(problem.key, 128),
-        tile_descriptor(problem.value, 128),
-        tile_descriptor(total, config.block_m, tile_columns(D) // 2),
-        *(tile_descriptor(target, 64) for target in targets),
-        counters,
-        lengths,
-        **plan.scalars,
-        DS_LAYOUT=tile_layout((128, config.block_m), query.dtype),
-        OPTIONS=plan.options,
-        **compiler_options(config),
-    )
+
+    def arguments() -> tuple[int, dict]:
+        plan = fused_plan(problem, band, config, multiprocessors(query.device))
+        return plan.programs, {
+            **query_descriptors(problem, grad_out, lse_2, delta, config.block_m),
+            "k_desc": tile_descriptor(problem.key, 128),
+            "v_desc": tile_descriptor(problem.value, 128),
+            "dq_desc": tile_descriptor(total, config.block_m, tile_columns(D) // 2),
+            "dk_desc": tile_descriptor(targets[0], 64),
+            "dv_desc": tile_descriptor(targets[1], 64),
+            "counters": counters,
+            "lengths": lengths,
+            **plan.named(),
+            "DS_LAYOUT": tile_layout((128, config.block_m), query.dtype),
+            **compiler_options(config),
+        }
+
+    streamed = {"q_desc": query, "do_desc": grad_out, "lse_desc": lse_2, "delta_desc": delta}
+    kept = {"k_desc": problem.key, "v_desc": problem.value, "dk_desc": targets[0], "dv_desc": targets[1]}
+    added = {"dq_desc": total, "counters": counters, "lengths": lengths}
+    call.launch(gradients, {**streamed, **kept, **added}, arguments)
     torch.mul(total, problem.scale, out=grad_query)
     deliver(targets, (grad_key, grad_value))
+
+
+def backward_numbers(problem, grad_out, config) -> tuple[Band, BackwardConfig, slice | None, bool] | None:
+    """(band, configuration, which keys are seen if not all, whether TMA can read ``grad_out``), or None for no work."""
+    if not problem.query.numel() or not problem.key.numel():
+        return None
+    band = band_of(problem)
+    seen = seen_keys(problem, band)
+    config = config or chosen_config(without_unseen(problem, seen), band)
+    if torch.are_deterministic_algorithms_enabled():
+        config = config.deterministic()
+    return band, config, seen, tma_reason("grad_out", grad_out) is None
 
 
 def backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, config=None) -> None:
@@ -136,21 +172,24 @@ def backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_v
 
     Gradients given as None are not computed (dK and dV come from one kernel: asked for one, it makes both).
     """
-    query, key = problem.query, problem.key
-    if not query.numel() or not key.numel():
+    tensors = (out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value)
+    order = torch.are_deterministic_algorithms_enabled(), os.environ.get("FASTATTN_HOPPER_UNORDERED")
+    call = remembered(backward, problem, tensors, config, *order)
+    numbers = call.once("numbers", backward_numbers, problem, grad_out, config)
+    if numbers is None:
         for gradient in (grad_query, grad_key, grad_value):
             if gradient is not None:
                 gradient.zero_()
         return
-    if tma_reason("grad_out", grad_out):
+    band, config, seen, readable = numbers
+    if not readable:
         grad_out = grad_out.contiguous()
-    band = band_of(problem)
-    grad_key, grad_value = (seen_part(gradient, *seen_keys(problem, band)) for gradient in (grad_key, grad_value))
-    problem = without_unseen(problem, band)
-    config = config or chosen_config(problem, band)
+    grad_key, grad_value = seen_part(grad_key, seen), seen_part(grad_value, seen)
+    problem = without_unseen(problem, seen)
     lengths = problem.key_lengths if problem.key_lengths is not None else lse
-    with on_device(query):
-        common = problem, band, config, grad_out, *row_statistics(out, lse, grad_out, grad_lse), lengths
+    with on_device(problem.query):
+        rows = row_statistics(call, out, lse, grad_out, grad_lse)
+        common = call, problem, band, config, grad_out, *rows, lengths
         wants_keys = grad_key is not None or grad_value is not None
         if config.fused and wants_keys and grad_query is not None:
             all_gradients(*common, grad_query, grad_key, grad_value)

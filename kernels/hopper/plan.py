@@ -104,6 +104,10 @@ class Plan:
     scalars: dict
     options: object
 
+    def named(self) -> dict:
+        """The kernel's arguments that this holds."""
+        return {**self.scalars, "OPTIONS": self.options}
+
 
 def band_of(problem) -> Band:
     """Causality and window as one band.  Bounds wider than the score matrix are open."""
@@ -118,8 +122,8 @@ def band_of(problem) -> Band:
     )
 
 
-def seen_keys(problem, band: Band) -> tuple[int, int]:
-    """(low, high): no query sees a key below low or from high on, whatever the key lengths; high > low.
+def seen_keys(problem, band: Band) -> slice | None:
+    """The keys outside of which none is seen, whatever the key lengths; at least one; None if those are all keys.
 
     With lower_right, a left bound and key lengths, low would be one for each batch entry: :func:`.capability.reasons`
     refuses them.
@@ -128,19 +132,18 @@ def seen_keys(problem, band: Band) -> tuple[int, int]:
     offset = Lk - Lq if band.lower_right else 0
     low = max(0, offset - band.left) if band.has_left else 0
     high = min(Lk, Lq + offset + band.right) if band.has_right else Lk
-    return low, high
+    return None if high - low == Lk else slice(low, high)
 
 
-def without_unseen(problem, band: Band):
-    """The problem without the keys and values that no query sees.
+def without_unseen(problem, seen: slice | None):
+    """The problem without the keys and values that no query sees, as :func:`seen_keys` tells.
 
     A tile's product adds 0 * NaN = NaN for a key of probability 0. Outside the tensor TMA reads zeros, and
     lower_right finds its offset again, as both ends of the keys move together.
     """
-    low, high = seen_keys(problem, band)
-    if high - low == problem.key.shape[2]:
+    if seen is None:
         return problem
-    return problem._replace(key=problem.key[:, :, low:high], value=problem.value[:, :, low:high])
+    return problem._replace(key=problem.key[:, :, seen], value=problem.value[:, :, seen])
 
 
 def heads_in_l2(problem) -> int:

@@ -54,30 +54,34 @@ def statistics_kernel(
     tl.store(delta + target, tl.where(sees, value, 0.0))
 
 
-def row_statistics(out, lse, grad_out, grad_lse) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lse_2, delta), each fp32 [B * H, L rounded up to STATISTICS_ROWS], of out and grad_out [B, H, L, D]."""
+def row_statistics(call, out, lse, grad_out, grad_lse) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lse_2, delta), each fp32 [B * H, L rounded up to STATISTICS_ROWS], of out and grad_out [B, H, L, D].
+
+    ``call`` is the :class:`..remembered.Call` that they are part of.
+    """
     B, H, L, D = out.shape
     padded = triton.cdiv(L, STATISTICS_ROWS) * STATISTICS_ROWS
     lse_2, delta = torch.empty(2, B * H, padded, dtype=torch.float32, device=out.device).unbind()
     rows = 32
-    grid = (padded // rows * B * H,)  # in one dimension: the others end at 65535
-    statistics_kernel[grid](
-        out,
-        grad_out,
-        lse,
-        lse if grad_lse is None else grad_lse,
-        lse_2,
-        delta,
-        *out.stride()[:3],
-        *grad_out.stride()[:3],
-        H,
-        L,
-        padded,
-        LOG2_E,
-        HAS_GRAD_LSE=grad_lse is not None,
-        D=D,
-        COLUMNS=triton.next_power_of_2(D),
-        ROWS=rows,
-        num_warps=4,
-    )
+    tensors = {
+        "out": out,
+        "grad_out": grad_out,
+        "lse": lse,
+        "grad_lse": lse if grad_lse is None else grad_lse,
+        "lse_2": lse_2,
+        "delta": delta,
+    }
+
+    def arguments() -> tuple[int, dict]:
+        strides = zip(
+            ("out_b", "out_h", "out_l", "grad_b", "grad_h", "grad_l"),
+            (*out.stride()[:3], *grad_out.stride()[:3]),
+            strict=True,
+        )
+        numbers = {"H": H, "L": L, "padded": padded, "log2_e": LOG2_E}
+        options = {"HAS_GRAD_LSE": grad_lse is not None, "D": D, "COLUMNS": triton.next_power_of_2(D), "ROWS": rows}
+        # in one dimension: the others end at 65535
+        return padded // rows * B * H, tensors | dict(strides) | numbers | options | {"num_warps": 4}
+
+    call.launch(statistics_kernel, tensors, arguments)
     return lse_2, delta
