@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -257,14 +258,15 @@ def broken_stride(library: ctypes.CDLL) -> dict:
 
 
 def broken_address(library: ctypes.CDLL) -> dict:
-    """Queries that begin two bytes late, after others of the same shape, whose checks are remembered."""
-    from fastattn.kernels.hopper.launch import forward
+    """A descriptor of the Hopper kernels whose tensor then begins two bytes late."""
+    from triton.backends.nvidia.driver import make_tensordesc_arg
 
-    problem = Case("launched", batch=1, heads=2, queries=200, head_dim=128).make("cpu", BF16)
-    late = torch.empty(problem.query.numel() + 1, dtype=BF16)[1:].view(problem.query.shape)
-    with uncompiled_launches():
-        for query in (problem.query, late):
-            forward(problem._replace(query=query), torch.empty_like(problem.query), torch.empty(1, 2, 200))
+    from fastattn.kernels.hopper.launch import tile_descriptor
+
+    shape = (1, 2, 200, 128)
+    descriptor = tile_descriptor(torch.empty(shape, dtype=BF16), 64)
+    descriptor.base = torch.empty(math.prod(shape) + 1, dtype=BF16)[1:].view(shape)
+    make_tensordesc_arg(descriptor, described(descriptor))
     return {}
 
 
