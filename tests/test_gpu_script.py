@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -267,6 +268,17 @@ def test_workers_serve_several_runs_and_die_with_the_pool(tmp_path):
     assert len(pids) == 1
     assert rows_of(result, "c")[0]["value"] == "1"
     assert not Path(f"/proc/{pids.pop()}").exists()
+
+
+def test_a_worker_that_died_between_two_tasks_costs_the_next_nothing(tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    result = ResultFile(tmp_path / "result.json")
+    with Pool(result, "s", tmp_path / "logs", environment={"PYTHONPATH": str(tmp_path)}, preload=()) as pool:
+        pool.run([task("a", "good", value=1)], time.monotonic() + 60.0)
+        os.kill(result.rows[0]["pid"], signal.SIGKILL)
+        pool._workers[0].process.wait()
+        pool.run([task("b", "good", value=2)], time.monotonic() + 60.0)
+    assert [row["status"] for row in result.rows] == ["ok", "ok"]
 
 
 def test_a_worker_dies_with_the_program(tmp_path):

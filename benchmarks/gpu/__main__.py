@@ -16,20 +16,25 @@ alone, one thing at a time. docs/gpu-run.md says how to read what comes back.
 from __future__ import annotations
 
 import argparse
+import lzma
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from contextlib import ExitStack
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread
 
 from .environment import ROOT, commit, source_digest, source_of
+from .gate import Gate
 from .plan import TIME_LIMIT, Step, machine_task, steps, table
-from .pool import Pool
+from .pool import Pool, Task
 from .result import ResultFile
 
 DEFAULT_OUT = Path("gpu-result.json")
@@ -116,7 +121,6 @@ def choose(every: list[Step], options: argparse.Namespace) -> list[Step]:
 def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
     """Run the steps; see the exit statuses above."""
     from . import profile, report
-    from .gate import Gate
 
     start = time.monotonic()
     end = start + options.time_limit
@@ -135,8 +139,9 @@ def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
             return stack.enter_context(made)
 
         # The smoke step's process is ready to dump its GPU's state: what is timed runs in another.
-        first, timed = pool("smoke"), pool("timed")
-        beside = pool("beside", workers, TORCHINDUCTOR_COMPILE_THREADS="1")
+        one_compiler = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no processes of torch's own beside what is timed
+        first, timed = pool("smoke"), pool("timed", **one_compiler)
+        beside = pool("beside", workers, **one_compiler)
         if any(step.side_by_side or step.meanwhile for step in chosen):
             beside.start()
         ends = start
@@ -144,8 +149,7 @@ def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
         for step in chosen:
             began = time.monotonic()
             ends = min(ends + step.seconds, end)
-            tasks = step.choose(result.rows) if step.choose else step.tasks
-            tasks = [task for task in tasks if gate.admits(step.name, task)]
+            tasks = _admitted(step, gate, result)
             timed.task_environment = beside.task_environment = gate.environment
             if step.name == "smoke":
                 first.start()
@@ -172,11 +176,35 @@ def run(chosen: list[Step], options: argparse.Namespace, workers: int) -> int:
     result.set("head", report.machine_of(result.rows) | {"seconds": round(time.monotonic() - start, 1)})
     result.set("ceilings", report.ceilings(result.rows))
     result.close()
-    print(report.summary(result.content))
+    with _shown():
+        print(report.summary(result.content))
     print(f"{options.out}: {len(result.rows)} rows in {time.monotonic() - start:.0f} s")
     if gate.is_shut:
         return DEAD
     return WRONG if report.wrong_rows(result.rows) else RIGHT
+
+
+@contextmanager
+def _shown() -> Iterator[None]:
+    """What goes wrong within is printed, and what was measured stands."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+
+
+def _admitted(step: Step, gate: Gate, result: ResultFile) -> list[Task]:
+    """The step's tasks that the gate lets through; of the others a row says so."""
+    tasks = step.tasks
+    if step.choose:
+        tasks = []
+        with _shown():
+            tasks = step.choose(result.rows)
+    admitted = [task for task in tasks if gate.admits(step.name, task)]
+    for task in tasks:
+        if task not in admitted:
+            result.leave_out(task.part, task.key, source_of(task.key), "left out by the gate")
+    return admitted
 
 
 def _prepare(options: argparse.Namespace, names: list[str], workers: int) -> str | None:
@@ -191,7 +219,10 @@ def _prepare(options: argparse.Namespace, names: list[str], workers: int) -> str
     start = time.monotonic()
     os.environ["TRITON_CACHE_DIR"] = str(cache.FOLDER)
     if options.cache is not None:
-        count = cache.unpack(options.cache, cache.FOLDER)
+        try:
+            count = cache.unpack(options.cache, cache.FOLDER)
+        except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+            return f"{options.cache} cannot be unpacked: {error}"
         return f"{count} kernels unpacked in {time.monotonic() - start:.1f} s"
     command = [sys.executable, "-m", "benchmarks.gpu.cache", "--out", str(cache.FOLDER), "--workers", str(workers)]
     process = subprocess.Popen([*command, "--steps", *names], cwd=ROOT, start_new_session=True)

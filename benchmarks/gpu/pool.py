@@ -233,7 +233,7 @@ class Pool:
             stage, seconds = None, task.timeout
             try:
                 worker = self._workers[index]
-                if worker is None:
+                if worker is None or worker.process.poll() is not None:  # none yet, or one that died between two tasks
                     worker = self._workers[index] = self._new_worker(index)
                 if not worker.is_ready:
                     stage = "start"

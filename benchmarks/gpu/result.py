@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -66,10 +67,10 @@ class ResultFile:
             self.content["tasks"][key] = {"status": status, "seconds": round(seconds, 2), "source": source}
         self._changed.set()
 
-    def leave_out(self, part: str, key: str, source: str) -> None:
-        """Note a task that there was no time for."""
+    def leave_out(self, part: str, key: str, source: str, why: str = "out of time") -> None:
+        """Note a task that there was no time for, or that is left out for another reason."""
         left_out = {"part": part, "task": key, "source": source, "stage": None}
-        self.add(left_out | {"status": "skipped", "error": "out of time"})
+        self.add(left_out | {"status": "skipped", "error": why})
         self.finish(key, "skipped", 0.0, source)
 
     def close(self) -> None:
@@ -77,15 +78,16 @@ class ResultFile:
         self._closed = True
         self._changed.set()
         self._writer.join()
+        self._write()
 
     def _write_changes(self) -> None:
         while not self._closed:
             self._changed.wait()
             self._changed.clear()
-            self._write()
+            with contextlib.suppress(OSError):  # a full disk, say: the last write raises
+                self._write()
             if not self._closed:
                 time.sleep(WRITE_EVERY)
-        self._write()
 
     def _write(self) -> None:
         with self._lock:
