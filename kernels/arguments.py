@@ -69,6 +69,10 @@ def options_of(problem, config: Config) -> Options:
     )
 
 
+def sizes_of(problem) -> Sizes:
+    return Sizes(problem.query.shape[2], problem.key.shape[2], problem.query.shape[1], problem.group_size)
+
+
 def launch_arguments(problem, config: Config) -> dict:
     """The keyword arguments that all attention kernels share, the launch's own among them."""
     left, right = edges(problem)
@@ -78,7 +82,7 @@ def launch_arguments(problem, config: Config) -> dict:
         "key_lengths": problem.key_lengths,
         "mask": scores_of(problem.attn_mask),
         "bias": scores_of(problem.bias),
-        "sizes": Sizes(problem.query.shape[2], problem.key.shape[2], problem.query.shape[1], problem.group_size),
+        "sizes": sizes_of(problem),
         "left": left or 0,
         "right": right or 0,
         "scale": problem.scale * LOG2_E,

@@ -13,8 +13,10 @@ from .arguments import (
     launch_arguments,
     multiprocessors_of,
     on_device,
+    options_of,
     padded,
     rows_of,
+    sizes_of,
     tensors_of,
 )
 from .backward_bias import gradient_of_bias
@@ -136,7 +138,7 @@ def _decode(call: Call, problem, out: torch.Tensor, lse: torch.Tensor, splits: i
     parts = {"part_out": part_out, "part_sum": part_sum, "part_max": part_max}
 
     def arguments() -> tuple[int, dict]:
-        tiles = chosen("decode", problem, config)
+        tiles = call.once("tiles", chosen, "decode", problem, config)
         batch, key_heads, Lk, _ = problem.key.shape
         blocks = triton.cdiv(problem.group_size * lse.shape[2], tiles.block_m)
         keys_per_split = triton.cdiv(triton.cdiv(Lk, splits), tiles.block_n) * tiles.block_n
@@ -144,9 +146,9 @@ def _decode(call: Call, problem, out: torch.Tensor, lse: torch.Tensor, splits: i
         return batch * key_heads * blocks * splits, parts | own | launch_arguments(problem, tiles)
 
     def arguments_to_combine() -> tuple[int, dict]:
-        shared = launch_arguments(problem, chosen("decode", problem, config))
+        options = options_of(problem, call.once("tiles", chosen, "decode", problem, config))
         own = {"out": rows_of(out), "lse": lse, "splits": splits}
-        return lse.numel(), parts | own | {name: shared[name] for name in ("sizes", "OPTIONS")}
+        return lse.numel(), parts | own | {"sizes": sizes_of(problem), "OPTIONS": options}
 
     with on_device(out):
         call.launch(decode_part, tensors_of(problem) | parts, arguments)

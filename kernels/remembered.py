@@ -1,9 +1,9 @@
 """Calls alike share their work: what the first works out of shapes, and the compiled kernels that it launches.
 
 Before a kernel lie its plan, its arguments, and Triton's JITFunction.run, which looks at every argument to find what
-was compiled for such: 50 to 150 us of Python. All of that follows from the key of :func:`remembered`. So the first of
-the calls alike goes the ordinary way, and the later ones call the compiled kernel's launcher as
-triton.compiler.CompiledKernel does, with their own tensors in the places of the first's.
+was compiled for such: 50 to 150 us of Python. All of that follows from the key of :func:`remembered`. So the first two
+calls alike go the ordinary way (two, as remembering costs, and many a kind of call comes once), and later ones call
+the compiled kernel's launcher as triton.compiler.CompiledKernel does, with their own tensors in those places.
 
 A launch goes the ordinary way nevertheless while a hook or a compiler setting of Triton's knobs is set, while
 JITFunction.run is replaced (offline.py), from tensors on the CPU (the interpreter), of a tensor that lies on 16 bytes
@@ -14,6 +14,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from typing import Literal
 
 import triton
 from torch import Tensor
@@ -139,7 +140,7 @@ class Call:
     def __init__(self, remembers: bool):
         self.remembers = remembers
         self.worked_out: dict[str, object] = {}
-        self.launches: dict[int, Launch] = {}
+        self.launches: dict[int, Launch | Literal[False]] = {}
 
     def once(self, name: str, work: Callable, *arguments):
         """``work(*arguments)``, of the first of the calls alike. It holds no tensor."""
@@ -153,12 +154,13 @@ class Call:
         A later launch takes from ``tensors``, by the names of the kernel's parameters, all that is new to it.
         """
         known = self.launches.get(id(kernel))
-        if known is not None and known.again(tensors):
+        if known and known.again(tensors):
             return
         programs, given = arguments()
         compiled = kernel[(programs,)](**given)
-        if self.remembers and known is None and ordinary() and isinstance(compiled, CompiledKernel):
-            self.launches[id(kernel)] = Launch(kernel, compiled, programs, given, tensors)
+        if self.remembers and not known and ordinary() and isinstance(compiled, CompiledKernel):
+            met = known is False
+            self.launches[id(kernel)] = met and Launch(kernel, compiled, programs, given, tensors)
 
 
 def remembered(work: Callable, problem, tensors: tuple[Tensor | None, ...], *options) -> Call:
