@@ -28,6 +28,13 @@ def test_the_last_keys_first_do_not_wait_under_a_causal_band():
     assert cycles(launch, TURN, multiprocessors=4) == pytest.approx(BESIDE + 8 * TURN + POLL + ADD)
 
 
+def test_a_late_block_waits_for_the_first_at_the_second_head_of_a_group():
+    """The block of 2 + 2 tiles ends after the tenth turn of the one of 8 + 8, and only then makes room."""
+    launch = Launch(heads=2, blocks=4, causal=True, section=1, group=2)
+    second_begins = BESIDE + 10 * TURN + 4 * (POLL + ADD)
+    assert cycles(launch, TURN, multiprocessors=4) == pytest.approx(second_begins + BESIDE + 16 * TURN + POLL + ADD)
+
+
 def test_a_slow_writer_sets_the_pace_and_two_do_not():
     launch = Launch(heads=1, blocks=1, causal=False, section=1)
     long = dataclasses.replace(launch, blocks=32, heads=1)

@@ -20,8 +20,9 @@ READ = 500
 
 @dataclass(frozen=True)
 class Launch:
-    """A backward of ``heads`` key heads of ``blocks`` blocks of 128 keys and two tiles of 64 queries for each, and of
-    :class:`.configs.BackwardConfig` what decides the waits; ``section`` as in :mod:`.backward_fused`."""
+    """A backward of ``heads`` key heads, each of ``group`` query heads, of ``blocks`` blocks of 128 keys and two tiles
+    of 64 queries for each, and of :class:`.configs.BackwardConfig` what decides the waits; ``section`` as in
+    :mod:`.backward_fused`."""
 
     heads: int
     blocks: int
@@ -31,6 +32,7 @@ class Launch:
     walk: str = "first keys first"
     writers: int = 1
     dq_stages: int = 2
+    group: int = 1
 
     def programs(self):
         """(head, block) by program id."""
@@ -40,9 +42,10 @@ class Launch:
                 yield from ((head, block) for head in range(start, min(start + self.section, self.heads)))
 
     def tiles(self, block: int):
-        """The query tiles that a block of keys takes, in its order."""
+        """The (query head of the group, tile) that a block of keys takes, in its order."""
         tiles = range(2 * block if self.causal else 0, 2 * self.blocks)
-        return tiles if self.walk == "last keys first" else reversed(tiles)
+        tiles = tiles if self.walk == "last keys first" else tiles[::-1]
+        return ((query_head, tile) for query_head in range(self.group) for tile in tiles)
 
     def parts_before(self, block: int, tile: int) -> int:
         """How many blocks add to a tile before this one."""
@@ -54,18 +57,18 @@ class Launch:
 def cycles(launch: Launch, turn: float, poll: float = POLL, add: float = ADD, multiprocessors: int = 132) -> float:
     """From the first program's start to the last one's end."""
     free = [0.0] * multiprocessors
-    passed: dict[tuple[int, int], list[float]] = {}  # by head and tile, when each part's turn was over
+    passed: dict[tuple[int, int], list[float]] = {}  # by query head and tile, when each part's turn was over
     for head, block in launch.programs():
         now = heapq.heappop(free) + BESIDE
         writers = [0.0] * launch.writers
         emptied: list[float] = []
-        for i, tile in enumerate(launch.tiles(block)):
+        for i, (query_head, tile) in enumerate(launch.tiles(block)):
             now += turn
             if i >= launch.dq_stages:
                 now = max(now, emptied[i - launch.dq_stages])
             begin = max(now, writers[i % launch.writers])
             if launch.ordered:
-                turns = passed.setdefault((head, tile), [])
+                turns = passed.setdefault((head * launch.group + query_head, tile), [])
                 before = launch.parts_before(block, tile)
                 if before != len(turns):
                     raise ValueError(f"block {block} of head {head} waits for a later program at tile {tile}")
