@@ -1,8 +1,8 @@
 """Every plain kernel and configuration compiled for GPUs that are not there, and what the compiler made of it.
 
 ``python -m fastattn.kernels.compile_report`` writes benchmarks/results/gpu_compile_report.{json,md}; with
-``--check`` it compiles the most used configurations and one of each kernel, and writes nothing. It fails where a rule
-is broken.
+``--check`` it compiles the most used configurations and one of each kernel, and writes nothing; with ``--changed`` it
+keeps the rows of the last report that are still asked for. It fails where a rule is broken.
 """
 
 import argparse
@@ -32,6 +32,12 @@ MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 LARGEST_TILED = 128
 #: Beside causal calls: those that look at every element of the scores.
 ELEMENTWISE_CALLS = ("mask", "bias", "dropout")
+#: The call that asks for the most shared memory: tiles of a mask and of a bias are loaded ahead, once for each of the
+#: loops over the band's left border, full tiles and right border. It may spill: tiles so small that it does not would
+#: slow the usual calls.
+EVERYTHING = "everything"
+#: (architecture, head dimension) where it comes closest to what there is.
+LARGEST = ((90, 64), (100, 128))
 DTYPE = {2: torch.bfloat16, 4: torch.float32}
 #: What a launch compiles beside the kernel that its configuration is for.
 HELPERS = ("row_statistics", "split_large_lse", "combine_parts", "mark_nonfinite")
@@ -68,12 +74,26 @@ def jobs(candidates: bool = False) -> Iterator[Job]:
                 config = choose(kernel, element_size, head_dim, architecture, elementwise=True)
                 for call in ELEMENTWISE_CALLS:
                     yield Job(kernel, element_size, head_dim, architecture, config, call)
+            config = choose(kernel, element_size, head_dim, architecture, elementwise=True)
+            if loads_ahead(kernel, element_size, architecture, config):
+                yield Job(kernel, element_size, head_dim, architecture, config, EVERYTHING)
     if candidates:
         for (kernel, head_dim), configs in CANDIDATES.items():
             yield from (Job(kernel, 2, head_dim, 90, config) for config in configs)
 
 
+def loads_ahead(kernel: str, element_size: int, architecture: int, config: Config) -> bool:
+    """Whether a call with everything may ask for more shared memory than there is.
+
+    Without tensor cores, and beside the main kernels, all architectures take the tile of the one with the least.
+    """
+    tuned = kernel in MAIN_KERNELS and element_size == 2
+    return config.num_stages > 1 and (tuned or architecture == ARCHITECTURES[0])
+
+
 def most_used(job: Job) -> bool:
+    if job.call == EVERYTHING:
+        return job.kernel == "forward" and job.element_size == 2 and (job.architecture, job.head_dim) in LARGEST
     if job.call != "causal":
         return job.call == "mask" and (job.architecture, job.head_dim) == (90, 128)
     return job.element_size == 2 and (
@@ -88,6 +108,13 @@ def problem_of(job: Job) -> Problem:
     queries, dtype = (1 if job.kernel == "decode" else 1024), DTYPE[job.element_size]
     shapes = ((1, 2, queries, job.head_dim), (1, 2, 1024, job.head_dim), (1, 2, 1024, job.head_dim))
     query, key, value = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    if job.call == EVERYTHING:
+        mask = torch.ones(queries, 1024, dtype=torch.bool)
+        band = {"causal": "lower_right", "window": (64, 32), "key_lengths": torch.tensor([100])}
+        if job.kernel != "decode":  # dropout is never split over keys
+            band |= {"dropout_p": 0.1, "rng_state": torch.tensor([1, 2])}
+        bias = torch.zeros(queries, 1024, dtype=dtype).expand(1, 2, queries, 1024)
+        return make_problem(query, key, value, mask, **band)._replace(bias=bias)
     if job.call == "dropout":
         return make_problem(query, key, value, dropout_p=0.1, rng_state=torch.tensor([1, 2]))
     if job.call == "mask":
@@ -130,7 +157,7 @@ def row_of(job: Job) -> Row:
     except Exception as error:  # whatever the compiler raises is this row's result
         return Row(job, None, (f"does not compile: {type(error).__name__}: {error}"[:300],))
     broken = []
-    if found.loop_spills:
+    if found.loop_spills and job.call != EVERYTHING:
         broken.append(f"{found.loop_spills} spill instructions in its loops")
     if found.shared_bytes > SHARED_MEMORY[job.architecture]:
         broken.append(f"{found.shared_bytes} bytes of shared memory, {SHARED_MEMORY[job.architecture]} are there")
@@ -160,6 +187,23 @@ def compile_all(wanted: list[Job], workers: int) -> list[Row]:
             except BrokenProcessPool:  # by this job or by another one
                 rows.append(compile_alone(job))
             print(line(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+def write(rows: list[Row]) -> None:
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    document = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+    RESULTS.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(markdown(rows))
+
+
+def last_rows() -> dict[Job, Row]:
+    """The rows of the last report by their jobs; none of another Triton's."""
+    document = json.loads(RESULTS.with_suffix(".json").read_text())
+    rows = {}
+    for row in document["rows"] if document["triton"] == triton.__version__ else ():
+        job = Job(**row["job"] | {"config": Config(**row["job"]["config"])})
+        rows[job] = Row(job, row["resources"] and Resources(**row["resources"]), tuple(row["broken"]))
     return rows
 
 
@@ -200,18 +244,20 @@ def main() -> int:
         "--check", action="store_true", help="the most used configurations only, and one of each kernel; write nothing"
     )
     parser.add_argument("--candidates", action="store_true", help="also what python -m benchmarks.gpu tune ranks")
+    parser.add_argument(
+        "--changed", action="store_true", help="compile what the last report lacks: where only configurations changed"
+    )
     parser.add_argument("--kernel", help="only this kernel")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     wanted = [job for job in jobs(options.candidates) if options.kernel in (None, job.kernel)]
     if options.check:
         wanted = [job for job in wanted if most_used(job)]
-    rows = compile_all(wanted, options.workers)
+    kept = last_rows() if options.changed else {}
+    compiled_now = {row.job: row for row in compile_all([job for job in wanted if job not in kept], options.workers)}
+    rows = [kept.get(job) or compiled_now[job] for job in wanted]
     if not options.check:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        document = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
-        RESULTS.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-        RESULTS.with_suffix(".md").write_text(markdown(rows))
+        write(rows)
     broken = [row for row in rows if row.broken]
     print(f"{len(rows)} compiled, {len(broken)} break a rule")
     return bool(broken)

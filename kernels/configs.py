@@ -75,13 +75,10 @@ TABLE: dict[tuple[str, int, int], dict[int, Config]] = {
 #: What takes their place in calls with a mask, a bias or dropout: looking at every element takes registers, and the
 #: tiles of a mask and a bias that are loaded ahead take shared memory, twice where a band has loops of its own.
 ELEMENTWISE: dict[tuple[str, int, int], dict[int, Config]] = {
-    ("forward", 2, 64): {80: Config(128, 32, 4, 2), 90: Config(128, 64, 8, 3, tma=True)},
-    ("forward", 2, 128): {
-        80: Config(64, 64, 8, 2),
-        90: Config(128, 64, 8, 2, tma=True),
-        100: Config(128, 128, 8, 2, tma=True),
-    },
+    ("forward", 2, 64): {80: Config(128, 32, 8, 2), 90: Config(128, 64, 8, 3, tma=True)},
+    ("forward", 2, 128): {80: Config(64, 64, 8, 2), 90: Config(128, 64, 8, 2, tma=True)},
     ("forward", 2, 256): {90: Config(64, 32, 8, 2, tma=True)},
+    ("forward", 4, 256): {80: Config(32, 16, 8, 1)},
     ("grad_key_value", 2, 64): {80: Config(32, 32, 4, 2)},
     ("grad_key_value", 2, 128): {80: Config(32, 64, 8, 2), 90: Config(32, 128, 8, 3), 100: Config(64, 128, 8, 2)},
 }

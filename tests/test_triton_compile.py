@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -47,6 +48,32 @@ def test_what_looks_at_every_element_takes_smaller_tiles():
     plain, elementwise = (configs.choose("forward", 2, 128, 90, elementwise) for elementwise in (False, True))
     assert elementwise.block_m * elementwise.block_n < plain.block_m * plain.block_n
     assert configs.choose("grad_query", 2, 128, 90, True) == configs.choose("grad_query", 2, 128, 90)
+
+
+def test_calls_with_everything_are_reported_where_tiles_are_loaded_ahead():
+    jobs = [job for job in compile_report.jobs() if job.call == compile_report.EVERYTHING]
+    found = {(job.kernel, job.element_size, job.head_dim, job.architecture) for job in jobs}
+    assert {("forward", 2, d, a) for d in (64, 128, 256, 512) for a in (80, 90, 100)} <= found
+    assert {(kernel, 2, 128, a) for kernel in ("grad_key_value", "grad_query") for a in (80, 90, 100)} <= found
+    assert all(job.config.num_stages > 1 for job in jobs)
+    for job in jobs:
+        problem = compile_report.problem_of(job)
+        assert problem.attn_mask is not None and problem.bias is not None and problem.key_lengths is not None
+        assert problem.causal and problem.window_left and (problem.dropout_p > 0) == (job.kernel != "decode")
+
+
+def test_unchanged_rows_are_kept(tmp_path, monkeypatch):
+    resources = offline.Resources(255, 0, 0, 4096, 4, {"HMMA": 8}, {"HMMA": 8, "all": 20})
+    job = compile_report.Job("forward", 2, 64, 80, configs.Config(128, 64), "mask")
+    rows = [
+        compile_report.Row(job, resources, ()),
+        compile_report.Row(dataclasses.replace(job, call="bias"), None, ("no",)),
+    ]
+    monkeypatch.setattr(compile_report, "RESULTS", tmp_path / "report")
+    compile_report.write(rows)
+    assert compile_report.last_rows() == {row.job: row for row in rows}
+    monkeypatch.setattr(compile_report.triton, "__version__", "0.0")
+    assert compile_report.last_rows() == {}
 
 
 def test_a_tile_too_large_breaks_the_rules():
