@@ -4,7 +4,6 @@ import functools
 from contextlib import nullcontext
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Config
@@ -17,7 +16,7 @@ SHARED_CACHE = 32 * 2**20
 
 def padded(head_dim: int) -> int:
     """The head dimension inside a kernel: a power of two of at least 16, as tl.dot takes it."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def rows_of(tensor: torch.Tensor | None) -> Rows | None:
