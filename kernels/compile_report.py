@@ -36,8 +36,8 @@ ELEMENTWISE_CALLS = ("mask", "bias", "dropout")
 #: loops over the band's left border, full tiles and right border. It may spill: tiles so small that it does not would
 #: slow the usual calls.
 EVERYTHING = "everything"
-#: (architecture, head dimension) where it comes closest to what there is.
-LARGEST = ((90, 64), (100, 128))
+#: (kernel, architecture, head dimension) where it comes closest to what there is.
+LARGEST = (("forward", 90, 128), ("grad_query", 90, 128))
 DTYPE = {2: torch.bfloat16, 4: torch.float32}
 #: What a launch compiles beside the kernel that its configuration is for.
 HELPERS = ("row_statistics", "split_large_lse", "combine_parts", "mark_nonfinite")
@@ -93,7 +93,7 @@ def loads_ahead(kernel: str, element_size: int, architecture: int, config: Confi
 
 def most_used(job: Job) -> bool:
     if job.call == EVERYTHING:
-        return job.kernel == "forward" and job.element_size == 2 and (job.architecture, job.head_dim) in LARGEST
+        return job.element_size == 2 and (job.kernel, job.architecture, job.head_dim) in LARGEST
     if job.call != "causal":
         return job.call == "mask" and (job.architecture, job.head_dim) == (90, 128)
     return job.element_size == 2 and (

@@ -81,6 +81,8 @@ ELEMENTWISE: dict[tuple[str, int, int], dict[int, Config]] = {
     ("forward", 4, 256): {80: Config(32, 16, 8, 1)},
     ("grad_key_value", 2, 64): {80: Config(32, 32, 4, 2)},
     ("grad_key_value", 2, 128): {80: Config(32, 64, 8, 2), 90: Config(32, 128, 8, 3), 100: Config(64, 128, 8, 2)},
+    ("grad_query", 2, 128): {100: Config(128, 32, 8, 2)},
+    ("grad_query", 2, 256): {100: Config(64, 32, 8, 1)},
 }
 
 #: The same where Triton is newer than 3.6: its compiler keeps other values in registers and would spill.
