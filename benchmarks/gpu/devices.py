@@ -29,6 +29,8 @@ CHECKS = (
 )
 #: What a quick run on a CPU does of them: nothing that compiles for seconds.
 QUICK_ON_CPU = ("module", "public_gradients", "forbidden_column", "autocast")
+#: Calls before a capture: as many as it takes for the captured launch to be a remembered one (kernels/remembered.py).
+WARM_CALLS = 3
 #: These need up to 20 GB of device memory, and hardware: sizes shrink on a CPU.
 WIDE_CHECKS = ("wide_batch_stride", "wide_row_stride", "wide_mask", "wide_bias", "many_heads")
 
@@ -168,7 +170,8 @@ def graph_forward(device: str, backend: str, head_dim: int = 64) -> None:
         warm = torch.cuda.Stream()
         warm.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm):
-            call()
+            for _ in range(WARM_CALLS):
+                call()
         torch.cuda.current_stream().wait_stream(warm)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -204,7 +207,8 @@ def graph_backward(device: str, backend: str, head_dim: int = 64) -> None:
     warm = torch.cuda.Stream()
     warm.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm):
-        call()
+        for _ in range(WARM_CALLS):
+            call()
     torch.cuda.current_stream().wait_stream(warm)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
