@@ -1,8 +1,8 @@
 """What the compiler made of the Hopper kernels, read from the machine code: no GPU needed.
 
 ``python -m fastattn.kernels.hopper.report`` compiles the configurations that are chosen by default, and with
-``--candidates`` all, writes the table to benchmarks/results/ (not with ``--check``), and fails where a chosen one
-breaks a rule of :func:`broken_rules`.
+``--candidates`` the others too, writes the table to benchmarks/results/ (not with ``--check``), and fails where a
+chosen one breaks a rule of :func:`broken_rules`.
 """
 
 import argparse
@@ -168,8 +168,8 @@ def shipped() -> list[tuple[str, int, str, str, object]]:
     ]
 
 
-def candidates() -> list[tuple[str, int, str, str, object]]:
-    """The same for what ``python -m benchmarks.gpu tune`` ranks beside them."""
+def candidates(named_with: str = "") -> list[tuple[str, int, str, str, object]]:
+    """The same for what ``python -m benchmarks.gpu tune`` ranks beside them, if its name has ``named_with`` in it."""
     tables = (("forward", configs.FORWARD_CANDIDATES), ("backward", configs.BACKWARD_CANDIDATES))
     chosen = {(direction, columns, config) for direction, columns, _, _, config in shipped()}
     return [
@@ -177,7 +177,7 @@ def candidates() -> list[tuple[str, int, str, str, object]]:
         for direction, table in tables
         for columns, named in table.items()
         for name, config in named.items()
-        if (direction, columns, config) not in chosen
+        if named_with in name and (direction, columns, config) not in chosen
         for mask in ("none", "causal")
     ]
 
@@ -229,10 +229,16 @@ def document(found: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--candidates", action="store_true", help="also what python -m benchmarks.gpu tune ranks")
+    parser.add_argument(
+        "--candidates",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="also what python -m benchmarks.gpu tune ranks (of it what has NAME in its name)",
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    wanted = shipped() + (candidates() if options.candidates else [])
+    wanted = shipped() + ([] if options.candidates is None else candidates(options.candidates))
     rows = []
     for case in wanted:
         for row in compile_rows(*case):
