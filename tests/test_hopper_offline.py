@@ -42,6 +42,16 @@ def test_a_window_and_key_lengths_in_tiles_filled_with_zeros(direction):
         assert row.loop_instructions["HGMMA"] == (16 if direction == "forward" else 32)
 
 
+def test_candidates_are_found_by_a_part_of_their_name():
+    fused = report.candidates("fused, two writers")
+    assert {name for _, _, _, name, _ in fused} == {
+        "fused, two writers",
+        "fused, two writers, 4 of a head",
+        "fused, two writers, 4 of a head, 4 stages",
+    }
+    assert all(case in report.candidates() for case in fused)
+
+
 def test_rules_can_be_broken():
     """A row that breaks every rule: none of them is empty."""
     (row,) = report.compile_rows("forward", 64, "none", "chosen", report.configs.forward_config(64, False))
