@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 from . import watchdog
+from .bench import GROUPS
 from .families import is_dead
 from .pool import Task
 
@@ -25,8 +26,10 @@ def order_tasks(device: str, backend: str, quick: bool) -> list[Task]:
     """The backward at D = 128: which sweep, and in which order dQ is added, at each length."""
     if device == "cpu":
         return []
-    shapes = [(length, causal) for length in (8192, 1024, 2048, 16384) for causal in ("upper_left", None)]
-    return [task_of("hopper", "backward", 128, causal, length) for length, causal in shapes[: 1 if quick else None]]
+    shapes = [(length, causal, {}) for length in (8192, 1024, 2048, 16384) for causal in ("upper_left", None)]
+    shapes[2:2] = [(8192, "upper_left", GROUPS)]
+    shapes = shapes[: 1 if quick else None]
+    return [task_of("hopper", "backward", 128, causal, length, **changes) for length, causal, changes in shapes]
 
 
 def switch_tasks(device: str, backend: str, quick: bool) -> list[Task]:
@@ -57,9 +60,10 @@ def tasks(device: str, backend: str, quick: bool) -> list[Task]:
 
 def task_of(engine: str, direction: str, head_dim: int, causal: str | None, length: int, **changes) -> Task:
     """A task on one shape; ``changes`` are fields of :class:`contenders.Setup`."""
+    groups = f"_h{changes['heads']}kv{changes['kv_heads']}" if "kv_heads" in changes else ""
     return Task(
         part="tune",
-        key=f"tune/{engine}_{direction}_d{head_dim}_l{length}_{causal or 'full'}",
+        key=f"tune/{engine}_{direction}_d{head_dim}_l{length}_{causal or 'full'}{groups}",
         handler=".tune:run",
         arguments={
             "engine": engine,
