@@ -237,7 +237,7 @@ def check_arguments(
     check_flag("is_causal", is_causal)
     check_flag("enable_gqa", enable_gqa)
     has_heads = True
-    if _is_canonical(query, key, value):
+    if _is_canonical(query, key, value, enable_gqa):
         batch_shape = (query.shape[0],)
     else:
         _check_tensors(query, key, value)
@@ -294,8 +294,8 @@ def _split_causal_bias(
     return materialized(mask, query.device), causal
 
 
-def _is_canonical(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """The common case, decided in little time: 4-D, equal batches and heads, nothing to complain about."""
+def _is_canonical(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """The common case, decided in little time: 4-D, equal batches, heads that fit, nothing to complain about."""
     if type(query) not in PLAIN_TENSORS or type(key) not in PLAIN_TENSORS or type(value) not in PLAIN_TENSORS:
         return False
     if query.is_nested or key.is_nested or value.is_nested:
@@ -309,7 +309,8 @@ def _is_canonical(query: Tensor, key: Tensor, value: Tensor) -> bool:
     dtype, device = query.dtype, query.device
     return (
         batch == key_batch == value_batch
-        and heads == key_heads == value_heads
+        and key_heads == value_heads
+        and (heads == key_heads or key_heads == 1 or (enable_gqa and key_heads > 0 and heads % key_heads == 0))
         and keys == values
         and head_dim == key_dim != 0 != value_dim
         and dtype in SUPPORTED_DTYPES
