@@ -53,8 +53,13 @@ def chosen(kernel: str, problem, config: Config | None) -> Config:
     return choose(kernel, problem.query.element_size(), head_dim, architecture_of(problem.query), elementwise)
 
 
-def forward(problem, out: torch.Tensor, lse: torch.Tensor, config: Config | None = None) -> None:
-    """Write out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]; an explicit configuration is for measuring."""
+def forward(
+    problem, out: torch.Tensor, lse: torch.Tensor, config: Config | None = None, call: Call | None = None
+) -> None:
+    """Write out [B, Hq, Lq, Dv] and lse [B, Hq, Lq]; an explicit configuration is for measuring.
+
+    ``call`` is what is remembered of calls alike, where the caller has it already; they have no ``config``.
+    """
     batch, heads, Lq = lse.shape
     if not lse.numel():
         return
@@ -62,7 +67,7 @@ def forward(problem, out: torch.Tensor, lse: torch.Tensor, config: Config | None
         out.zero_()
         lse.fill_(-math.inf)
         return
-    call = remembered(forward, problem, (out, lse), config)
+    call = call or remembered(forward, problem, (out, lse), config)
     if config is None and call.once("splits_keys", splits_keys, problem):
         return _decode(call, problem, out, lse, call.once("splits", decode_splits, problem), None)
     with on_device(out):
@@ -206,8 +211,9 @@ def backward(
     key_value_config: Config | None = None,
     query_config: Config | None = None,
     bias_config: Config | None = None,
+    call: Call | None = None,
 ) -> None:
-    """Write the gradients that are asked for; explicit configurations are for measuring."""
+    """Write the gradients that are asked for; explicit configurations are for measuring, ``call`` as in forward."""
     batch, heads, Lq = lse.shape
     key_heads, Lk = problem.key.shape[1:3]
     if not lse.numel() or not Lk:
@@ -216,7 +222,7 @@ def backward(
                 gradient.zero_()
         return
     given = (out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, grad_bias)
-    call = remembered(backward, problem, given, key_value_config, query_config, bias_config)
+    call = call or remembered(backward, problem, given, key_value_config, query_config, bias_config)
     log2_lse, delta = statistics(call, out, lse, grad_out, grad_lse)
     rescale = None
     if problem.bias is not None or problem.query.element_size() == 4:

@@ -13,7 +13,7 @@ otherwise than the first, and always with FASTATTN_REMEMBERED_LAUNCHES=0, which 
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Literal
 
 import triton
@@ -139,10 +139,10 @@ class Call:
 
     def __init__(self, remembers: bool):
         self.remembers = remembers
-        self.worked_out: dict[str, object] = {}
+        self.worked_out: dict[Hashable, object] = {}
         self.launches: dict[int, Launch | Literal[False]] = {}
 
-    def once(self, name: str, work: Callable, *arguments):
+    def once(self, name: Hashable, work: Callable, *arguments):
         """``work(*arguments)``, of the first of the calls alike. It holds no tensor."""
         if name not in self.worked_out:
             self.worked_out[name] = work(*arguments)

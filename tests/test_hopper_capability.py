@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton")
 
 from fastattn import dispatch  # noqa: E402
 from fastattn.backends import triton as backend  # noqa: E402
-from fastattn.kernels import hopper, launch  # noqa: E402
+from fastattn.kernels import hopper, launch, remembered  # noqa: E402
 from fastattn.kernels.hopper import capability, configs  # noqa: E402
 from fastattn.kernels.hopper import launch as hopper_launch  # noqa: E402
 from fastattn.kernels.hopper.launch_backward import chosen_config  # noqa: E402
@@ -38,11 +38,13 @@ def device(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: device_capability)
         monkeypatch.setattr(triton, "__version__", version)
         capability._device_reason.cache_clear()
+        remembered.forget()  # a device keeps its capability
 
     monkeypatch.delenv("FASTATTN_HOPPER", raising=False)
     monkeypatch.setattr(backend, "unavailable", lambda: None)
     backend.device_reason.cache_clear()
     yield install
+    remembered.forget()
     capability._device_reason.cache_clear()
     backend.device_reason.cache_clear()
 
@@ -232,3 +234,97 @@ def test_a_descriptor_has_the_columns_of_a_tile_and_the_sizes_of_its_tensor():
     made = hopper_launch.tile_descriptor(tensor, 64)
     assert made.base is tensor and made.shape == [1, 2, 24, 72] and made.block_shape == [1, 1, 64, 128]
     assert made.strides == [72, 24 * 72, 72, 1]  # of a dimension of size 1, any that is legal
+
+
+def alike(problem, **changes):
+    """The problem in other memory, with other fields."""
+    tensors = {name: getattr(problem, name).clone() for name in ("query", "key", "value")}
+    return on_device(problem._replace(**(tensors | changes)))
+
+
+def test_what_kernels_run_is_asked_once_of_calls_alike(device, ran, monkeypatch):
+    device((9, 0))
+    problem, asked, reasons = make_case(D=128), [], hopper.reasons
+    monkeypatch.setattr(hopper, "reasons", lambda problem: asked.append(problem) or reasons(problem))
+    for _ in range(3):
+        run(alike(problem))
+    assert ran == ["hopper"] * 6
+    assert len(asked) == 2  # the forward and the backward
+
+
+def misaligned(tensor):
+    moved = tensor.new_empty(tensor.numel() + 4)[4:].view(tensor.shape)
+    assert moved.data_ptr() % 16 == 8
+    return moved
+
+
+def padded_rows(tensor):
+    return tensor.new_empty(*tensor.shape[:3], tensor.shape[3] + 4)[..., :-4]
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("change", [misaligned, padded_rows, lambda tensor: tensor.mT.contiguous().mT])
+def test_what_ran_for_one_call_does_not_for_one_of_other_addresses_or_strides(device, ran, name, change):
+    device((9, 0))
+    problem = make_case(D=128)
+    run(alike(problem))
+    run(alike(problem, **{name: change(getattr(problem, name))}))
+    run(alike(problem))
+    assert ran == ["hopper"] * 2 + ["plain"] * 2 + ["hopper"] * 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {name: torch.zeros(1, 2, 160, 128) for name in ("query", "key", "value")},  # float32
+        {name: torch.zeros(1, 2, 160, 32, dtype=torch.bfloat16) for name in ("query", "key", "value")},
+        {"attn_mask": torch.ones(1, 2, 160, 160, dtype=torch.bool)},
+        {"bias": torch.zeros(1, 2, 160, 160)},
+        {"dropout_p": 0.5},
+        {"scale": -1.0},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_what_ran_for_one_call_does_not_for_one_of_another_kind(device, ran, changes):
+    device((9, 0))
+    problem = make_case(B=1, H=2, Lq=160, Lk=160, D=128)
+    run(alike(problem))
+    tensors = {name: value.as_subclass(OnDevice) for name, value in changes.items() if isinstance(value, torch.Tensor)}
+    run(alike(problem, **(changes | tensors)))
+    run(alike(problem))
+    assert ran == ["hopper"] * 2 + ["plain"] * 2 + ["hopper"] * 2
+
+
+def test_the_environment_and_the_version_of_triton_decide_anew_each_time(device, ran, monkeypatch):
+    device((9, 0), "3.6.0")
+    problem = make_case(D=128)
+    for value in ("1", "0", "1", None, "0"):
+        if value is None:
+            monkeypatch.delenv("FASTATTN_HOPPER")
+        else:
+            monkeypatch.setenv("FASTATTN_HOPPER", value)
+        run(alike(problem))
+    monkeypatch.delenv("FASTATTN_HOPPER")
+    for version in ("3.5.1", "3.6.0"):
+        monkeypatch.setattr(triton, "__version__", version)
+        run(alike(problem))
+    assert ran[::2] == ran[1::2] == ["hopper", "plain", "hopper", "hopper", "plain", "plain", "hopper"]
+
+
+def test_the_order_of_dq_is_that_of_the_call(device, monkeypatch):
+    """Whether its parts may be added in any order, which may change between calls alike."""
+    device((9, 0))
+    found = []
+    monkeypatch.setattr(
+        hopper.launch_backward, "backward", lambda *arguments: found.append(arguments[-1].once("seen", len, found))
+    )
+    problem = make_case(D=128)
+    for value in ("0", "1", "0", "1"):
+        monkeypatch.setenv("FASTATTN_HOPPER_UNORDERED", value)
+        backend.backward(alike(problem), *[None] * 8)
+    torch.use_deterministic_algorithms(True)
+    try:
+        backend.backward(alike(problem), *[None] * 8)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == [0, 1, 0, 1, 4]

@@ -5,7 +5,10 @@ With ``TRITON_INTERPRET=1`` set before Triton is imported it takes CPU tensors, 
 
 from __future__ import annotations
 
+import importlib
+import os
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -78,12 +81,16 @@ def reasons(problem: Problem) -> list[str]:
     return why
 
 
+@cache
+def _module(name: str) -> ModuleType:
+    """A module that needs Triton, imported when it is first wanted: an import statement takes 1 us each time."""
+    return importlib.import_module(name)
+
+
 def hopper_reasons(problem: Problem, direction: str) -> list[str]:
     """Why the plain kernels run the problem's "forward" or "backward", not the Hopper ones; empty if these do."""
-    from fastattn.kernels import hopper, launch
-
-    why = hopper.reasons(problem)
-    if direction == "forward" and launch.splits_keys(problem):
+    why = _module("fastattn.kernels.hopper").reasons(problem)
+    if direction == "forward" and _module("fastattn.kernels.launch").splits_keys(problem):
         why = [*why, "so few queries split their keys over programs"]
     return why
 
@@ -99,12 +106,20 @@ def notes(problem: Problem) -> list[str]:
     return found
 
 
+def _is_for_hopper(problem: Problem, direction: str, call) -> bool:
+    """Whether :func:`hopper_reasons` has none, asked once of calls alike (kernels/remembered.py).
+
+    The environment and a version of Triton may change from one to the next.
+    """
+    chosen_by = direction, os.environ.get("FASTATTN_HOPPER"), _module("triton").__version__
+    return not call.once(chosen_by, hopper_reasons, problem, direction)
+
+
 def forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
-    if hopper_reasons(problem, "forward"):
-        from fastattn.kernels.launch import forward as launch
-    else:
-        from fastattn.kernels.hopper.launch import forward as launch
-    launch(problem, out, lse)
+    call = _module("fastattn.kernels.remembered").remembered(forward, problem, (out, lse))
+    is_for_hopper = _is_for_hopper(problem, "forward", call)
+    launch = _module("fastattn.kernels.hopper.launch" if is_for_hopper else "fastattn.kernels.launch")
+    launch.forward(problem, out, lse, None, call)
 
 
 def backward(
@@ -119,17 +134,13 @@ def backward(
     grad_bias: Tensor | None,
 ) -> None:
     common = (problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value)
-    if grad_bias is None and not hopper_reasons(problem, "backward"):
-        from fastattn.kernels.hopper.launch_backward import backward as launch
-
-        launch(*common)
+    tensors, orders = (*common[1:], grad_bias), _module("fastattn.kernels.hopper.capability").orders()
+    call = _module("fastattn.kernels.remembered").remembered(backward, problem, tensors, *orders)
+    if grad_bias is None and _is_for_hopper(problem, "backward", call):
+        _module("fastattn.kernels.hopper.launch_backward").backward(*common, None, call)
     else:
-        from fastattn.kernels.launch import backward as launch
-
-        launch(*common, grad_bias)
+        _module("fastattn.kernels.launch").backward(*common, grad_bias, None, None, None, call)
 
 
 def weights(problem: Problem, lse: Tensor, out: Tensor, average: bool) -> None:
-    from fastattn.kernels import launch
-
-    launch.weights(problem, lse, out, average)
+    _module("fastattn.kernels.launch").weights(problem, lse, out, average)

@@ -108,6 +108,11 @@ def problem_reasons(problem) -> list[str]:
     return found
 
 
+def orders() -> tuple[bool, str | None]:
+    """What decides, beside the call, in which order parts of dQ may be added."""
+    return torch.are_deterministic_algorithms_enabled(), os.environ.get("FASTATTN_HOPPER_UNORDERED")
+
+
 def reasons(problem) -> list[str]:
     """Why the Hopper kernels cannot take a problem; [] means that they can.
 

@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..arguments import on_device
-from ..remembered import remembered
+from ..remembered import Call, remembered
 from .capability import tma_reason
 from .configs import ForwardConfig, forward_config, tile_columns
 from .forward import attention_forward
@@ -77,12 +77,13 @@ def forward_numbers(problem, out: torch.Tensor, config) -> tuple[ForwardConfig, 
     return config, plan, seen, tma_reason("output", out) is None
 
 
-def forward(problem, out: torch.Tensor, lse: torch.Tensor, config=None) -> None:
+def forward(problem, out: torch.Tensor, lse: torch.Tensor, config=None, call: Call | None = None) -> None:
     """Launch the forward kernel on the current stream; see kernels/hopper/__init__.py.
 
-    Writes out [B, Hq, Lq, D] and lse [B, Hq, Lq] (fp32, natural logarithm).
+    Writes out [B, Hq, Lq, D] and lse [B, Hq, Lq] (fp32, natural logarithm). ``call`` is what is remembered of calls
+    alike, where the caller has it already; they have no ``config``.
     """
-    call = remembered(forward, problem, (out, lse), config)
+    call = call or remembered(forward, problem, (out, lse), config)
     numbers = call.once("numbers", forward_numbers, problem, out, config)
     if numbers is None:
         out.zero_()

@@ -12,7 +12,7 @@ from .backward_fused import gradients
 from .backward_keys import gradients_of_keys
 from .backward_keys_wide import gradients_of_wide_keys
 from .backward_queries import gradients_of_queries
-from .capability import tma_reason
+from .capability import orders, tma_reason
 from .configs import BackwardConfig, backward_config, keys_of_program, tile_columns
 from .launch import compiler_options, multiprocessors, stand_in, tile_descriptor, tile_layout
 from .plan import Band, band_of, fused_is_faster, fused_plan, keys_plan, queries_plan, seen_keys, without_unseen
@@ -167,14 +167,16 @@ def backward_numbers(problem, grad_out, config) -> tuple[Band, BackwardConfig, s
     return band, config, seen, tma_reason("grad_out", grad_out) is None
 
 
-def backward(problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, config=None) -> None:
+def backward(
+    problem, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value, config=None, call: Call | None = None
+) -> None:
     """Launch the backward kernels on the current stream; see kernels/hopper/__init__.py.
 
-    Gradients given as None are not computed (dK and dV come from one kernel: asked for one, it makes both).
+    Gradients given as None are not computed (dK and dV come from one kernel: asked for one, it makes both). ``call``
+    is what is remembered of calls alike, with the same :func:`orders`, where the caller has it already.
     """
     tensors = (out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value)
-    order = torch.are_deterministic_algorithms_enabled(), os.environ.get("FASTATTN_HOPPER_UNORDERED")
-    call = remembered(backward, problem, tensors, config, *order)
+    call = call or remembered(backward, problem, tensors, config, *orders())
     numbers = call.once("numbers", backward_numbers, problem, grad_out, config)
     if numbers is None:
         for gradient in (grad_query, grad_key, grad_value):
