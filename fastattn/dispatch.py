@@ -104,6 +104,13 @@ def select_plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
     return RecordingEngine(engine) if profiler._is_profiler_enabled else engine
 
 
+def select_plain_on_gpu(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> ModuleType | None:
+    """The same for the tensors of a GPU."""
+    engine = load("triton")
+    takes = getattr(engine, "takes_as_they_are", None)
+    return _watched(engine) if takes is not None and takes(query, key, value, enable_gqa) else None
+
+
 def _watched(engine: ModuleType) -> ModuleType | RecordingEngine:
     """The engine, with rows in the profile of a profiler that runs."""
     return RecordingEngine(engine) if profiler._is_profiler_enabled else engine

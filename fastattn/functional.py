@@ -73,8 +73,10 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what would be right.
     """
-    if causal is None and window is None and return_lse is False and backend == "auto":
-        out = plain.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths)
+    if causal is None and window is None and return_lse is False and backend in ("auto", "triton"):
+        out = plain.attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths, backend
+        )
         if out is not None:
             return out
     if has_rules(query, key, value, attn_mask, key_lengths):

@@ -29,11 +29,13 @@ def attention(
     scale: float | None,
     enable_gqa: bool,
     key_lengths: Tensor | list[int] | None,
+    backend: str = "auto",
 ) -> Tensor | None:
     """out [B, Hq, Lq, Dv] of a plain call, differentiable; None if the call is not one.
 
     A plain call has no dropout and no mask that needs a gradient, is eager, outside autocast, and on tensors that
-    fit one another without a change. All others, those with wrong arguments included, have to go the general way.
+    fit one another without a change; ``backend`` is "auto" or "triton". On a GPU it has no mask at all and needs no
+    gradient. All others, those with wrong arguments included, have to go the general way.
 
     Raises TypeError or ValueError for ``key_lengths`` that are wrong, as the general way does.
     """
@@ -41,9 +43,10 @@ def attention(
         return None
     if type(is_causal) is not bool or type(enable_gqa) is not bool:
         return None
-    engine = dispatch.select_plain(query, key, value, enable_gqa)
+    engine = dispatch.select_plain(query, key, value, enable_gqa) if backend == "auto" else None
     if engine is None:
-        return None
+        is_alone = attn_mask is None and key_lengths is None
+        return _attention_on_gpu(query, key, value, is_causal, scale, enable_gqa) if is_alone else None
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[3])
     elif type(scale) is not float or not math.isfinite(scale):
@@ -61,6 +64,24 @@ def attention(
         return _differentiable(engine, query, key, value, attn_mask, problem)
     out = empty_result(query, value.shape[3])
     engine.forward(problem, out, None)
+    return out
+
+
+def _attention_on_gpu(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor | None:
+    """The same of a plain call without a mask, on tensors of a GPU; None where a gradient is wanted."""
+    engine = dispatch.select_plain_on_gpu(query, key, value, enable_gqa)
+    if engine is None:
+        return None
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return None
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[3])
+    elif type(scale) is not float or not math.isfinite(scale):
+        return None
+    out = empty_result(query, value.shape[3])
+    engine.forward(Problem(query, key, value, scale, "upper_left" if is_causal else None), out, empty_lse(query))
     return out
 
 

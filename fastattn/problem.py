@@ -237,7 +237,7 @@ def check_arguments(
     check_flag("is_causal", is_causal)
     check_flag("enable_gqa", enable_gqa)
     has_heads = True
-    if _is_canonical(query, key, value, enable_gqa):
+    if is_canonical(query, key, value, enable_gqa):
         batch_shape = (query.shape[0],)
     else:
         _check_tensors(query, key, value)
@@ -294,7 +294,7 @@ def _split_causal_bias(
     return materialized(mask, query.device), causal
 
 
-def _is_canonical(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+def is_canonical(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """The common case, decided in little time: 4-D, equal batches, heads that fit, nothing to complain about."""
     if type(query) not in PLAIN_TENSORS or type(key) not in PLAIN_TENSORS or type(value) not in PLAIN_TENSORS:
         return False

@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastattn.problem import Problem
+from fastattn.eager import is_ordinary
+from fastattn.problem import Problem, is_canonical
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 512
@@ -79,6 +80,24 @@ def reasons(problem: Problem) -> list[str]:
     if max(query.shape[2], problem.key.shape[2]) >= 2**30:
         why.append("a sequence is longer than 2^30")
     return why
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    return getattr(tensor, "is_cuda", False) is True  # a proxy's is neither true nor false
+
+
+def takes_as_they_are(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool:
+    """Can the kernels compute a call of these alone, as they are given? False in any doubt."""
+    return (
+        is_on_gpu(query)
+        and is_canonical(query, key, value, grouped)
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and is_ordinary(query)
+        and is_ordinary(key)
+        and is_ordinary(value)
+        and unavailable() is None
+        and not reasons(Problem(query, key, value, 1.0))
+    )
 
 
 @cache
