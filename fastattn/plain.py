@@ -71,10 +71,11 @@ def _attention_on_gpu(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Tensor | None:
     """The same of a plain call without a mask, on tensors of a GPU; None where a gradient is wanted."""
+    # First, as training should not pay for the rest; these may still be anything.
+    if torch.is_grad_enabled() and any(getattr(x, "requires_grad", True) is not False for x in (query, key, value)):
+        return None
     engine = dispatch.select_plain_on_gpu(query, key, value, enable_gqa)
     if engine is None:
-        return None
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[3])
