@@ -69,6 +69,7 @@ def run_parts(parts: tuple[str, ...], seconds_scale: float, select: str, progres
 def _lines_of(command: list[str]) -> Iterator[str]:
     """The process's output as it comes. The process does not outlive this generator."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # it is alone, also where one of many test processes starts it
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
