@@ -60,7 +60,9 @@ def tasks(device: str, backend: str, quick: bool) -> list[Task]:
 
 def task_of(engine: str, direction: str, head_dim: int, causal: str | None, length: int, **changes) -> Task:
     """A task on one shape; ``changes`` are fields of :class:`contenders.Setup`."""
-    groups = f"_h{changes['heads']}kv{changes['kv_heads']}" if "kv_heads" in changes else ""
+    setup = setup_of(head_dim, causal, length, **changes)
+    heads, kv_heads = setup["heads"], setup["kv_heads"]
+    groups = f"_h{heads}kv{kv_heads}" if heads != kv_heads else ""
     return Task(
         part="tune",
         key=f"tune/{engine}_{direction}_d{head_dim}_l{length}_{causal or 'full'}{groups}",
@@ -68,7 +70,7 @@ def task_of(engine: str, direction: str, head_dim: int, causal: str | None, leng
         arguments={
             "engine": engine,
             "direction": direction,
-            "setup": setup_of(head_dim, causal, length, **changes),
+            "setup": setup,
         },
         timeout=VERIFY_SECONDS,
         estimate=3.0,
