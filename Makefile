@@ -70,10 +70,9 @@ gpu-compile-report: $(VENV)/installed.stamp
 # GPU_PYTHON: of the same version, and with the same Triton, as on the machine with the GPU. What the cache has already is
 # not compiled again.
 GPU_PYTHON ?= $(RUN)
-GPU_CACHE  ?= /tmp/fastattn-triton-cache
 
 gpu-cache: $(VENV)/installed.stamp
-	$(GPU_PYTHON) -m benchmarks.gpu.cache --out $(GPU_CACHE) --pack build/gpu-cache.tar.xz
+	$(GPU_PYTHON) -m benchmarks.gpu.cache --pack build/gpu-cache.tar.xz
 
 # An environment over the first one: what it lacks it finds there.
 $(NEWEST)/base.stamp: $(VENV)/installed.stamp

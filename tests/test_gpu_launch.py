@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
-if triton.__version__.split(".")[:2] != ["3", "6"]:
-    pytest.skip("the stand-in for the driver is that of Triton 3.6", allow_module_level=True)
-if not shutil.which(os.environ.get("CC", "gcc")):
-    pytest.skip("Triton's launchers need a C compiler", allow_module_level=True)
+from tests import stub_device
+
+triton = stub_device.needed()
 
 from benchmarks.gpu import cache, stub  # noqa: E402
 from tests.gpu_launches import BROKEN_LAUNCHES, BROKEN_MAPS, CHECKS  # noqa: E402

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-if triton.__version__.split(".")[:2] != ["3", "6"]:
-    pytest.skip("the stand-in for the driver is that of Triton 3.6", allow_module_level=True)
-if not shutil.which(os.environ.get("CC", "gcc")):
-    pytest.skip("Triton's launchers need a C compiler", allow_module_level=True)
+from tests import stub_device
+
+triton = stub_device.needed()
 
 from benchmarks.gpu import stub  # noqa: E402
 from fastattn.kernels import remembered  # noqa: E402

@@ -31,7 +31,7 @@ from . import launches, stub
 from .environment import use_checkout
 from .pool import Task
 
-FOLDER = Path("/tmp/fastattn-triton-cache")
+FOLDER = Path(tempfile.gettempdir()) / "fastattn-triton-cache"
 #: What Triton reads back of a kernel or a launcher; what is left out are the steps of the compilation.
 KEPT = (".cubin", ".json", ".so")
 GROUP = "__grp__"

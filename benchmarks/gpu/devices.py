@@ -145,6 +145,22 @@ def side_stream_d128(device: str, backend: str) -> None:
     side_stream(device, backend, head_dim=128)
 
 
+def _captured(call):
+    """(graph, results) of a call that has run before, on another stream."""
+    import torch
+
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        for _ in range(WARM_CALLS):
+            call()
+    torch.cuda.current_stream().wait_stream(warm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
 def graph_forward(device: str, backend: str, head_dim: int = 64) -> None:
     """A captured call, replayed on new data; masks, lengths, dropout and decode included."""
     import torch
@@ -167,15 +183,7 @@ def graph_forward(device: str, backend: str, head_dim: int = 64) -> None:
         def call(query=query, key=key, value=value, arguments=arguments):
             return fastattn.scaled_dot_product_attention(query, key, value, backend=backend, **arguments)
 
-        warm = torch.cuda.Stream()
-        warm.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm):
-            for _ in range(WARM_CALLS):
-                call()
-        torch.cuda.current_stream().wait_stream(warm)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = call()
+        graph, out = _captured(call)
         query.copy_(_tensors(device, *query.shape, count=1, seed=2)[0])
         graph.replay()
         torch.cuda.synchronize()
@@ -204,15 +212,7 @@ def graph_backward(device: str, backend: str, head_dim: int = 64) -> None:
     def call():
         return torch.autograd.grad(attend(*inputs), inputs, grad_out)
 
-    warm = torch.cuda.Stream()
-    warm.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm):
-        for _ in range(WARM_CALLS):
-            call()
-    torch.cuda.current_stream().wait_stream(warm)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
+    graph, results = _captured(call)
     for seed in (6, 7):
         grad_out.copy_(_tensors(device, *grad_out.shape, count=1, seed=seed)[0])
         graph.replay()
