@@ -28,16 +28,10 @@ INLINE Shift<S> shift_of(S lse) {
   return {0, lse == -Limits<S>::infinity ? 0 : static_cast<S>(-lse * log2_e)};
 }
 
-// Whether rounding this lse, and scores of its size, costs the results more than their own sums do: some 16
-// units of fp32 or fp64, a sixteenth of a unit of fp16 and less of bf16's. Their dtype is R.
-template <class S, class R>
-INLINE bool is_large_lse(S lse) {
-  constexpr S limit = sizeof(R) == 2 ? 1024 : 16;
-  return (lse > limit || lse < -limit) && lse - lse == 0;
-}
-
-// The shifts of the queries whose lse is large beside results of R.
-template <class V, class T, class R = T>
+// The shifts of the queries whose lse is large: where rounding it, and scores of its size, costs the results
+// more than their own sums do. That is some 16 units of fp32 or fp64, a sixteenth of a unit of fp16 and less
+// of bf16's.
+template <class V, class T>
 class LargeShifts {
   using S = typename V::scalar;
   using E = typename V::element;
@@ -46,16 +40,21 @@ class LargeShifts {
   static constexpr bool in_place = sizeof(T) == sizeof(E) && depth == 1;
 
  public:
-  LargeShifts(const Problem& problem, const ForwardScores<V>& scores, const void* lse)
+  // `has_16_bit_results`: all that comes of the weights is rounded to 16 bits.
+  LargeShifts(const Problem& problem, const ForwardScores<V>& scores, const void* lse,
+              bool has_16_bit_results)
       : problem_(problem),
         scores_(scores),
         lse_(static_cast<const S*>(lse)),
+        limit_(has_16_bit_results ? 1024 : 16),
         count_(problem.batch * problem.query_heads * problem.queries),
         wanted_(any_large({0, count_})),
         memory_(wanted_ ? sizeof(Shift<S>) * count_ : 0) {}
 
-  // [B][Hq][Lq], of the queries whose lse is large and nothing for the others; null where none is.
-  const Shift<S>* data() const { return wanted_ ? static_cast<Shift<S>*>(memory_.data()) : nullptr; }
+  bool any() const { return wanted_; }
+  bool is_large(S lse) const { return (lse > limit_ || lse < -limit_) && lse - lse == 0; }
+  // The shift of a query of [B][Hq][Lq].
+  Shift<S> of(long query) const { return is_large(lse_[query]) ? data()[query] : shift_of(lse_[query]); }
 
   void compute(int threads) const {
     if (!wanted_) return;
@@ -69,6 +68,9 @@ class LargeShifts {
   }
 
  private:
+  // [B][Hq][Lq], of the queries whose lse is large and nothing for the others.
+  Shift<S>* data() const { return static_cast<Shift<S>*>(memory_.data()); }
+
   struct Workspace {
     Workspace(const Problem& p, void* base) {
       ScratchLayout layout(base);
@@ -88,7 +90,7 @@ class LargeShifts {
 
   bool any_large(Range rows) const {
     bool any = false;
-    for (long i = rows.begin; i < rows.end; i++) any |= is_large_lse<S, R>(lse_[i]);
+    for (long i = rows.begin; i < rows.end; i++) any |= is_large(lse_[i]);
     return any;
   }
 
@@ -107,10 +109,9 @@ class LargeShifts {
       add_block(band, {b, h, queries, {k, min(keys.end, k + block_keys)}}, work, largest, sum);
     for (long q = queries.begin; q < queries.end; q++) {
       const long lane = q - queries.begin;
-      if (is_large_lse<S, R>(lse_[offset + q]))
-        static_cast<Shift<S>*>(memory_.data())[offset + q] = {
-            problem_.bias.data ? largest[lane] : largest[lane] * scores_.units.multiplier,
-            -static_cast<S>(__builtin_log2(sum[lane]))};
+      if (is_large(lse_[offset + q]))
+        data()[offset + q] = {problem_.bias.data ? largest[lane] : largest[lane] * scores_.units.multiplier,
+                              -static_cast<S>(__builtin_log2(sum[lane]))};
     }
   }
 
@@ -126,7 +127,6 @@ class LargeShifts {
     const int columns = static_cast<int>(ceil_div(tile.queries.size(), V::lanes));
     scores_.multiply(columns, rows, keys_of(tile, work), work.query, elements, work.products);
 
-    constexpr int degree = depth == 2 ? 3 : 5;
     const auto multiplier = V::set1(scores_.units.multiplier), factor = V::set1(scores_.units.factor);
     const auto none = V::set1(-Limits<S>::infinity);
     for (long q = 0; q < columns * V::lanes; q += V::lanes) {
@@ -148,7 +148,7 @@ class LargeShifts {
       const auto reference = V::select(V::greater(V::set1(Limits<S>::lowest), now), V::zero(), now);
       auto total = V::mul(V::load(sum + q), V::exp2(V::mul(V::sub(old, reference), factor)));
       for (long k = 0; k < rows; k++)
-        total = V::add(total, V::template exp2<degree>(V::mul(V::sub(score(k), reference), factor)));
+        total = V::add(total, V::template exp2<5>(V::mul(V::sub(score(k), reference), factor)));
       V::store(largest + q, now);
       V::store(sum + q, total);
     }
@@ -174,6 +174,7 @@ class LargeShifts {
   const Problem& problem_;
   const ForwardScores<V>& scores_;
   const S* const lse_;
+  const S limit_;
   const long count_;
   const bool wanted_;
   const AlignedBuffer memory_;

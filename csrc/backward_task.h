@@ -34,8 +34,7 @@ class BackwardTask {
   static constexpr long panels = block_queries / width;
 
  public:
-  // `shifts` [B][Hq][Lq] are those of LargeShifts, or null where no lse is large.
-  BackwardTask(const Plan& plan, const Shift<S>* shifts, S* partial, void* scratch)
+  BackwardTask(const Plan& plan, const LargeShifts<V, T>& shifts, S* partial, void* scratch)
       : plan_(plan),
         problem_(plan.problem),
         args_(plan.args),
@@ -283,7 +282,7 @@ class BackwardTask {
     const S* grad_lse = args_.grad_lse ? static_cast<const S*>(args_.grad_lse) + offset : nullptr;
     apart_.clear();
     for (long q = first; q < queries.end; q++) {
-      const Shift<S> shift = shifts_ && is_large_lse<S, T>(lse[q]) ? shifts_[offset + q] : shift_of(lse[q]);
+      const Shift<S> shift = shifts_.of(offset + q);
       work_.reference[q - first] = shift.reference;
       work_.shift[q - first] = shift.rest;
       S product = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim);
@@ -481,7 +480,7 @@ class BackwardTask {
               plan_.product_factor, {scores.row(swept) + q, scores.stride});
         });
       };
-      if (shifts_)
+      if (shifts_.any())
         product(std::true_type());
       else
         product(std::false_type());
@@ -686,7 +685,7 @@ class BackwardTask {
   const Plan& plan_;
   const Problem& problem_;
   const BackwardArgs& args_;
-  const Shift<S>* const shifts_;
+  const LargeShifts<V, T>& shifts_;
   S* const partial_;
   BackwardWorkspace<V> work_;
   const Item* share_ = nullptr;

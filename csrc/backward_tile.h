@@ -62,7 +62,8 @@ void weights_of(Block<typename V::scalar> scores, long keys, const typename V::s
                 const typename V::scalar* shift, const ForwardScores<V>& units,
                 const typename V::scalar* bias, const uint8_t* allowed) {
   using S = typename V::scalar;
-  constexpr int degree = V::depth == 2 ? 3 : 5;
+  // A bias may have a gradient of its own dtype, which is more precise than the others.
+  constexpr int degree = V::depth == 2 && !has_bias ? 3 : 5;
   constexpr long width = panel_width<V>;
   for (long k = 0; k < keys; k++) {
     UNROLL for (long q = 0; q < width; q += V::lanes) {

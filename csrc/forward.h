@@ -70,7 +70,7 @@ class Forward {
   using S = typename V::scalar;
   using E = typename V::element;
   using vector = typename V::vector;
-  static constexpr int degree = Arithmetic<T>::degree, depth = V::depth;
+  static constexpr int depth = V::depth;
   static constexpr int columns = V::tile_vectors, width = V::lanes * columns;
   // P^T of a block takes 32 KiB, from which the second product reads it again and again.
   static constexpr long wide_cache = 48 * 1024, weight_bytes = 32 * 1024;
@@ -433,6 +433,16 @@ class Forward {
     }
   }
 
+  // Calls run(std::integral_constant<int, degree>()), of the exponentials. Beside 16-bit inputs the gradient
+  // of a float32 bias is the more precise one, and starts from the lse.
+  template <class F>
+  INLINE auto with_degree(F run) const {
+    if constexpr (sizeof(T) == 2)
+      if (problem_.bias.data && problem_.bias_dtype != problem_.dtype)
+        return run(std::integral_constant<int, Arithmetic<float>::degree>());
+    return run(std::integral_constant<int, Arithmetic<T>::degree>());
+  }
+
   // P^T and its sums in one sweep; false, with P^T of no use, if that needs more care: too few keys, or
   // scores far from the reference or not finite.
   bool sweep(Workspace& work, Panel& panel, const KeyBlock<V>& keys, long rows, const ScoreRules<V>& rules,
@@ -445,8 +455,8 @@ class Forward {
           V::store(whole + j, nearest_integer<V>(V::load(panel.reference + j)));
         move_reference(panel, whole);
       }
-      const auto run = [&](auto has_extras) {
-        WeightSweep<V, degree, decltype(has_extras)::value> sweep(
+      const auto run = [&](auto degree, auto has_extras) {
+        WeightSweep<V, decltype(degree)::value, decltype(has_extras)::value> sweep(
             reinterpret_cast<E*>(work.products), rules.units.factor, sum,
             {rules.bias, rules.seen, rules.units.multiplier}, work.ahead);
         const DepthContiguous<E> key{keys.key, keys.key_stride};
@@ -459,7 +469,9 @@ class Forward {
         return sweep.run(rows, key, panel.query, key_depth_, panel.reference, panel.ready);
       };
       const bool extras = rules.bias || rules.seen;
-      if (!(extras ? run(std::true_type()) : run(std::false_type()))) return false;
+      const bool done = extras ? with_degree([&](auto degree) { return run(degree, std::true_type()); })
+                               : run(std::integral_constant<int, Arithmetic<T>::degree>(), std::false_type());
+      if (!done) return false;
       panel.begun = panel.ready = true;
       // A reference that was taken from keys out of sight, of this block or one before, can also be too high.
       const bool chosen_blindly = extras || stairs || problem_.mask.data;
@@ -511,9 +523,11 @@ class Forward {
       // A query that has seen nothing yet keeps -inf; its weights are 0 against any finite reference.
       const auto unset = V::greater(V::set1(Limits<S>::lowest), reference);
       vector total[depth] = {};
-      exponentiate<V, degree>(block.column(j), block.rows(j), block.factor,
-                              V::select(unset, V::zero(), reference), block.kept ? block.kept + j : nullptr,
-                              total);
+      with_degree([&](auto degree) {
+        exponentiate<V, decltype(degree)::value>(block.column(j), block.rows(j), block.factor,
+                                                 V::select(unset, V::zero(), reference),
+                                                 block.kept ? block.kept + j : nullptr, total);
+      });
       for (int i = 0; i < depth; i++) V::store(sum + i * width + j * V::lanes, total[i]);
     }
     return !sums_overflow(sum, panel.columns);

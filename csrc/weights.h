@@ -22,7 +22,7 @@ class Weights {
       : problem_(problem),
         output_(output),
         scores_(problem),
-        shifts_(problem, scores_, output.lse),
+        shifts_(problem, scores_, output.lse, false),
         panels_(ceil_div(problem.queries, width)),
         key_blocks_(ceil_div(problem.keys, block_keys)) {}
 
@@ -145,13 +145,12 @@ class Weights {
     const long i =
         (tile.batch * problem_.query_heads + tile.head) * problem_.queries + tile.queries.begin + q;
     const S lse = static_cast<const S*>(output_.lse)[i];
-    const bool anew = shifts_.data() && is_large_lse<S, S>(lse);
-    const Shift<S> shift = anew ? shifts_.data()[i] : shift_of(lse);
+    const Shift<S> shift = shifts_.of(i);
     // Against +inf every weight of a query without keys is 0.
     reference = Limits<S>::infinity;
     share = share_of_rounded = 1;
     if (lse == -Limits<S>::infinity) return;
-    if (!anew) {
+    if (!shifts_.is_large(lse)) {
       reference = -shift.rest;
       return;
     }
@@ -166,7 +165,7 @@ class Weights {
   const Problem& problem_;
   const WeightsOutput& output_;
   const ForwardScores<V> scores_;
-  const LargeShifts<V, T, S> shifts_;
+  const LargeShifts<V, T> shifts_;
   const long panels_, key_blocks_;
 };
 

@@ -13,7 +13,7 @@ import torch
 from fastattn import scaled_dot_product_attention
 from fastattn.backends import cpu
 from fastattn.problem import make_problem
-from fastattn.testing import assert_within_budget, run_backend, run_reference
+from fastattn.testing import assert_within_budget, judge, run_backend, run_reference
 
 if cpu.unavailable():
     pytest.skip(cpu.unavailable(), allow_module_level=True)
@@ -170,6 +170,24 @@ def test_what_rounding_takes_from_out_reaches_the_backward(way, dtype):
     gradients = WAYS[way](problem.query, problem.key, problem.value, grad_out)
     gradients = {name: gradient.reshape(exact[name].shape) for name, gradient in zip(names, gradients, strict=True)}
     assert_within_budget(gradients, problem, exact, naive, grad_out)
+
+
+@pytest.mark.parametrize("size", (1.0, 30.0))
+@pytest.mark.parametrize("queries", (2, 38, 130))
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_the_gradient_of_a_float32_bias_is_as_precise_as_float32(dtype, queries, size, isa):
+    """The budget is that of naive attention in float32; the values are small beside grad_lse, which is float32 too."""
+    generator = torch.Generator().manual_seed(queries)
+    query, key, value, grad_out = (
+        _normal(generator, 3, 4, length, 40).to(dtype) for length in (queries, 70, 70, queries)
+    )
+    bias, grad_lse = size * _normal(generator, 1, 1, 1, 70), _normal(generator, 3, 4, queries)
+    problem = make_problem(query, key, value * 1e-3, bias)
+    exact = run_reference(problem, grad_out, grad_lse)
+    in_float32 = run_reference(problem, grad_out, grad_lse, dtype=torch.float32)
+    results = run_backend(cpu, problem, grad_out, grad_lse)
+    judgements = judge(results, problem, exact, in_float32, grad_out, grad_lse)
+    assert [j for j in judgements if j.name == "grad_bias" and not j.passed] == []
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)

@@ -94,15 +94,7 @@ class _Attention:
         weights = _judge_weights(actual.pop("weights"), self.exact, self.naive, self.problem.dropout_p)
         actual, exact, naive = _comparable(actual, self.exact, self.naive)
         exact["lse"] = _with_lowest_alike(exact["lse"], self.problem.lse_dtype)
-        judgements = judge(actual, self.problem, exact, naive, self.grad_out, self.grad_lse)
-        return [*(self._as_16_bits(j, exact) for j in judgements), weights]
-
-    def _as_16_bits(self, judgement: Judgement, exact: Results) -> Judgement:
-        """The weights of a 16-bit call are as precise as 16 bits, and so is the gradient of a float32 bias."""
-        dtype = self.problem.query.dtype
-        if judgement.name != "grad_bias" or dtype.itemsize != 2:
-            return judgement
-        return replace(judgement, budget=judgement.budget + torch.finfo(dtype).eps * _largest(exact["grad_bias"]))
+        return [*judge(actual, self.problem, exact, naive, self.grad_out, self.grad_lse), weights]
 
 
 class _Additive:
