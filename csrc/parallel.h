@@ -28,11 +28,17 @@ struct Interrupted {};
 class Interruption {
  public:
   bool is_seen() const { return seen_.load(std::memory_order_relaxed); }
-  bool ask();
+  bool ask() {
+    if (--unasked_ > 0) return is_seen();
+    return look_at_clock();
+  }
 
  private:
+  bool look_at_clock();
+
   std::atomic<bool> seen_{false};
-  uint64_t next_ = 0;  // when to ask, in ticks
+  int unasked_ = 16, skipped_ = 16;  // looking at the clock takes some of a small item's time
+  uint64_t looked_ = 0, next_ = 0;   // when it was looked at, and when to ask the source, in ticks
 };
 
 // A piece of work, and the one that the same thread takes next: the number of items if that is not known yet.

@@ -70,9 +70,9 @@ def empty_laid_out_like(tensor: Tensor, last_size: int, new_empty_strided=Tensor
 
 def empty_result(tensor: Tensor, last_size: int) -> Tensor:
     """The same for a result that is about to be computed."""
-    is_small = not tensor.is_cpu or tensor.numel() < memory.LARGE // 8
-    if is_small and last_size == tensor.shape[3] and tensor.is_contiguous():
-        return torch.empty_like(tensor)
+    if last_size == tensor.shape[3] and tensor.is_contiguous():
+        if tensor.numel() < memory.LARGE // 8 or not tensor.is_cpu:
+            return torch.empty_like(tensor)
     large = memory.new_contiguous(tensor, last_size)
     return empty_laid_out_like(tensor, last_size, memory.new_empty_strided) if large is None else large
 
