@@ -34,6 +34,18 @@ INLINE typename V::scalar dot(const T* a, const T* b, long count) {
   return V::sum(sum);
 }
 
+// The same of rows before they were narrowed.
+template <class V, class T>
+INLINE typename V::scalar dot_unrounded(const T* a, const T* residual, const T* b, long count) {
+  typename V::vector sum = V::zero();
+  long c = 0;
+  for (; c + V::lanes <= count; c += V::lanes)
+    sum = V::fma(load_unrounded<V>(a + c, residual + c), V::load(b + c), sum);
+  if (c < count)
+    sum = V::fma(load_unrounded<V>(a + c, residual + c, count - c), V::load(b + c, count - c), sum);
+  return V::sum(sum);
+}
+
 template <class V, class T>
 bool all_finite(const T* source, long stride, long rows, long columns) {
   typename V::vector zeros = V::zero();  // 0 * x is NaN for a NaN or infinite x

@@ -202,6 +202,16 @@ class BackwardTask {
     next_.share_among(keys / V::tile_rows * ceil_div(queries.size(), width));
   }
 
+  // dO . O of a query's rows, with O as it was before it was narrowed, if that is known.
+  S out_product(long query, const T* out, const T* grad_out) const {
+    if constexpr (sizeof(T) == 2)
+      if (args_.residual.data) {
+        const T* residual = element<T>(args_.residual, batch_, head_, query);
+        return dot_unrounded<F>(out, residual, grad_out, problem_.value_dim);
+      }
+    return dot<F>(out, grad_out, problem_.value_dim);
+  }
+
   void stretch(const Band& band, Range queries) {
     const long dim = plan_.dim_padded;
     const S factor = static_cast<S>(plan_.scale_after);
@@ -285,11 +295,7 @@ class BackwardTask {
       const Shift<S> shift = shifts_.of(offset + q);
       work_.reference[q - first] = shift.reference;
       work_.shift[q - first] = shift.rest;
-      S product = dot<F>(out + q * out_stride, grad_out + q * grad_out_stride, value_dim);
-      if (args_.residual.data)
-        product +=
-            dot<F>(element<T>(args_.residual, batch_, head_, q), grad_out + q * grad_out_stride, value_dim) /
-            static_cast<S>(residual_scale<T>);
+      const S product = out_product(q, out + q * out_stride, grad_out + q * grad_out_stride);
       const S delta = scale_in_scores * (product - (grad_lse ? grad_lse[q] : 0));
       work_.delta[q - first] = delta;
       // What is not finite in dO shows in delta, in Q in the lse, which a query without keys has infinite

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 
 #include "isa.h"
@@ -54,11 +55,12 @@ Tensor4<uint8_t> read_tensor4(py::handle tensor) {
 void* read_data(py::handle tensor) { return tensor.is_none() ? nullptr : read_tensor(tensor).data; }
 
 // What the backward is given of the forward may be another tensor than the forward wrote: hooks for saved
-// tensors return what they like.
-TensorView read_saved(py::handle tensor, DType dtype, std::initializer_list<int64_t> shape) {
+// tensors return what they like. Without a dtype it is int16.
+TensorView read_saved(py::handle tensor, std::optional<DType> dtype, std::initializer_list<int64_t> shape) {
   if (tensor.is_none()) return {};
   const TensorView view = read_tensor(tensor);
-  if (view.dtype != dtype || !std::equal(shape.begin(), shape.end(), view.shape, view.shape + view.rank))
+  if (view.dtype != dtype || (!dtype && !view.is_int16) ||
+      !std::equal(shape.begin(), shape.end(), view.shape, view.shape + view.rank))
     throw std::invalid_argument(
         "a saved or incoming tensor of the backward has not the forward's shape and dtype");
   return view;
@@ -155,18 +157,18 @@ void backward(const py::tuple& problem_fields, py::handle out, py::handle lse, p
               py::handle grad_value, py::handle grad_bias, int threads) {
   const Problem problem = read_problem(problem_fields);
   BackwardArgs args;
-  const auto read_output = [&](py::handle tensor) {
+  const auto read_output = [&](py::handle tensor, std::optional<DType> dtype) {
     const auto shape = {problem.batch, problem.query_heads, problem.queries, problem.value_dim};
-    return read_saved(tensor, problem.dtype, shape).as_tensor4().as<const uint8_t>();
+    return read_saved(tensor, dtype, shape).as_tensor4().as<const uint8_t>();
   };
   const auto read_statistic = [&](py::handle tensor) {
     const DType dtype = problem.dtype == DType::f64 ? DType::f64 : DType::f32;
     return read_saved(tensor, dtype, {problem.batch, problem.query_heads, problem.queries}).data;
   };
-  args.out = read_output(out);
+  args.out = read_output(out, problem.dtype);
   args.lse = read_statistic(lse);
-  args.residual = read_output(residual);
-  args.grad_out = read_output(grad_out);
+  args.residual = read_output(residual, std::nullopt);
+  args.grad_out = read_output(grad_out, problem.dtype);
   args.grad_lse = read_statistic(grad_lse);
   args.grad_query = read_tensor4(grad_query);
   args.grad_key = read_tensor4(grad_key);

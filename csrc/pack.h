@@ -37,17 +37,33 @@ inline void pack_transposed(const T* rows, long row_stride, long row_count, long
   }
 }
 
-// What residuals are multiplied by, so that those of numbers that are small in fp16 are not below its least.
-template <class T>
-constexpr float residual_scale = std::is_same_v<T, fp16> ? 2048.0f : 1.0f;
+// A residual is what narrowing took: from fp16 another fp16 number, multiplied so that it is not below the
+// least one, together 22 bits; from bf16, the upper half of an fp32 number, the distance from it in units of
+// the lower half, by which nothing is lost but the last bit of a number in the middle of two.
+constexpr float fp16_residual_scale = 2048;
 
-// Stores x narrowed, all lanes or the first of them, and unless `residual` is null what 16 bits took from it.
+// Stores x narrowed, all lanes or the first of them, and its residual unless that is null.
 template <class V, class T, class... Count>
 INLINE void store_narrowed(T* target, [[maybe_unused]] T* residual, typename V::vector x, Count... count) {
   V::store(target, x, count...);
-  if constexpr (sizeof(T) == 2)
-    if (residual)
-      V::store(residual, V::mul(V::sub(x, V::load(target, count...)), V::set1(residual_scale<T>)), count...);
+  if constexpr (sizeof(T) == 2) {
+    if (!residual) return;
+    const auto narrowed = V::load(target, count...);
+    if constexpr (std::is_same_v<T, bf16>)
+      V::store_distance(residual, x, narrowed, count...);
+    else
+      V::store(residual, V::mul(V::sub(x, narrowed), V::set1(fp16_residual_scale)), count...);
+  }
+}
+
+// x as it was before, from both.
+template <class V, class T, class... Count>
+INLINE typename V::vector load_unrounded(const T* target, const T* residual, Count... count) {
+  const auto narrowed = V::load(target, count...);
+  if constexpr (std::is_same_v<T, bf16>)
+    return V::add_distance(narrowed, residual, count...);
+  else
+    return V::fma(V::load(residual, count...), V::set1(1 / fp16_residual_scale), narrowed);
 }
 
 // rows[r][d] = panel[d][r] * factor[r], narrowed: the way back, from a panel of V::tile_vectors vectors.

@@ -77,8 +77,8 @@ void set_interrupt_source(InterruptSource source) { interrupt_source = source; }
 bool Interruption::look_at_clock() {
   const uint64_t now = ticks();
   const bool is_soon = now - looked_ < kAskEvery / 64;
-  skipped_ = is_soon ? std::min(2 * skipped_, 1024) : std::max(skipped_ / 2, 1);
-  unasked_ = skipped_;
+  round_ = is_soon ? std::min(2 * round_, 1024) : std::max(round_ / 2, 1);
+  left_ = round_;
   looked_ = now;
   if (now < next_) return is_seen();
   if (next_ == 0) {

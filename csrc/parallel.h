@@ -29,7 +29,7 @@ class Interruption {
  public:
   bool is_seen() const { return seen_.load(std::memory_order_relaxed); }
   bool ask() {
-    if (--unasked_ > 0) return is_seen();
+    if (--left_ > 0) return is_seen();
     return look_at_clock();
   }
 
@@ -37,8 +37,10 @@ class Interruption {
   bool look_at_clock();
 
   std::atomic<bool> seen_{false};
-  int unasked_ = 16, skipped_ = 16;  // looking at the clock takes some of a small item's time
-  uint64_t looked_ = 0, next_ = 0;   // when it was looked at, and when to ask the source, in ticks
+  // Of so many times to ask (`round_`, of which `left_` are to come) only the last looks at the clock, which
+  // takes some of a small item's time.
+  int left_ = 16, round_ = 16;
+  uint64_t looked_ = 0, next_ = 0;  // when it was looked at, and when to ask the source, in ticks
 };
 
 // A piece of work, and the one that the same thread takes next: the number of items if that is not known yet.

@@ -56,7 +56,7 @@ struct Problem {
 
 // What a forward call writes: out [B, Hq, Lq, Dv] in the problem's dtype (unit last stride) and the
 // contiguous natural-log lse [B, Hq, Lq] in fp32 (fp64 for fp64). `residual`, like out or null, gets what
-// rounding took from out: only of a 16-bit dtype.
+// rounding took from out, in 16 bits of its own (pack.h): only of a 16-bit dtype.
 struct ForwardOutput {
   Tensor4<uint8_t> out;
   void* lse = nullptr;

@@ -49,6 +49,16 @@ struct F32 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v));
   }
   INLINE static void store(bf16* p, vector v, long n) { store_halves(p, narrow_bf16(v), n); }
+  // How many floats x lies above `from`, at most 2^15 away (for which 2^15 - 1 stands), and the way back.
+  INLINE static void store_distance(bf16* p, vector x, vector from, long n = lanes) {
+    const __m256i distance = _mm256_sub_epi32(_mm256_castps_si256(x), _mm256_castps_si256(from));
+    store_halves(p, _mm_packs_epi32(_mm256_castsi256_si128(distance), _mm256_extracti128_si256(distance, 1)),
+                 n);
+  }
+  INLINE static vector add_distance(vector from, const bf16* p, long n = lanes) {
+    const __m256i distance = _mm256_cvtepi16_epi32(load_halves(p, n));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(from), distance));
+  }
   INLINE static void store(fp16* p, vector v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
   }

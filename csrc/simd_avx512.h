@@ -46,6 +46,15 @@ struct F32 {
   INLINE static void store(bf16* p, vector v, long n) {
     _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bf16(v));
   }
+  // How many floats x lies above `from`, at most 2^15 away (for which 2^15 - 1 stands), and the way back.
+  INLINE static void store_distance(bf16* p, vector x, vector from, long n = lanes) {
+    const __m512i distance = _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_castps_si512(from));
+    _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtsepi32_epi16(distance));
+  }
+  INLINE static vector add_distance(vector from, const bf16* p, long n = lanes) {
+    const __m512i distance = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(from), distance));
+  }
   INLINE static void store(fp16* p, vector v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
   }

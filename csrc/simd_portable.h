@@ -147,6 +147,17 @@ struct F32 : Extension<float, int32_t> {
   INLINE static void store(bf16* p, vector v, long n) {
     for (long i = 0; i < count(n); i++) p[i].bits = narrow_bf16(v[i]);
   }
+  // How many floats x lies above `from`, at most 2^15 away (for which 2^15 - 1 stands), and the way back.
+  INLINE static void store_distance(bf16* p, vector x, vector from, long n = lanes) {
+    const mask distance = (mask)((bits)x - (bits)from), most = mask{} + 0x7fff;
+    const mask bounded = distance > most ? most : distance;
+    for (long i = 0; i < count(n); i++) p[i].bits = static_cast<uint16_t>(bounded[i]);
+  }
+  INLINE static vector add_distance(vector from, const bf16* p, long n = lanes) {
+    mask distance = mask{};
+    for (long i = 0; i < count(n); i++) distance[i] = static_cast<int16_t>(p[i].bits);
+    return (vector)((bits)from + (bits)distance);
+  }
   INLINE static void store(fp16* p, vector v) { store(p, v, lanes); }
   INLINE static void store(fp16* p, vector v, long n) {
     const mask half = narrow_fp16(v);

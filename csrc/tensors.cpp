@@ -18,7 +18,7 @@ namespace dlpack {
 
 constexpr uint32_t major_version = 1;
 constexpr int32_t cpu = 1;
-enum Kind : uint8_t { floating = 2, brain_floating = 4, boolean = 6 };
+enum Kind : uint8_t { integer = 0, floating = 2, brain_floating = 4, boolean = 6 };
 
 struct Tensor {
   void* data;
@@ -58,7 +58,7 @@ struct Torch {
   PyTypeObject* parameter = nullptr;
   PyObject* is_neg = nullptr;
   PyObject* dtypes[4] = {};  // in the order of DType
-  PyObject* bool_dtype = nullptr;
+  PyObject *bool_dtype = nullptr, *int16_dtype = nullptr;
   // Names of attributes and methods.
   PyObject *shape = nullptr, *stride = nullptr, *data_ptr = nullptr, *dtype = nullptr, *is_cpu = nullptr;
 } torch;
@@ -94,6 +94,7 @@ TensorView read_through_table(py::handle object) {
   if (tensor.data) view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   view.dtype = dtype_of(tensor);
   view.is_bool = tensor.kind == dlpack::boolean && tensor.bits == 8 && tensor.lanes == 1;
+  view.is_int16 = tensor.kind == dlpack::integer && tensor.bits == 16 && tensor.lanes == 1;
   return view;
 }
 
@@ -119,6 +120,7 @@ TensorView read_through_methods(py::handle object) {
   const py::object dtype = owned(PyObject_GetAttr(tensor, torch.dtype));
   view.dtype = dtype_of(dtype);
   view.is_bool = dtype.ptr() == torch.bool_dtype;
+  view.is_int16 = dtype.ptr() == torch.int16_dtype;
   return view;
 }
 
@@ -146,6 +148,7 @@ void use_torch(py::module_ module, py::handle capsule) {
   const char* const names[] = {"float32", "bfloat16", "float16", "float64"};
   for (int i = 0; i < 4; i++) torch.dtypes[i] = keep(module.attr(names[i]));
   torch.bool_dtype = keep(module.attr("bool"));
+  torch.int16_dtype = keep(module.attr("int16"));
   torch.is_cpu = PyUnicode_InternFromString("is_cpu");
   torch.shape = PyUnicode_InternFromString("shape");
   torch.stride = PyUnicode_InternFromString("stride");

@@ -20,7 +20,7 @@ struct TensorView {
   int rank = 0;
   int64_t shape[4] = {0, 0, 0, 0}, stride[4] = {0, 0, 0, 0};  // in elements
   std::optional<DType> dtype;                                 // none: not one that the engine computes in
-  bool is_bool = false;
+  bool is_bool = false, is_int16 = false;
 
   // The tensor in four dimensions.
   Tensor4<uint8_t> as_tensor4() const {

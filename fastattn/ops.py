@@ -70,9 +70,9 @@ def empty_laid_out_like(tensor: Tensor, last_size: int, new_empty_strided=Tensor
 
 def empty_result(tensor: Tensor, last_size: int) -> Tensor:
     """The same for a result that is about to be computed."""
-    if last_size == tensor.shape[3] and tensor.is_contiguous():
-        if tensor.numel() < memory.LARGE // 8 or not tensor.is_cpu:
-            return torch.empty_like(tensor)
+    is_like = last_size == tensor.shape[3] and tensor.is_contiguous()
+    if is_like and (tensor.numel() < memory.LARGE // 8 or not tensor.is_cpu):
+        return torch.empty_like(tensor)
     large = memory.new_contiguous(tensor, last_size)
     return empty_laid_out_like(tensor, last_size, memory.new_empty_strided) if large is None else large
 
@@ -92,12 +92,13 @@ def empty_lse(query: Tensor) -> Tensor:
 
 
 def empty_residual(out: Tensor) -> Tensor | None:
-    """Uninitialised, like ``out``: what rounding to a 16-bit dtype takes from it; None in wider ones.
+    """Uninitialised int16 like ``out``: what rounding to a 16-bit dtype takes from it; None in wider ones.
 
-    The backward's delta is rowsum(grad_out * out). Where score gradients cancel, a delta of the rounded
-    ``out`` leaves that rounding in their place.
+    Only the engine that wrote its bits reads them; zeros stand for nothing. The backward's delta is
+    rowsum(grad_out * out). Where score gradients cancel, a delta of the rounded ``out`` leaves that rounding in their
+    place.
     """
-    return empty_result(out, out.shape[3]) if out.dtype in _ROUNDED_DTYPES else None
+    return empty_result(out, out.shape[3]).view(torch.int16) if out.dtype in _ROUNDED_DTYPES else None
 
 
 def _keeps_residual(query: Tensor, backend: str) -> bool:
@@ -130,7 +131,7 @@ def _forward_operator(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, residual = _forward(*arguments)
     if residual is None:
         keeps = _keeps_residual(arguments[_QUERY], arguments[-1])  # but no engine was there to do it
-        residual = torch.zeros_like(out) if keeps else out.new_empty(0)
+        residual = torch.zeros_like(out, dtype=torch.int16) if keeps else out.new_empty(0)
     return out, lse, residual
 
 
@@ -213,7 +214,8 @@ def _has_repeated_elements(tensor: Tensor) -> bool:
 def _fake_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     query, value = arguments[_QUERY], arguments[_VALUE]
     out = empty_laid_out_like(query, value.shape[3])
-    residual = torch.empty_like(out) if _keeps_residual(query, arguments[-1]) else out.new_empty(0)
+    keeps = _keeps_residual(query, arguments[-1])
+    residual = torch.empty_like(out, dtype=torch.int16) if keeps else out.new_empty(0)
     return out, empty_lse(query), residual
 
 

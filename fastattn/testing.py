@@ -331,7 +331,7 @@ def run_backend(
     out = problem.query.new_full((batch, heads, queries, problem.value.shape[-1]), torch.nan)
     lse = poisoned(out[..., 0], problem.lse_dtype)
     keeps_residual = getattr(backend, "KEEPS_RESIDUAL", False) and grad_out is not None and out.dtype.itemsize == 2
-    residual = {"out_residual": poisoned(out)} if keeps_residual else {}
+    residual = {"out_residual": poisoned(out).view(torch.int16)} if keeps_residual else {}
     backend.forward(problem, out, lse, **residual)
     results = {"out": out, "lse": lse}
     if grad_out is None:

@@ -129,6 +129,22 @@ def test_within_budget(case, dtype, sizes, isa):
     assert_within_budget(results, problem, *references, grad_out)
 
 
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_out_and_its_residual_are_out_as_it_was(dtype, sizes, isa):
+    """A lone key's value, times 10, is known to the last bit of float32; many lie in the middle of two bfloat16."""
+    problem, _, (exact, _) = _problem_and_references(_lone_keys, dtype, *sizes)
+    out = torch.empty_like(exact["out"], dtype=dtype)
+    residual = torch.empty_like(out, dtype=torch.int16)
+    cpu.forward(problem, out, torch.empty_like(exact["lse"], dtype=torch.float32), residual)
+    if dtype == torch.bfloat16:
+        whole = ((out.view(torch.int16).int() << 16) + residual.int()).view(torch.float32)
+    else:
+        whole = out.float() + residual.view(torch.float16).float() / 2048
+    bits = 22 if dtype == torch.bfloat16 else 21
+    torch.testing.assert_close(whole.double(), exact["out"], rtol=2.0**-bits, atol=0.0)
+
+
 def _plain(*tensors):
     return scaled_dot_product_attention(*tensors)
 

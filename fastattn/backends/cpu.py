@@ -98,7 +98,7 @@ def kept_results() -> int:
 def forward(problem: Problem, out: Tensor, lse: Tensor | None, out_residual: Tensor | None = None) -> None:
     """Write attention's output [B, Hq, Lq, Dv] and, unless None, its natural-log lse [B, Hq, Lq].
 
-    ``out_residual``, like out and unless None, gets what rounding took from it: only of a 16-bit dtype.
+    ``out_residual``, int16 like out and unless None, gets what rounding took from it: only of a 16-bit dtype.
     """
     _C.forward(problem, out, lse, out_residual, torch.get_num_threads())
 
