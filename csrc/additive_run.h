@@ -64,7 +64,7 @@ class Additive {
 
   void backward(const AdditiveGradients& gradients, int threads) const {
     parallel_for(problem_.batch * gradients.chunks, threads, Workspace(problem_, true, ScratchLayout()).bytes,
-                 [this, &gradients](Item item, void* scratch) {
+                 [this, &gradients](const Item& item, void* scratch) {
                    const Workspace work(problem_, true, ScratchLayout(scratch));
                    backward_item(item, work, gradients);
                  });
@@ -205,7 +205,7 @@ class Additive {
         V::store(out + d, V::mul(V::set1(factor[0]), V::load(out + d)));
   }
 
-  void backward_item(Item item, const Workspace& work, const AdditiveGradients& gradients) const {
+  void backward_item(const Item& item, const Workspace& work, const AdditiveGradients& gradients) const {
     const long b = item / gradients.chunks, chunk = item % gradients.chunks;
     const long features = problem_.features, width = problem_.value_dim, queries = problem_.queries;
     const long size = round_up(ceil_div(problem_.keys, gradients.chunks), block_keys);

@@ -63,7 +63,7 @@ void backward_of(const Problem& problem, const BackwardArgs& args, int threads) 
   const bool has_float_results = args.grad_bias && problem.bias_dtype != problem.dtype;
   const LargeShifts<V, T> shifts(problem, plan, args.lse, sizeof(T) == 2 && !has_float_results);
   shifts.compute(threads);
-  parallel_for(items, threads, BackwardWorkspace<V>::bytes(plan), [&](Item item, void* scratch) {
+  parallel_for(items, threads, BackwardWorkspace<V>::bytes(plan), [&](const Item& item, void* scratch) {
     BackwardTask<V, T>(plan, shifts, sums, scratch).run(sorted[item], item);
   });
   if (plan.partial_size()) sum_partial_queries<V, T>(plan, sums, threads);

@@ -106,7 +106,7 @@ class Forward {
   void run(int threads) const {
     parallel_for(problem_.batch * problem_.query_heads * blocks_, threads,
                  Workspace(*this, ScratchLayout()).bytes,
-                 [this](Item item, void* scratch) { run_item(item, scratch); });
+                 [this](const Item& item, void* scratch) { run_item(item, scratch); });
   }
 
  private:
@@ -169,7 +169,7 @@ class Forward {
     return static_cast<int>(min(panels, max(1L, ceil_div(problem_.queries, width))));
   }
 
-  void run_item(Item item, void* scratch) const {
+  void run_item(const Item& item, void* scratch) const {
     const long head_index = item / blocks_, b = head_index / problem_.query_heads,
                h = head_index % problem_.query_heads;
     // Later queries see more keys when causal: heaviest first within a head, heads in turn for the cache.

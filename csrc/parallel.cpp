@@ -198,7 +198,7 @@ class alignas(kCacheLine) Share {
 
 }  // namespace
 
-void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, Item, void*),
+void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, const Item&, void*),
                void* context) {
   if (items <= 0) return;
   // The runtime ends the process where the system refuses it a thread; more than this never help.

@@ -61,7 +61,7 @@ struct Item {
 // thread.  body must not throw.  Throws Interrupted where the interrupt source says so, asked between
 // items and by long ones.  Runs serially inside another parallel region and in a child process
 // forked from one that had loaded this library: the runtime's worker threads do not survive fork().
-void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, Item, void*),
+void run_items(int64_t items, int threads, size_t scratch_bytes, void (*body)(void*, const Item&, void*),
                void* context);
 
 template <class Body>
@@ -69,7 +69,9 @@ void parallel_for(int64_t items, int threads, size_t scratch_bytes, Body&& body)
   using Function = std::remove_reference_t<Body>;
   run_items(
       items, threads, scratch_bytes,
-      [](void* context, Item item, void* scratch) { (*static_cast<Function*>(context))(item, scratch); },
+      [](void* context, const Item& item, void* scratch) {
+        (*static_cast<Function*>(context))(item, scratch);
+      },
       const_cast<void*>(static_cast<const void*>(std::addressof(body))));
 }
 
