@@ -16,7 +16,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.additive import additive_attention, additive_weights
 from fastattn.backends import cpu
-from fastattn.problem import bias_gradient_shape
+from fastattn.problem import Problem, bias_gradient_shape
 from fastattn.testing import Judgement, Results, judge, run_backend, run_reference
 from fuzz.cases import AdditiveCase, AttentionCase, random_case
 
@@ -65,8 +65,9 @@ class _Attention:
     def _truth(self, dtype: torch.dtype | None) -> Results:
         """The reference's results and weights; with None in the problem's own dtype, as naive attention.
 
-        The truth itself is no measure of float64's rounding: then naive attention sums over features in reverse, and
-        has scores that are off by a unit of their last place, and biases, each by one up or down.
+        The truth itself is no measure of float64's rounding: then naive attention sums over features in reverse and
+        over one half of the queries, then the other, and has scores that are off by a unit of their last place, and
+        biases, each by one up or down.
         """
         problem, grad_out = self.problem, self.grad_out
         reverse = dtype is None and problem.query.dtype == torch.float64
@@ -75,12 +76,13 @@ class _Attention:
             unit = 1.0 - torch.finfo(torch.float64).eps
             bias = None if problem.bias is None else _moved(problem.bias)
             problem = problem._replace(query=query * unit, key=key, value=value, bias=bias)
-        results = run_reference(problem, grad_out, self.grad_lse, dtype)
-        if reverse:
+            results = _in_halves(problem, grad_out, self.grad_lse)
             for name in ("out", "grad_query", "grad_key", "grad_value"):
                 results[name] = results[name].flip(-1)
             if bias is not None:
                 results["grad_bias"] = results["grad_bias"].sum_to_size(bias_gradient_shape(self.problem.bias))
+        else:
+            results = run_reference(problem, grad_out, self.grad_lse, dtype)
         problem = problem if dtype is None else reference.in_dtype(problem, dtype)
         return results | {"weights": reference.weights(problem, self.average)}
 
@@ -185,6 +187,17 @@ def _comparable(*results: Results) -> tuple[Results, ...]:
             for x, value in zip(results, values, strict=True):
                 x[name] = value
     return results
+
+
+def _in_halves(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> Results:
+    """The reference's results, with the gradients of each half of the queries summed by themselves."""
+    is_late = torch.arange(grad_out.shape[2]) >= grad_out.shape[2] // 2
+    halves = []
+    for left_out in (is_late, ~is_late):
+        half_lse = None if grad_lse is None else grad_lse.masked_fill(left_out, 0.0)
+        halves.append(run_reference(problem, grad_out.masked_fill(left_out[:, None], 0.0), half_lse, None))
+    first, second = halves
+    return {name: x + second[name] if name.startswith("grad") else x for name, x in first.items()}
 
 
 def _moved(bias: Tensor) -> Tensor:
