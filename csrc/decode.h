@@ -212,7 +212,7 @@ class Decode {
     }
     auto total = V::zero();
     const auto factor = V::set1(units_.factor), reference = V::set1(now);
-    const bool rounds_scores = is_huge<V>(reference);
+    const bool rounds_scores = V::any(huge<V>(reference));
     for (long k = 0; k < count; k += W) {
       const auto score = V::load(scores + k);
       const auto p = V::template exp2<5>(rounds_scores ? V::sub(V::mul(score, factor), reference)

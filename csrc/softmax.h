@@ -168,10 +168,10 @@ INLINE void exp2_below_one(typename V::vector (&x)[n]) {
 // Finite references in log2 units whose rounding is not small; scores are rounded alike before these are
 // subtracted.
 template <class V>
-INLINE bool is_huge(typename V::vector reference) {
+INLINE typename V::mask huge(typename V::vector reference) {
   const auto size = V::max(reference, V::sub(V::zero(), reference));
   const auto finite = V::greater(V::set1(Limits<typename V::scalar>::infinity), size);
-  return V::any(V::both(finite, V::greater(size, V::set1(1 << 20))));
+  return V::both(finite, V::greater(size, V::set1(1 << 20)));
 }
 
 // Replaces a column of vectors of scores by the weights 2^(factor * score - reference), as the
@@ -187,9 +187,10 @@ inline void exponentiate(typename V::scalar* column, long rows, typename V::scal
   auto factor = V::set1(units_factor);
   const auto shift = V::sub(V::zero(), reference);
   // What rounding took from a huge reference would be a power of two of any size.
-  if (is_huge<V>(reference)) {
-    for (long r = 0; r < rows; r++) V::store(column + r * width, V::mul(V::load(column + r * width), factor));
-    factor = V::set1(1);
+  if (const auto rounds = huge<V>(reference); V::any(rounds)) {
+    const auto one = V::set1(1), first = V::select(rounds, factor, one);
+    for (long r = 0; r < rows; r++) V::store(column + r * width, V::mul(V::load(column + r * width), first));
+    factor = V::select(rounds, one, factor);
   }
   vector sum[2] = {V::zero(), V::zero()};
   long row = 0;

@@ -112,9 +112,8 @@ class Weights {
     for (int j = 0; j < columns; j++) {
       prepare_scores(rules, j, reach, rows, work.products);
       keep_unseen_from_nan(work.products + j * V::lanes, rows, reference + j * V::lanes);
-      // One huge reference has the scores beside it rounded too.
-      const bool rounds_scores = is_huge<V>(V::load(reference + j * V::lanes));
-      const auto factor = V::load((rounds_scores ? share_of_rounded : share) + j * V::lanes);
+      const auto factor = V::select(huge<V>(V::load(reference + j * V::lanes)),
+                                    V::load(share_of_rounded + j * V::lanes), V::load(share + j * V::lanes));
       typename V::vector sums[V::depth] = {};  // one, if the lse is right
       exponentiate<V, 5>(work.products + j * V::lanes, rows, rules.units.factor,
                          V::load(reference + j * V::lanes), problem_.dropout_p > 0 ? work.kept + j : nullptr,
