@@ -18,7 +18,7 @@ from fastattn.additive import additive_attention, additive_weights
 from fastattn.backends import cpu
 from fastattn.problem import Problem, bias_gradient_shape
 from fastattn.testing import Judgement, Results, judge, run_backend, run_reference
-from fuzz.cases import AdditiveCase, AttentionCase, random_case
+from fuzz.cases import AdditiveCase, AttentionCase
 
 
 class Trial:
@@ -37,11 +37,6 @@ class Trial:
             return judgements
         # The truth is rounded too, as naive attention is.
         return [replace(j, budget=j.budget + j.naive_error) for j in judgements]
-
-
-def judge_seed(seed: int, isa: str) -> list[Judgement]:
-    """The judgements of a seed's case, for a test of one of them."""
-    return Trial(random_case(seed)).run(isa)
 
 
 @contextmanager
