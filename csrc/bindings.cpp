@@ -299,8 +299,9 @@ PYBIND11_MODULE(_C, m) {
   find_main_thread();
   set_interrupt_source({is_main_thread, handlers_raise});
   m.def("use_torch", &use_torch, "The module torch and its exchange table, or None; to be called first.");
-  m.def("fit_as_they_are", &fit_as_they_are,
-        "Can the engine read query, key and value where they lie, one like the other? False in any doubt.");
+  m.def("plain_head_dims", &plain_head_dims,
+        "(D, Dv) if the engine can read query, key and value where they lie, one like the other; None in any "
+        "doubt.");
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("weights", &weights);

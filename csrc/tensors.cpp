@@ -124,7 +124,7 @@ TensorView read_through_methods(py::handle object) {
   return view;
 }
 
-// Reads one of the tensors of fit_as_they_are; false if it alone tells that they do not.
+// Reads one of the tensors of plain_head_dims; false if it alone tells that they do not.
 bool read_plain(py::handle object, dlpack::Tensor& tensor) {
   if (Py_TYPE(object.ptr()) != torch.tensor && Py_TYPE(object.ptr()) != torch.parameter) return false;
   if (torch.table->read_object(object.ptr(), &tensor)) throw py::error_already_set();
@@ -170,18 +170,19 @@ TensorView read_tensor(py::handle tensor) {
   return view;
 }
 
-bool fit_as_they_are(py::handle query, py::handle key, py::handle value, bool grouped) {
-  if (!torch.table) return false;
+py::object plain_head_dims(py::handle query, py::handle key, py::handle value, bool grouped) {
+  if (!torch.table) return py::none();
   dlpack::Tensor q, k, v;
   try {
-    if (!read_plain(query, q) || !read_plain(key, k) || !read_plain(value, v)) return false;
+    if (!read_plain(query, q) || !read_plain(key, k) || !read_plain(value, v)) return py::none();
   } catch (const py::error_already_set&) {
-    return false;  // sparse, nested, ...: the caller's business
+    return py::none();  // sparse, nested, ...: the caller's business
   }
-  if (!dtype_of(q) || !are_alike(q, k) || !are_alike(q, v)) return false;
+  if (!dtype_of(q) || !are_alike(q, k) || !are_alike(q, v)) return py::none();
   const bool heads_fit =
       k.shape[1] == v.shape[1] && (q.shape[1] == k.shape[1] || (grouped && q.shape[1] % k.shape[1] == 0));
-  return heads_fit && q.shape[3] == k.shape[3] && k.shape[2] == v.shape[2];
+  if (!heads_fit || q.shape[3] != k.shape[3] || k.shape[2] != v.shape[2]) return py::none();
+  return py::make_tuple(q.shape[3], v.shape[3]);
 }
 
 namespace {

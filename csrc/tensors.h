@@ -37,9 +37,10 @@ TensorView read_tensor(pybind11::handle tensor);
 
 // Can the engine read these where they lie, one like the other? torch.Tensor or Parameter itself, [B, Hq, Lq,
 // D], [B, Hkv, Lk, D] and [B, Hkv, Lk, Dv] with elements, in CPU memory with a unit last stride, of one
-// dtype, stored as they are (no lazy negation), and Hkv = Hq or, if grouped, a divisor. False in any doubt,
-// and without an exchange table.
-bool fit_as_they_are(pybind11::handle query, pybind11::handle key, pybind11::handle value, bool grouped);
+// dtype, stored as they are (no lazy negation), and Hkv = Hq or, if grouped, a divisor. If so, (D, Dv); None
+// in any doubt, and without an exchange table.
+pybind11::object plain_head_dims(pybind11::handle query, pybind11::handle key, pybind11::handle value,
+                                 bool grouped);
 
 // Whether torch's table makes tensors of memory that is not its own.
 bool makes_results();

@@ -26,6 +26,9 @@ BACKENDS = ("cpu", "triton", "reference")
 #: What "auto" tries, by device type. An interpreter or a device without an engine is never chosen.
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
+#: The engine of a plain call, and its (D, Dv).
+Plain = tuple[ModuleType, tuple[int, int]]
+
 _warned: set[str] = set()
 
 
@@ -95,20 +98,20 @@ def select(problem: Problem, backend: str = "auto") -> ModuleType:
     return _watched(load(name))
 
 
-def select_plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> ModuleType | None:
-    """What :func:`select` would choose for a call of these alone, if it takes them unchecked; None in any doubt."""
-    engine = load("cpu")
-    takes = getattr(engine, "takes_as_they_are", None)
-    if takes is None or not takes(query, key, value, enable_gqa):
+def select_plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, name: str = "cpu") -> Plain | None:
+    """What :func:`select` would choose for a call of these alone, if it takes them unchecked; None in any doubt.
+
+    ``name`` is that of the backend to ask: "cpu", or "triton" for the tensors of a GPU.
+    """
+    engine = load(name)
+    head_dims = getattr(engine, "plain_head_dims", _no_head_dims)(query, key, value, enable_gqa)
+    if head_dims is None:
         return None
-    return RecordingEngine(engine) if profiler._is_profiler_enabled else engine
+    return RecordingEngine(engine) if profiler._is_profiler_enabled else engine, head_dims
 
 
-def select_plain_on_gpu(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> ModuleType | None:
-    """The same for the tensors of a GPU."""
-    engine = load("triton")
-    takes = getattr(engine, "takes_as_they_are", None)
-    return _watched(engine) if takes is not None and takes(query, key, value, enable_gqa) else None
+def _no_head_dims(*_) -> None:
+    """The answer of a backend that has no plain calls, or could not be imported."""
 
 
 def _watched(engine: ModuleType) -> ModuleType | RecordingEngine:

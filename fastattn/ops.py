@@ -48,6 +48,8 @@ _DROPOUT = Arguments._fields.index("dropout_p")
 #: What the backward is given before these arguments: grad_out, grad_lse, out, lse, out_residual.
 _GIVEN = 5
 _ROUNDED_DTYPES = (torch.bfloat16, torch.float16)
+#: Fewer elements than this are no large result in any dtype.
+_SURELY_SMALL = memory.LARGE // 8
 
 
 def empty_laid_out_like(tensor: Tensor, last_size: int, new_empty_strided=Tensor.new_empty_strided) -> Tensor:
@@ -70,16 +72,21 @@ def empty_laid_out_like(tensor: Tensor, last_size: int, new_empty_strided=Tensor
 
 def empty_result(tensor: Tensor, last_size: int) -> Tensor:
     """The same for a result that is about to be computed."""
-    is_like = last_size == tensor.shape[3] and tensor.is_contiguous()
-    if is_like and (tensor.numel() < memory.LARGE // 8 or not tensor.is_cpu):
+    if last_size == tensor.shape[3]:
+        return empty_like(tensor)
+    return _empty_laid_out(tensor, last_size)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """The same of ``tensor``'s own shape, as that of a gradient."""
+    if tensor.is_contiguous() and (tensor.numel() < _SURELY_SMALL or not tensor.is_cpu):
         return torch.empty_like(tensor)
+    return _empty_laid_out(tensor, tensor.shape[3])
+
+
+def _empty_laid_out(tensor: Tensor, last_size: int) -> Tensor:
     large = memory.new_contiguous(tensor, last_size)
     return empty_laid_out_like(tensor, last_size, memory.new_empty_strided) if large is None else large
-
-
-def empty_gradient(tensor: Tensor) -> Tensor:
-    """The same for the gradient of a [B, H, L, D] tensor."""
-    return empty_result(tensor, tensor.shape[3])
 
 
 def empty_lse(query: Tensor) -> Tensor:
@@ -98,7 +105,7 @@ def empty_residual(out: Tensor) -> Tensor | None:
     rowsum(grad_out * out). Where score gradients cancel, a delta of the rounded ``out`` leaves that rounding in their
     place.
     """
-    return empty_result(out, out.shape[3]).view(torch.int16) if out.dtype in _ROUNDED_DTYPES else None
+    return empty_like(out).view(torch.int16) if out.dtype in _ROUNDED_DTYPES else None
 
 
 def _keeps_residual(query: Tensor, backend: str) -> bool:
@@ -157,9 +164,9 @@ def _gradients(
     lse = lse.contiguous()  # vmap over the gradient alone expands it
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    grad_query = empty_gradient(problem.query) if needs_query else None
-    grad_key = empty_gradient(problem.key) if needs_key else None
-    grad_value = empty_gradient(problem.value) if needs_value else None
+    grad_query = empty_like(problem.query) if needs_query else None
+    grad_key = empty_like(problem.key) if needs_key else None
+    grad_value = empty_like(problem.value) if needs_value else None
     grad_bias = None
     if needs_bias:
         grad_bias = memory.new_zeros(bias, bias_gradient_shape(problem.bias), problem.lse_dtype)

@@ -7,15 +7,14 @@ tiny input spends most of its time.
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import _is_any_autocast_enabled
 
 from fastattn import dispatch
 from fastattn.eager import PLAIN_TENSORS, is_eager, is_ordinary
-from fastattn.ops import attention_gradients, empty_gradient, empty_lse, empty_residual, empty_result
+from fastattn.ops import attention_gradients, empty_like, empty_lse, empty_residual, empty_result
 from fastattn.problem import Problem, check_length_values, check_lengths
 
 
@@ -43,12 +42,13 @@ def attention(
         return None
     if type(is_causal) is not bool or type(enable_gqa) is not bool:
         return None
-    engine = dispatch.select_plain(query, key, value, enable_gqa) if backend == "auto" else None
-    if engine is None:
+    plain = dispatch.select_plain(query, key, value, enable_gqa) if backend == "auto" else None
+    if plain is None:
         is_alone = attn_mask is None and key_lengths is None
         return _attention_on_gpu(query, key, value, is_causal, scale, enable_gqa) if is_alone else None
+    engine, (head_dim, value_dim) = plain
     if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[3])
+        scale = 1.0 / math.sqrt(head_dim)
     elif type(scale) is not float or not math.isfinite(scale):
         return None
     if key_lengths is not None:
@@ -60,9 +60,9 @@ def attention(
         return None
     if key_lengths is not None:
         check_length_values(problem)
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _differentiable(engine, query, key, value, attn_mask, problem)
-    out = empty_result(query, value.shape[3])
+    if is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return _differentiable(plain, query, key, value, attn_mask, problem)
+    out = empty_like(query) if value_dim == head_dim else empty_result(query, value_dim)
     engine.forward(problem, out, None)
     return out
 
@@ -72,16 +72,17 @@ def _attention_on_gpu(
 ) -> Tensor | None:
     """The same of a plain call without a mask, on tensors of a GPU; None where a gradient is wanted."""
     # First, as training should not pay for the rest; these may still be anything.
-    if torch.is_grad_enabled() and any(getattr(x, "requires_grad", True) is not False for x in (query, key, value)):
+    if is_grad_enabled() and any(getattr(x, "requires_grad", True) is not False for x in (query, key, value)):
         return None
-    engine = dispatch.select_plain_on_gpu(query, key, value, enable_gqa)
-    if engine is None:
+    plain = dispatch.select_plain(query, key, value, enable_gqa, "triton")
+    if plain is None:
         return None
+    engine, (head_dim, value_dim) = plain
     if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[3])
+        scale = 1.0 / math.sqrt(head_dim)
     elif type(scale) is not float or not math.isfinite(scale):
         return None
-    out = empty_result(query, value.shape[3])
+    out = empty_result(query, value_dim)
     engine.forward(Problem(query, key, value, scale, "upper_left" if is_causal else None), out, empty_lse(query))
     return out
 
@@ -98,10 +99,10 @@ def _problem(
     """The problem of a plain call; None if its mask is not plain: one that has to be looked at or converted."""
     if mask is None:
         return Problem(query, key, value, scale, causal, None, None, key_lengths)
-    if not is_ordinary(mask) or not mask.is_cpu or (mask.requires_grad and torch.is_grad_enabled()):
+    if not is_ordinary(mask) or not mask.is_cpu:
         return None
     dtype = mask.dtype
-    if dtype is not torch.bool and dtype is not query.dtype:
+    if dtype is not torch.bool and (dtype is not query.dtype or (mask.requires_grad and is_grad_enabled())):
         return None
     batch, heads, queries, _ = query.shape
     try:
@@ -117,9 +118,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, engine: ModuleType, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, problem: Problem
+        ctx, plain: dispatch.Plain, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, problem: Problem
     ):
-        out, lse = empty_result(query, value.shape[3]), empty_lse(query)
+        engine, (head_dim, value_dim) = plain
+        out = empty_like(query) if value_dim == head_dim else empty_result(query, value_dim)
+        lse = empty_lse(query)
         residual = None if out.dtype is torch.float32 else empty_residual(out)
         engine.forward(problem, out, lse, residual)
         # The mask as it was given: hooks may copy what is saved, and would copy an expanded one in full.
@@ -157,14 +160,14 @@ def _gradients(
     needs_value: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of query, key and value, None where one is not needed."""
-    engine = problem = None
+    plain = problem = None
     # Hooks may return saved tensors in another form.
-    as_engines_read = grad_out.stride(3) == 1 == out.stride(3) and lse.is_contiguous()
-    as_engines_read = as_engines_read and (out_residual is None or out_residual.stride(3) == 1)
+    as_engines_read = _has_unit_last_stride(grad_out) and _has_unit_last_stride(out) and lse.is_contiguous()
+    as_engines_read = as_engines_read and (out_residual is None or _has_unit_last_stride(out_residual))
     as_engines_read = as_engines_read and (key_lengths is None or key_lengths.is_contiguous())
-    if as_engines_read and is_ordinary(grad_out) and is_eager() and not torch.is_grad_enabled():
-        engine = dispatch.select_plain(query, key, value, True)
-    if engine is not None:
+    if as_engines_read and is_ordinary(grad_out) and is_eager() and not is_grad_enabled():
+        plain = dispatch.select_plain(query, key, value, True)
+    if plain is not None:
         problem = _problem(query, key, value, mask, key_lengths, scale, causal)
         if problem is not None and key_lengths is not None:
             check_length_values(problem)
@@ -175,8 +178,13 @@ def _gradients(
         arguments = (query, key, value, *masks, key_lengths, scale, causal, None, None, 0.0, None, "auto")
         given = (grad_out, None, out, lse, out_residual)
         return attention_gradients(*given, *arguments, needs_query, needs_key, needs_value, False)[:3]
-    grad_query = empty_gradient(query) if needs_query else None
-    grad_key = empty_gradient(key) if needs_key else None
-    grad_value = empty_gradient(value) if needs_value else None
+    grad_query = empty_like(query) if needs_query else None
+    grad_key = empty_like(key) if needs_key else None
+    grad_value = empty_like(value) if needs_value else None
+    engine, _ = plain
     engine.backward(problem, out, lse, grad_out, None, grad_query, grad_key, grad_value, None, out_residual)
     return grad_query, grad_key, grad_value
+
+
+def _has_unit_last_stride(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.stride(3) == 1  # the stride of a contiguous one is slow to ask for

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastattn import dispatch, ops, scaled_dot_product_attention
+from fastattn.backends import cpu
 from fastattn.backends import triton as backend
 from fastattn.problem import check_arguments
 
@@ -31,7 +32,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(backend, "interpreted", lambda: True)
     monkeypatch.setattr(backend, "unavailable", lambda: None)
     monkeypatch.setattr(backend, "forward", lambda *arguments: found.append(arguments))
-    monkeypatch.setattr(dispatch, "select_plain", lambda *tensors: None)
+    monkeypatch.setattr(cpu, "plain_head_dims", lambda *arguments: None)
     monkeypatch.setitem(dispatch.AUTO, "cpu", dispatch.AUTO["cuda"])
     monkeypatch.setattr(dispatch, "_warned", set())
     return found

@@ -43,4 +43,4 @@ def test_no_profiler_means_no_recording():
     from fastattn import dispatch
     from fastattn.backends import cpu
 
-    assert dispatch.select_plain(query, query, query, False) is cpu
+    assert dispatch.select_plain(query, query, query, False) == (cpu, (8, 8))

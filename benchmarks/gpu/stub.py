@@ -63,6 +63,7 @@ def activate(library: Path) -> ctypes.CDLL:
 def _stand_in_for_the_device() -> None:
     """CPU tensors get the kernels, and each kernel the configuration, that an H200's would."""
     from fastattn import dispatch
+    from fastattn.backends import cpu
     from fastattn.backends import triton as backend
     from fastattn.kernels import arguments, hopper, remembered
     from fastattn.kernels.hopper import capability
@@ -79,7 +80,7 @@ def _stand_in_for_the_device() -> None:
     backend.interpreted = lambda: True  # as under the interpreter, CPU tensors are taken
     backend.unavailable.cache_clear()
     dispatch.AUTO["cpu"] = dispatch.AUTO["cuda"]
-    dispatch.select_plain = lambda *tensors: None  # the way of the CPU engine's plain calls
+    cpu.plain_head_dims = lambda *arguments: None  # the way of the CPU engine's plain calls
     backend.is_on_gpu = lambda tensor: True
 
 

@@ -43,11 +43,11 @@ def reasons(problem: Problem) -> list[str]:
     return why
 
 
-def takes_as_they_are(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool:
-    """Can the engine compute a call of these alone, as they are given? False in any doubt."""
+def plain_head_dims(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[int, int] | None:
+    """(D, Dv) if the engine can compute a call of these alone, as they are given; None in any doubt."""
     # The table takes a millisecond to refuse a tensor that is elsewhere; query may still be anything.
     on_cpu = getattr(query, "is_cpu", False) is True  # a proxy's is neither true nor false
-    return _C is not None and on_cpu and _C.fit_as_they_are(query, key, value, grouped)
+    return _C.plain_head_dims(query, key, value, grouped) if on_cpu and _C is not None else None
 
 
 def isa() -> str:

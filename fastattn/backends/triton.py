@@ -86,9 +86,9 @@ def is_on_gpu(tensor: Tensor) -> bool:
     return getattr(tensor, "is_cuda", False) is True  # a proxy's is neither true nor false
 
 
-def takes_as_they_are(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool:
-    """Can the kernels compute a call of these alone, as they are given? False in any doubt."""
-    return (
+def plain_head_dims(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[int, int] | None:
+    """(D, Dv) if the kernels can compute a call of these alone, as they are given; None in any doubt."""
+    is_plain = (
         is_on_gpu(query)
         and is_canonical(query, key, value, grouped)
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
@@ -98,6 +98,7 @@ def takes_as_they_are(query: Tensor, key: Tensor, value: Tensor, grouped: bool) 
         and unavailable() is None
         and not reasons(Problem(query, key, value, 1.0))
     )
+    return (query.shape[3], value.shape[3]) if is_plain else None
 
 
 @cache
