@@ -176,8 +176,8 @@ INLINE typename V::mask huge(typename V::vector reference) {
 
 // Replaces a column of vectors of scores by the weights 2^(factor * score - reference), as the
 // micro-kernel reads them (one row per key, or per pair of keys: pair p takes the place of row p, which is
-// used up by then). Adds them to sums[0] and, where they are stored as pairs, as stored and thus rounded to
-// sums[1]. `kept` [keys][tile_vectors], unless null, then drops weights.
+// used up by then). Adds them to sums[0] and, where they are stored as pairs, as rounded for that to sums[1].
+// `kept` [keys][tile_vectors], unless null, then drops weights, which count in both.
 template <class V, int degree>
 inline void exponentiate(typename V::scalar* column, long rows, typename V::scalar units_factor,
                          typename V::vector reference, const typename V::mask* kept,
@@ -200,6 +200,9 @@ inline void exponentiate(typename V::scalar* column, long rows, typename V::scal
     UNROLL for (int i = 0; i < n; i++) x[i] = V::fused(V::load(column + (row + i) * width), factor, shift);
     V::template exp2_each<degree>(x);
     UNROLL for (int i = 0; i < n; i++) sum[i % 2] = V::add(sum[i % 2], x[i]);
+    if constexpr (V::depth == 2)  // dropped or not, as they are summed above
+      UNROLL for (int i = 0; i < n; i += 2) sums[1] =
+          V::add_pairs(sums[1], V::pair(x[i], i + 1 < n ? x[i + 1] : V::zero()));
     if constexpr (decltype(dropout)::value)
       UNROLL for (int i = 0; i < n; i++) x[i] = V::zero_unless(kept[(row + i) * V::tile_vectors], x[i]);
     if constexpr (V::depth == 1) {
@@ -207,9 +210,7 @@ inline void exponentiate(typename V::scalar* column, long rows, typename V::scal
     } else {
       auto* pairs = reinterpret_cast<typename V::element*>(column) + row / 2 * width;
       UNROLL for (int i = 0; i < n; i += 2) {
-        const vector pair = V::pair(x[i], i + 1 < n ? x[i + 1] : V::zero());
-        V::store(pairs + i / 2 * width, pair);
-        sums[1] = V::add_pairs(sums[1], pair);
+        V::store(pairs + i / 2 * width, V::pair(x[i], i + 1 < n ? x[i + 1] : V::zero()));
       }
     }
     row += n;
@@ -224,9 +225,6 @@ inline void exponentiate(typename V::scalar* column, long rows, typename V::scal
   else
     all(std::false_type());
   sums[0] = V::add(sums[0], V::add(sum[0], sum[1]));
-  // A dropped weight still counts.
-  if constexpr (V::depth == 2)
-    if (kept) sums[1] = sums[0];
 }
 
 // Fills kept [keys][tile_vectors] with the queries that dropout spares.
