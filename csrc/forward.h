@@ -100,6 +100,8 @@ class Forward {
         block_keys_(choose_block()),
         panels_per_item_(choose_panels()),
         blocks_(ceil_div(problem.queries, panels_per_item_ * width)),
+        keeps_rest_(depth == 2 && output.residual.data && problem.bias.data &&
+                    problem.bias_dtype != problem.dtype),
         copy_values_(!wide_cache_ && panels_per_item_ * width >= 128 &&
                      problem.value.stride[2] * sizeof(T) % 256 == 0) {}
 
@@ -133,6 +135,7 @@ class Forward {
         panel[i].sum = layout.take<S>(depth * width);
       }
       products = layout.take<S>((block_keys + depth) * width);
+      if (f.keeps_rest_) rest = layout.take<E>((block_keys / depth + 1) * width);
       if (p.bias.data) bias = layout.take<S>(block_keys * width);
       if (p.mask.data || p.bias.data) seen = layout.take<uint8_t>(block_keys * width + 64);
       if (p.dropout_p > 0) kept = layout.take<typename V::mask>(block_keys * columns);
@@ -146,6 +149,7 @@ class Forward {
     }
     Panel panel[item_queries / width];
     S* products;
+    E* rest = nullptr;  // of the weights, what rounding them for the product took
     S* bias = nullptr;
     uint8_t* seen = nullptr;
     typename V::mask* kept = nullptr;
@@ -374,13 +378,13 @@ class Forward {
       for (int j = 0; j < panel.columns; j++)
         prepare_scores(rules, j, reach[j], min(rows, depth_end[j] * depth), work.products);
     };
-    const Weighing weighing{work.products, rules.units.factor, rows, depth_end, work.kept};
+    const Weighing weighing{work.products, rules.units.factor, rows, depth_end, work.kept, work.rest};
     alignas(64) S sum[depth * width];
     // A band's edge on the right alone: the first query sees the first keys, each next one a key more.
     const bool stairs = !whole && !by_bytes && !rules.bias && panel.all.begin <= tile.keys.begin &&
                         tile.keys.begin < panel.all.end;
-    const bool sweeps =
-        (whole || by_bytes || stairs) && (rules.bias || rules.leaves_products()) && problem_.dropout_p == 0;
+    const bool sweeps = (whole || by_bytes || stairs) && (rules.bias || rules.leaves_products()) &&
+                        problem_.dropout_p == 0 && !keeps_rest_;
     if (!sweeps || !sweep(work, panel, keys, rows, rules, stairs ? reach : nullptr, sum)) {
       if (problem_.mask.data || rules.bias || stairs) forget_unseen(panel);
       score_all();
@@ -395,15 +399,17 @@ class Forward {
         S* total = panel.sum + i * width + j * V::lanes;
         V::store(total, V::add(V::load(total), V::load(sum + i * width + j * V::lanes)));
       }
-    const auto sum_values = [&](auto finish) {
-      gemm_columns<V, decltype(finish)>(
-          panel.columns, problem_.value_dim, RowsContiguous<E>{keys.value, keys.value_stride},
-          reinterpret_cast<const E*>(work.products), width, depth_end, panel.out, width);
+    const auto sum_values = [&](const E* weights, auto finish) {
+      gemm_columns<V, decltype(finish)>(panel.columns, problem_.value_dim,
+                                        RowsContiguous<E>{keys.value, keys.value_stride}, weights, width,
+                                        depth_end, panel.out, width);
     };
+    const E* const weights = reinterpret_cast<const E*>(work.products);
     if (panel.has_out)
-      sum_values(AccumulateStairs());
+      sum_values(weights, AccumulateStairs());
     else
-      sum_values(StoreStairs());
+      sum_values(weights, StoreStairs());
+    if (keeps_rest_) sum_values(work.rest, AccumulateStairs());
     panel.has_out = true;
   }
 
@@ -512,6 +518,7 @@ class Forward {
     long keys;
     const long* depth_end;
     const typename V::mask* kept;
+    E* rest;
     INLINE S* column(int j) const { return products + j * V::lanes; }
     INLINE long rows(int j) const { return min(keys, depth_end[j] * depth); }
   };
@@ -524,9 +531,9 @@ class Forward {
       const auto unset = V::greater(V::set1(Limits<S>::lowest), reference);
       vector total[depth] = {};
       with_degree([&](auto degree) {
-        exponentiate<V, decltype(degree)::value>(block.column(j), block.rows(j), block.factor,
-                                                 V::select(unset, V::zero(), reference),
-                                                 block.kept ? block.kept + j : nullptr, total);
+        exponentiate<V, decltype(degree)::value>(
+            block.column(j), block.rows(j), block.factor, V::select(unset, V::zero(), reference),
+            block.kept ? block.kept + j : nullptr, total, block.rest ? block.rest + j * V::lanes : nullptr);
       });
       for (int i = 0; i < depth; i++) V::store(sum + i * width + j * V::lanes, total[i]);
     }
@@ -650,6 +657,8 @@ class Forward {
   const long block_keys_;
   const int panels_per_item_;
   const long blocks_;
+  // The gradient of a float32 bias starts from out, which weights rounded to 16 bits would be too coarse for.
+  const bool keeps_rest_;
   const bool copy_values_;  // into scratch memory even though they could be read in place
 };
 

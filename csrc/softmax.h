@@ -177,11 +177,13 @@ INLINE typename V::mask huge(typename V::vector reference) {
 // Replaces a column of vectors of scores by the weights 2^(factor * score - reference), as the
 // micro-kernel reads them (one row per key, or per pair of keys: pair p takes the place of row p, which is
 // used up by then). Adds them to sums[0] and, where they are stored as pairs, as rounded for that to sums[1].
-// `kept` [keys][tile_vectors], unless null, then drops weights, which count in both.
+// `kept` [keys][tile_vectors], unless null, then drops weights, which count in both. `rest` [pairs][width],
+// unless null, gets pairs of what that rounding took, which sums[1] then has too.
 template <class V, int degree>
 inline void exponentiate(typename V::scalar* column, long rows, typename V::scalar units_factor,
                          typename V::vector reference, const typename V::mask* kept,
-                         typename V::vector (&sums)[V::depth]) {
+                         typename V::vector (&sums)[V::depth],
+                         [[maybe_unused]] typename V::element* rest = nullptr) {
   using vector = typename V::vector;
   constexpr int width = V::lanes * V::tile_vectors, step = V::exp2_at_once;
   auto factor = V::set1(units_factor);
@@ -200,18 +202,29 @@ inline void exponentiate(typename V::scalar* column, long rows, typename V::scal
     UNROLL for (int i = 0; i < n; i++) x[i] = V::fused(V::load(column + (row + i) * width), factor, shift);
     V::template exp2_each<degree>(x);
     UNROLL for (int i = 0; i < n; i++) sum[i % 2] = V::add(sum[i % 2], x[i]);
-    if constexpr (V::depth == 2)  // dropped or not, as they are summed above
-      UNROLL for (int i = 0; i < n; i += 2) sums[1] =
-          V::add_pairs(sums[1], V::pair(x[i], i + 1 < n ? x[i + 1] : V::zero()));
-    if constexpr (decltype(dropout)::value)
-      UNROLL for (int i = 0; i < n; i++) x[i] = V::zero_unless(kept[(row + i) * V::tile_vectors], x[i]);
+    const auto drop = [&](vector(&y)[n]) {
+      if constexpr (decltype(dropout)::value)
+        UNROLL for (int i = 0; i < n; i++) y[i] = V::zero_unless(kept[(row + i) * V::tile_vectors], y[i]);
+    };
     if constexpr (V::depth == 1) {
+      drop(x);
       UNROLL for (int i = 0; i < n; i++) V::store(column + (row + i) * width, x[i]);
     } else {
-      auto* pairs = reinterpret_cast<typename V::element*>(column) + row / 2 * width;
-      UNROLL for (int i = 0; i < n; i += 2) {
-        V::store(pairs + i / 2 * width, V::pair(x[i], i + 1 < n ? x[i + 1] : V::zero()));
-      }
+      const auto pair = [](const vector(&y)[n], int i) {
+        return V::pair(y[i], i + 1 < n ? y[i + 1] : V::zero());
+      };
+      const auto store_pairs = [&](vector(&y)[n], typename V::element* to) {
+        UNROLL for (int i = 0; i < n; i += 2) sums[1] = V::add_pairs(sums[1], pair(y, i));
+        drop(y);
+        UNROLL for (int i = 0; i < n; i += 2) V::store(to + (row + i) / 2 * width, pair(y, i));
+      };
+      vector left[n];
+      if (rest) UNROLL for (int i = 0; i < n; i++) {
+          const vector rounded = pair(x, i / 2 * 2);
+          left[i] = V::sub(x[i], i % 2 ? V::high_half(rounded) : V::low_half(rounded));
+        }
+      store_pairs(x, reinterpret_cast<typename V::element*>(column));
+      if (rest) store_pairs(left, rest);
     }
     row += n;
   };
