@@ -81,6 +81,27 @@ inline void pair_columns(const bf16* source, long stride, long rows, long column
 }
 #endif
 
+// Rows [count][columns] as a product reads them along their columns: where they are, or widened or paired in
+// `copy` [count][ceil(columns / depth)].
+template <class V, class T>
+constexpr bool reads_in_place = V::depth == 1 && sizeof(T) == sizeof(typename V::element);
+template <class V, class T>
+DepthContiguous<typename V::element> rows_as_read(const T* rows, long stride, long count, long columns,
+                                                  [[maybe_unused]] typename V::element* copy) {
+  if constexpr (reads_in_place<V, T>) {
+    return {rows, stride};
+  } else {
+    const long elements = ceil_div(columns, V::depth);
+#ifdef FASTATTN_BF16_DOT
+    if constexpr (V::depth == 2)
+      pair_columns(rows, stride, count, columns, copy, elements);
+    else
+#endif
+      copy_widened<V>(rows, stride, count, columns, copy, elements);
+    return {copy, elements};
+  }
+}
+
 // factor * sum, narrowed: scalar [rows][columns_padded] -> T [rows][columns].
 template <class V, class T>
 void write_rows(const typename V::scalar* sum, long columns_padded, long rows, long columns,

@@ -37,7 +37,6 @@ class LargeShifts {
   using E = typename V::element;
   using F = std::conditional_t<sizeof(S) == 8, F64, F32>;  // reads T
   static constexpr long depth = V::depth, width = V::tile_vectors * V::lanes, block_keys = 96;
-  static constexpr bool in_place = sizeof(T) == sizeof(E) && depth == 1;
 
  public:
   // `has_16_bit_results`: all that comes of the weights is rounded to 16 bits.
@@ -76,7 +75,7 @@ class LargeShifts {
       ScratchLayout layout(base);
       const long elements = ceil_div(p.head_dim, depth);
       query = layout.template take<E>(width * elements);
-      key = layout.template take<E>(in_place ? 0 : block_keys * elements);
+      key = layout.template take<E>(reads_in_place<V, T> ? 0 : block_keys * elements);
       products = layout.template take<S>(block_keys * width);
       bias = layout.template take<S>(p.bias.data ? block_keys * width : 0);
       allowed = layout.template take<uint8_t>(block_keys * width);
@@ -125,7 +124,10 @@ class LargeShifts {
       load_bias<F, float>(problem_, tile, work.bias);
     const long rows = tile.keys.size(), elements = ceil_div(problem_.head_dim, depth);
     const int columns = static_cast<int>(ceil_div(tile.queries.size(), V::lanes));
-    scores_.multiply(columns, rows, keys_of(tile, work), work.query, elements, work.products);
+    const Tensor4<const T> key = problem_.key.template as<const T>();
+    const T* first = key.at(tile.batch, tile.head / problem_.group(), tile.keys.begin);
+    const auto read = rows_as_read<V>(first, key.stride[2], rows, problem_.head_dim, work.key);
+    scores_.multiply(columns, rows, read, work.query, elements, work.products);
 
     const auto multiplier = V::set1(scores_.units.multiplier), factor = V::set1(scores_.units.factor);
     const auto none = V::set1(-Limits<S>::infinity);
@@ -151,23 +153,6 @@ class LargeShifts {
         total = V::add(total, V::template exp2<5>(V::mul(V::sub(score(k), reference), factor)));
       V::store(largest + q, now);
       V::store(sum + q, total);
-    }
-  }
-
-  DepthContiguous<E> keys_of(const Tile& tile, const Workspace& work) const {
-    const Tensor4<const T> key = problem_.key.template as<const T>();
-    const T* first = key.at(tile.batch, tile.head / problem_.group(), tile.keys.begin);
-    const long rows = tile.keys.size(), dim = problem_.head_dim, elements = ceil_div(dim, depth);
-    if constexpr (in_place) {
-      return {first, key.stride[2]};
-    } else {
-#ifdef FASTATTN_BF16_DOT
-      if constexpr (depth == 2)
-        pair_columns(first, key.stride[2], rows, dim, work.key, elements);
-      else
-#endif
-        copy_widened<V>(first, key.stride[2], rows, dim, work.key, elements);
-      return {work.key, elements};
     }
   }
 

@@ -4,16 +4,18 @@
 #pragma once
 
 #include "backward_shift.h"
+#include "decode.h"
 #include "forward.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
 
-template <class T>
+// Products are the micro-kernel's of P: those that the lse came of, so that weights add up to one.
+template <class T, class P>
 class Weights {
-  // Exact for every dtype: products of widened values, not of bf16 pairs.
   using V = std::conditional_t<sizeof(T) == 8, F64, F32>;
   using S = typename V::scalar;
+  using E = typename P::element;
   static constexpr int width = V::lanes * V::tile_vectors;
   static constexpr long block_keys = 256;
 
@@ -41,19 +43,21 @@ class Weights {
  private:
   struct Workspace {
     Workspace(const Problem& p, ScratchLayout arena) {
-      query = arena.take<S>(p.head_dim * width);
+      const long elements = ceil_div(p.head_dim, P::depth);
+      query = arena.take<E>(elements * width);
       products = arena.take<S>(block_keys * width);
       total = arena.take<S>(block_keys * width);
       bias = arena.take<S>(p.bias.data ? block_keys * width : 0);
       seen = arena.take<uint8_t>(block_keys * width + 64);
       kept = arena.take<typename V::mask>(p.dropout_p > 0 ? block_keys * V::tile_vectors : 0);
-      key = arena.take<S>(sizeof(T) == sizeof(S) ? 0 : block_keys * p.head_dim);
+      key = arena.take<E>(reads_in_place<P, T> ? 0 : block_keys * elements);
       bytes = arena.used();
     }
-    S *query, *products, *total, *bias;
+    E* query;
+    S *products, *total, *bias;
     uint8_t* seen;
     typename V::mask* kept;
-    S* key;
+    E* key;
     size_t bytes;
   };
 
@@ -82,15 +86,12 @@ class Weights {
     if (kind == TileKind::empty) return;
     const long rows = tile.keys.size(), columns = ceil_div(tile.queries.size(), V::lanes);
     const Tensor4<const T> query = problem_.query.as<const T>(), key = problem_.key.as<const T>();
-    pack_transposed<V>(query.at(tile.batch, tile.head, tile.queries.begin), query.stride[2],
-                       tile.queries.size(), problem_.head_dim, S(1), work.query);
-    DepthContiguous<S> from{work.key, problem_.head_dim};
-    const T* source = key.at(tile.batch, tile.head / problem_.group(), tile.keys.begin);
-    if constexpr (sizeof(T) == sizeof(S))
-      from = {source, key.stride[2]};
-    else
-      copy_widened<V>(source, key.stride[2], rows, problem_.head_dim, work.key, problem_.head_dim);
-    scores_.multiply(static_cast<int>(columns), rows, from, work.query, problem_.head_dim, work.products);
+    pack_panel<P>(query.at(tile.batch, tile.head, tile.queries.begin), query.stride[2], tile.queries.size(),
+                  problem_.head_dim, S(1), work.query);
+    const auto read = rows_as_read<P>(key.at(tile.batch, tile.head / problem_.group(), tile.keys.begin),
+                                      key.stride[2], rows, problem_.head_dim, work.key);
+    scores_.multiply(static_cast<int>(columns), rows, read, work.query, ceil_div(problem_.head_dim, P::depth),
+                     work.products);
     if (problem_.bias.data) {
       if (problem_.bias_dtype == problem_.dtype)
         load_bias<V, T>(problem_, tile, work.bias);
@@ -163,21 +164,23 @@ class Weights {
 
   const Problem& problem_;
   const WeightsOutput& output_;
-  const ForwardScores<V> scores_;
-  const LargeShifts<V, T> shifts_;
+  const ForwardScores<P> scores_;
+  const LargeShifts<P, T> shifts_;
   const long panels_, key_blocks_;
 };
 
 inline void weights(const Problem& problem, const WeightsOutput& output, int threads) {
   switch (problem.dtype) {
     case DType::f32:
-      return Weights<float>(problem, output).run(threads);
+      return Weights<float, F32>(problem, output).run(threads);
     case DType::bf16:
-      return Weights<bf16>(problem, output).run(threads);
+      // Decode multiplies widened values.
+      if (Decode<bf16>::suits(problem)) return Weights<bf16, F32>(problem, output).run(threads);
+      return Weights<bf16, Arithmetic<bf16>::V>(problem, output).run(threads);
     case DType::f16:
-      return Weights<fp16>(problem, output).run(threads);
+      return Weights<fp16, F32>(problem, output).run(threads);
     case DType::f64:
-      return Weights<double>(problem, output).run(threads);
+      return Weights<double, F64>(problem, output).run(threads);
   }
 }
 
