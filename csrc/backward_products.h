@@ -67,15 +67,17 @@ void weights_product(long keys, A a, const typename V::element* panel, long dept
   });
 }
 
-// The same for one vector of queries whose scores Decode has summed.
+// The same for queries whose scores Decode has summed.
 template <class V, bool has_references>
-void few_weights_product(long keys, DepthContiguous<typename V::element> a, const typename V::element* panel,
-                         long depth, const typename V::scalar* reference, const typename V::scalar* shift,
-                         typename V::scalar factor, Block<typename V::scalar> weights) {
-  few_queries_product<V>(keys, a, panel, panel_width<V>, depth, [&](long key, typename V::vector x) {
-    if constexpr (has_references) x = V::sub(x, V::load(reference));
-    V::store(weights.row(key), V::template exp2<5>(V::fused(x, V::set1(factor), V::load(shift))));
-  });
+void few_weights_product(long queries, long keys, DepthContiguous<typename V::element> a,
+                         const typename V::element* panel, long depth, const typename V::scalar* reference,
+                         const typename V::scalar* shift, typename V::scalar factor,
+                         Block<typename V::scalar> weights) {
+  few_queries_product<V>(
+      queries, keys, a, panel, panel_width<V>, depth, [&](long key, long q, typename V::vector x) {
+        if constexpr (has_references) x = V::sub(x, V::load(reference + q));
+        V::store(weights.row(key) + q, V::template exp2<5>(V::fused(x, V::set1(factor), V::load(shift + q))));
+      });
 }
 
 // gradients[keys][vectors of the panel] = weights * (A B - delta).

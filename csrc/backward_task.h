@@ -472,8 +472,9 @@ class BackwardTask {
         constexpr bool has_references = decltype(referenced)::value;
         if constexpr (depth == 1)
           if (plan_.as_decoded)
-            return few_weights_product<V, has_references>(count, key_columns, query_panel, dim, reference,
-                                                          shift, plan_.product_factor, scores);
+            return few_weights_product<V, has_references>(queries.size(), count, key_columns, query_panel,
+                                                          dim, reference, shift, plan_.product_factor,
+                                                          scores);
         const long swept = swept_keys(queries, count, dim);
         if (swept)
           sweep_panel<V>(
@@ -559,7 +560,8 @@ class BackwardTask {
                      Block<S> out) {
     if constexpr (depth == 1)
       if (plan_.as_decoded)
-        return few_queries_scores<V>(where.keys.size(), a, panel, width, count, out.data, out.stride);
+        return few_queries_scores<V>(where.queries.size(), where.keys.size(), a, panel, width, count,
+                                     out.data, out.stride);
     seen_product(band, where, a, panel, count, out);
   }
 

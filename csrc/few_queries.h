@@ -12,10 +12,11 @@
 namespace fastattn {
 namespace FASTATTN_ISA_NAMESPACE {
 
-// With at most half a vector of queries, lanes along the queries would mostly idle.
+// So few that lanes along the queries would mostly idle. Six also where these are not as few: a sum in many
+// lanes keeps more digits than one in sequence, as naive attention's do for so few.
 template <class V>
 INLINE bool is_few(long queries) {
-  return queries <= max(1, V::lanes / 2);
+  return queries <= max(V::lanes / 2, 6);
 }
 
 // sum[i] = A(i, k) B(k) over k = first, first + step, ..., in the order of Decode.
@@ -37,15 +38,18 @@ INLINE void multiply_by_lanes(typename V::vector (&sum)[rows], DepthContiguous<t
   }
 }
 
-// Calls finish(row, products) for each row of A [rows][depth] times B [depth][one vector of queries].
+// Calls finish(row, column, products) for each row of A [rows][depth] times each vector of B
+// [depth][queries].
 template <class V, class Finish>
-INLINE void few_queries_product(long rows, DepthContiguous<typename V::element> a,
+INLINE void few_queries_product(long queries, long rows, DepthContiguous<typename V::element> a,
                                 const typename V::element* b, long b_stride, long depth, Finish finish) {
   const auto tile = [&](auto count, long row) {
     constexpr int n = decltype(count)::value;
-    typename V::vector sum[n];
-    multiply_by_lanes<V, n>(sum, a.rows_from(row), b, b_stride, depth);
-    UNROLL for (int i = 0; i < n; i++) finish(row + i, sum[i]);
+    for (long q = 0; q < queries; q += V::lanes) {
+      typename V::vector sum[n];
+      multiply_by_lanes<V, n>(sum, a.rows_from(row), b + q, b_stride, depth);
+      UNROLL for (int i = 0; i < n; i++) finish(row + i, q, sum[i]);
+    }
   };
   constexpr int several = V::tile_rows;
   long row = 0;
@@ -53,13 +57,14 @@ INLINE void few_queries_product(long rows, DepthContiguous<typename V::element> 
   for (; row < rows; row++) tile(std::integral_constant<int, 1>(), row);
 }
 
-// C [rows][one vector] = A B, likewise.
+// C [rows][queries] = A B, likewise.
 template <class V>
-INLINE void few_queries_scores(long rows, DepthContiguous<typename V::element> a,
+INLINE void few_queries_scores(long queries, long rows, DepthContiguous<typename V::element> a,
                                const typename V::element* b, long b_stride, long depth, typename V::scalar* c,
                                long c_stride) {
-  few_queries_product<V>(rows, a, b, b_stride, depth,
-                         [&](long row, typename V::vector x) { V::store(c + row * c_stride, x); });
+  few_queries_product<V>(
+      queries, rows, a, b, b_stride, depth,
+      [&](long row, long column, typename V::vector x) { V::store(c + row * c_stride + column, x); });
 }
 
 // Scores as the forward multiplies and adds them.
@@ -81,7 +86,8 @@ struct ForwardScores {
                 S* products) const {
     constexpr long width = V::tile_vectors * V::lanes;
     if constexpr (V::depth == 1)
-      if (as_decoded) return few_queries_scores<V>(keys, key, query, width, depth, products, width);
+      if (as_decoded)
+        return few_queries_scores<V>(columns * V::lanes, keys, key, query, width, depth, products, width);
     gemm_columns<V, Store>(columns, keys, key, query, width, depth, products, width);
   }
 };

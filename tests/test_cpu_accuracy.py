@@ -195,17 +195,18 @@ def test_what_rounding_takes_from_out_reaches_the_backward(way, dtype):
     assert_within_budget(gradients, problem, exact, naive, grad_out)
 
 
+@pytest.mark.parametrize("value_size", (1.0, 1e-3))
 @pytest.mark.parametrize("size", (1.0, 30.0))
 @pytest.mark.parametrize("queries", (2, 38, 130))
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
-def test_the_gradient_of_a_float32_bias_is_as_precise_as_float32(dtype, queries, size, isa):
-    """The budget is that of naive attention in float32; the values are small beside grad_lse, which is float32 too."""
+def test_the_gradient_of_a_float32_bias_is_as_precise_as_float32(dtype, queries, size, value_size, isa):
+    """The budget is that of naive attention in float32; small values leave grad_lse, which is float32 too."""
     generator = torch.Generator().manual_seed(queries)
     query, key, value, grad_out = (
         _normal(generator, 3, 4, length, 40).to(dtype) for length in (queries, 70, 70, queries)
     )
     bias, grad_lse = size * _normal(generator, 1, 1, 1, 70), _normal(generator, 3, 4, queries)
-    problem = make_problem(query, key, value * 1e-3, bias)
+    problem = make_problem(query, key, value * value_size, bias)
     exact = run_reference(problem, grad_out, grad_lse)
     in_float32 = run_reference(problem, grad_out, grad_lse, dtype=torch.float32)
     results = run_backend(cpu, problem, grad_out, grad_lse)
@@ -227,3 +228,26 @@ def test_returned_weights_of_large_scores_add_up_to_one(dtype, isa):
     assert large.sum() > 20
     tolerance = 17 * torch.finfo(problem.lse_dtype).eps
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(lse), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("queries", (5, 40))
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF_DTYPES), ids=str)
+def test_the_returned_weight_of_a_lone_key_is_one(dtype, queries, isa):
+    """Scores of about 10, whose last digits depend on the order of their sums: the weights' is the forward's."""
+    generator = torch.Generator().manual_seed(queries)
+    query, key = (_normal(generator, 4, 8, length, 80).to(dtype) for length in (queries, 1))
+    problem = make_problem(query, key, key, scale=1.0)
+    weights = torch.empty(4, 8, queries, 1, dtype=torch.float32)
+    cpu.weights(problem, run_backend(cpu, problem)["lse"], weights, False)
+    torch.testing.assert_close(weights, torch.ones_like(weights), rtol=0, atol=17 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_large_scores_of_few_queries(seed, isa):
+    """Naive attention sums so few in lanes, and keeps more digits than one long sum."""
+    for queries in (1, 4, 6):
+        generator = torch.Generator().manual_seed(seed)
+        query, key, value = (_normal(generator, 2, 4, length, 188) for length in (queries, 13, 13))
+        problem = make_problem(query, key, value, scale=0.96)
+        exact, naive = run_reference(problem), run_reference(problem, dtype=None)
+        assert_within_budget(run_backend(cpu, problem), problem, exact, naive)
