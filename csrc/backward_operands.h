@@ -1,6 +1,7 @@
 // The backward's passes over rows of operands and gradients: all that costs O(L D).
 #pragma once
 
+#include "gemm.h"
 #include "pack.h"
 
 namespace fastattn {
