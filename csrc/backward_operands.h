@@ -1,7 +1,6 @@
 // The backward's passes over rows of operands and gradients: all that costs O(L D).
 #pragma once
 
-#include "gemm.h"
 #include "pack.h"
 
 namespace fastattn {
@@ -54,53 +53,6 @@ bool all_finite(const T* source, long stride, long rows, long columns) {
     for (long c = 0; c < columns; c += V::lanes)
       zeros = V::fma(load_some<V>(source + r * stride + c, columns - c), V::zero(), zeros);
   return V::sum(zeros) == 0;
-}
-
-// panel[ceil(columns / depth)][panel width] = transpose of rows [count][columns], times `factor` where
-// elements are single values; lanes past the last row are 0.
-template <class V, class T>
-void pack_panel(const T* rows, long stride, long count, long columns,
-                [[maybe_unused]] typename V::scalar factor, typename V::element* panel) {
-  constexpr long width = V::tile_vectors * V::lanes;
-  if (count < width) memset(panel, 0, sizeof(*panel) * width * ceil_div(columns, V::depth));
-#ifdef FASTATTN_BF16_DOT
-  if constexpr (V::depth == 2)
-    pack_pairs_transposed(rows, stride, count, columns, panel);
-  else
-#endif
-    pack_transposed<V>(rows, stride, count, columns, factor, panel);
-}
-
-#ifdef FASTATTN_BF16_DOT
-// Pairs of consecutive columns: bf16 [rows][columns] -> uint32 [rows][pairs], zero past the columns.
-inline void pair_columns(const bf16* source, long stride, long rows, long columns, uint32_t* out,
-                         long pairs) {
-  for (long r = 0; r < rows; r++) {
-    memset(out + r * pairs, 0, sizeof(uint32_t) * pairs);
-    memcpy(out + r * pairs, source + r * stride, sizeof(bf16) * columns);
-  }
-}
-#endif
-
-// Rows [count][columns] as a product reads them along their columns: where they are, or widened or paired in
-// `copy` [count][ceil(columns / depth)].
-template <class V, class T>
-constexpr bool reads_in_place = V::depth == 1 && sizeof(T) == sizeof(typename V::element);
-template <class V, class T>
-DepthContiguous<typename V::element> rows_as_read(const T* rows, long stride, long count, long columns,
-                                                  [[maybe_unused]] typename V::element* copy) {
-  if constexpr (reads_in_place<V, T>) {
-    return {rows, stride};
-  } else {
-    const long elements = ceil_div(columns, V::depth);
-#ifdef FASTATTN_BF16_DOT
-    if constexpr (V::depth == 2)
-      pair_columns(rows, stride, count, columns, copy, elements);
-    else
-#endif
-      copy_widened<V>(rows, stride, count, columns, copy, elements);
-    return {copy, elements};
-  }
 }
 
 // factor * sum, narrowed: scalar [rows][columns_padded] -> T [rows][columns].

@@ -81,7 +81,7 @@ class Forward {
   static constexpr long long_block_keys = 256, least_block_keys = 64, block_bytes = 256 * 1024;
   static constexpr long item_queries = 256 * depth;
   static constexpr long least_full_keys = 16;
-  static constexpr bool in_place = sizeof(T) == sizeof(E);  // K and V need no conversion
+  static constexpr bool in_place = reads_in_place<V, T>;  // K and V need no conversion
   // A sum of weights above this says that the reference is too low: nothing has overflowed yet.
   static constexpr S overflow_sum = static_cast<S>(4294967296.0);
   static constexpr S vanishing_sum = static_cast<S>(0x1p-60);
@@ -139,9 +139,7 @@ class Forward {
       if (p.bias.data) bias = layout.take<S>(block_keys * width);
       if (p.mask.data || p.bias.data) seen = layout.take<uint8_t>(block_keys * width + 64);
       if (p.dropout_p > 0) kept = layout.take<typename V::mask>(block_keys * columns);
-      if (!in_place || depth == 2) {
-        key = layout.take<E>(block_keys * f.key_depth_);
-      }
+      if (!in_place) key = layout.take<E>(block_keys * f.key_depth_);
       value = layout.take<E>(ceil_div(block_keys, depth) * f.value_stride_);
       if (p.mask.data || p.bias.data || depth == 2)
         clean_value = layout.take<E>((block_keys / depth + 1) * p.value_dim);
@@ -279,29 +277,17 @@ class Forward {
 
   KeyBlock<V> prepare_keys(long b, long kv_head, Range keys, Workspace& work) const {
     const T *key = key_.at(b, kv_head, keys.begin), *value = value_.at(b, kv_head, keys.begin);
-    if constexpr (in_place) {
-      if (!copy_values_) return {key, key_.stride[2], value, value_.stride[2]};
-      copy_widened<V>(value, value_.stride[2], keys.size(), problem_.value_dim, work.value, value_stride_);
-      return {key, key_.stride[2], work.value, value_stride_};
-    } else if constexpr (depth == 1) {
-      copy_widened<V>(key, key_.stride[2], keys.size(), problem_.head_dim, work.key, key_depth_);
-      copy_widened<V>(value, value_.stride[2], keys.size(), problem_.value_dim, work.value, value_stride_);
-      return {work.key, key_depth_, work.value, value_stride_};
-    } else {
+    const auto read = rows_as_read<V>(key, key_.stride[2], keys.size(), problem_.head_dim, work.key);
+    if constexpr (in_place)
+      if (!copy_values_) return {read.data, read.stride, value, value_.stride[2]};
 #ifdef FASTATTN_BF16_DOT
+    if constexpr (depth == 2)
       interleave_row_pairs(value, value_.stride[2], keys.size(), problem_.value_dim, work.value,
                            value_stride_);
-      if (problem_.head_dim % 2 == 0 && key_.stride[2] % 2 == 0)
-        return {reinterpret_cast<const E*>(key), key_.stride[2] / 2, work.value, value_stride_};
-      // Pairs must not reach into the next row.
-      for (long r = 0; r < keys.size(); r++) {
-        E* row = work.key + r * key_depth_;
-        row[key_depth_ - 1] = 0;
-        memcpy(row, key + r * key_.stride[2], problem_.head_dim * sizeof(T));
-      }
-      return {work.key, key_depth_, work.value, value_stride_};
+    else
 #endif
-    }
+      copy_widened<V>(value, value_.stride[2], keys.size(), problem_.value_dim, work.value, value_stride_);
+    return {read.data, read.stride, work.value, value_stride_};
   }
 
   // One panel against what it sees of one block of keys, from a whole pair of keys on.

@@ -2,6 +2,7 @@
 // with queries across the lanes, rows widened to fp32, pairs of bf16.
 #pragma once
 
+#include "gemm.h"
 #include "problem.h"
 #include "simd_common.h"
 
@@ -176,6 +177,56 @@ inline void interleave_row_pairs(const bf16* rows, long row_stride, long row_cou
   }
 }
 #endif
+
+// panel[ceil(columns / depth)][panel width] = transpose of rows [count][columns], times `factor` where
+// elements are single values; lanes past the last row are 0.
+template <class V, class T>
+void pack_panel(const T* rows, long stride, long count, long columns,
+                [[maybe_unused]] typename V::scalar factor, typename V::element* panel) {
+  constexpr long width = V::tile_vectors * V::lanes;
+  if (count < width) memset(panel, 0, sizeof(*panel) * width * ceil_div(columns, V::depth));
+#ifdef FASTATTN_BF16_DOT
+  if constexpr (V::depth == 2)
+    pack_pairs_transposed(rows, stride, count, columns, panel);
+  else
+#endif
+    pack_transposed<V>(rows, stride, count, columns, factor, panel);
+}
+
+#ifdef FASTATTN_BF16_DOT
+// Pairs of consecutive columns: bf16 [rows][columns] -> uint32 [rows][pairs], zero past the columns.
+inline void pair_columns(const bf16* source, long stride, long rows, long columns, uint32_t* out,
+                         long pairs) {
+  for (long r = 0; r < rows; r++) {
+    memset(out + r * pairs, 0, sizeof(uint32_t) * pairs);
+    memcpy(out + r * pairs, source + r * stride, sizeof(bf16) * columns);
+  }
+}
+#endif
+
+// Rows [count][columns] as a product reads them along their columns: where they are, or widened or paired in
+// `copy` [count][ceil(columns / depth)].
+template <class V, class T>
+constexpr bool reads_in_place = V::depth == 1 && sizeof(T) == sizeof(typename V::element);
+template <class V, class T>
+DepthContiguous<typename V::element> rows_as_read(const T* rows, long stride, long count, long columns,
+                                                  [[maybe_unused]] typename V::element* copy) {
+  if constexpr (reads_in_place<V, T>) {
+    return {rows, stride};
+  } else {
+    const long elements = ceil_div(columns, V::depth);
+#ifdef FASTATTN_BF16_DOT
+    if constexpr (V::depth == 2) {
+      // Pairs must not reach into the next row.
+      if (columns % 2 == 0 && stride % 2 == 0)
+        return {reinterpret_cast<const typename V::element*>(rows), stride / 2};
+      pair_columns(rows, stride, count, columns, copy, elements);
+    } else
+#endif
+      copy_widened<V>(rows, stride, count, columns, copy, elements);
+    return {copy, elements};
+  }
+}
 
 }  // namespace FASTATTN_ISA_NAMESPACE
 }  // namespace fastattn
