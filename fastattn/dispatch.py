@@ -105,9 +105,7 @@ def select_plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, na
     """
     engine = load(name)
     head_dims = getattr(engine, "plain_head_dims", _no_head_dims)(query, key, value, enable_gqa)
-    if head_dims is None:
-        return None
-    return RecordingEngine(engine) if profiler._is_profiler_enabled else engine, head_dims
+    return None if head_dims is None else (_watched(engine), head_dims)
 
 
 def _no_head_dims(*_) -> None:

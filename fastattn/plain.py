@@ -46,9 +46,9 @@ def attention(
     if plain is None:
         is_alone = attn_mask is None and key_lengths is None
         return _attention_on_gpu(query, key, value, is_causal, scale, enable_gqa) if is_alone else None
-    engine, (head_dim, value_dim) = plain
+    engine, head_dims = plain
     if scale is None:
-        scale = 1.0 / math.sqrt(head_dim)
+        scale = 1.0 / math.sqrt(head_dims[0])
     elif type(scale) is not float or not math.isfinite(scale):
         return None
     if key_lengths is not None:
@@ -62,7 +62,7 @@ def attention(
         check_length_values(problem)
     if is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _differentiable(plain, query, key, value, attn_mask, problem)
-    out = empty_like(query) if value_dim == head_dim else empty_result(query, value_dim)
+    out = _empty_out(query, head_dims)
     engine.forward(problem, out, None)
     return out
 
@@ -77,14 +77,19 @@ def _attention_on_gpu(
     plain = dispatch.select_plain(query, key, value, enable_gqa, "triton")
     if plain is None:
         return None
-    engine, (head_dim, value_dim) = plain
+    engine, head_dims = plain
     if scale is None:
-        scale = 1.0 / math.sqrt(head_dim)
+        scale = 1.0 / math.sqrt(head_dims[0])
     elif type(scale) is not float or not math.isfinite(scale):
         return None
-    out = empty_result(query, value_dim)
+    out = _empty_out(query, head_dims)
     engine.forward(Problem(query, key, value, scale, "upper_left" if is_causal else None), out, empty_lse(query))
     return out
+
+
+def _empty_out(query: Tensor, head_dims: tuple[int, int]) -> Tensor:
+    head_dim, value_dim = head_dims  # a tensor's shape is slow to ask for
+    return empty_like(query) if value_dim == head_dim else empty_result(query, value_dim)
 
 
 def _problem(
@@ -120,9 +125,8 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx, plain: dispatch.Plain, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, problem: Problem
     ):
-        engine, (head_dim, value_dim) = plain
-        out = empty_like(query) if value_dim == head_dim else empty_result(query, value_dim)
-        lse = empty_lse(query)
+        engine, head_dims = plain
+        out, lse = _empty_out(query, head_dims), empty_lse(query)
         residual = None if out.dtype is torch.float32 else empty_residual(out)
         engine.forward(problem, out, lse, residual)
         # The mask as it was given: hooks may copy what is saved, and would copy an expanded one in full.
