@@ -61,11 +61,14 @@ void backward_of(const Problem& problem, const BackwardArgs& args, int threads) 
   order_heaviest_first(work, items, sorted);
   S* const sums = static_cast<S*>(partial.data());
   const bool has_float_results = args.grad_bias && problem.bias_dtype != problem.dtype;
-  const LargeShifts<V, T> shifts(problem, plan, args.lse, sizeof(T) == 2 && !has_float_results);
+  const MaskMap<panel_width<V>> masks(problem);
+  masks.scan(threads);
+  const LargeShifts<V, T> shifts(problem, plan, masks, args.lse, sizeof(T) == 2 && !has_float_results);
   shifts.compute(threads);
-  parallel_for(items, threads, BackwardWorkspace<V>::bytes(plan), [&](const Item& item, void* scratch) {
-    BackwardTask<V, T>(plan, shifts, sums, scratch).run(sorted[item], item);
-  });
+  parallel_for(items, threads, BackwardWorkspace<V>::bytes(plan, masks),
+               [&](const Item& item, void* scratch) {
+                 BackwardTask<V, T>(plan, masks, shifts, sums, scratch).run(sorted[item], item);
+               });
   if (plan.partial_size()) sum_partial_queries<V, T>(plan, sums, threads);
   if (args.grad_bias && args.grad_lse && problem.bias.stride[3] == 0) add_row_bias_gradient(plan);
 }

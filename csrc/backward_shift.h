@@ -10,6 +10,7 @@
 
 #include "backward_operands.h"
 #include "few_queries.h"
+#include "mask_map.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -40,10 +41,11 @@ class LargeShifts {
 
  public:
   // `has_16_bit_results`: all that comes of the weights is rounded to 16 bits.
-  LargeShifts(const Problem& problem, const ForwardScores<V>& scores, const void* lse,
-              bool has_16_bit_results)
+  LargeShifts(const Problem& problem, const ForwardScores<V>& scores, const MaskMap<width>& masks,
+              const void* lse, bool has_16_bit_results)
       : problem_(problem),
         scores_(scores),
+        masks_(masks),
         lse_(static_cast<const S*>(lse)),
         limit_(has_16_bit_results ? 1024 : 16),
         count_(problem.batch * problem.query_heads * problem.queries),
@@ -58,11 +60,11 @@ class LargeShifts {
   void compute(int threads) const {
     if (!wanted_) return;
     const long blocks = ceil_div(problem_.queries, width), heads = problem_.query_heads;
-    parallel_for(problem_.batch * heads * blocks, threads, Workspace(problem_, nullptr).bytes,
+    parallel_for(problem_.batch * heads * blocks, threads, Workspace(*this, nullptr).bytes,
                  [&](int64_t item, void* scratch) {
                    const long first = item % blocks * width;
                    panel(item / blocks / heads, item / blocks % heads,
-                         {first, min<long>(first + width, problem_.queries)}, Workspace(problem_, scratch));
+                         {first, min<long>(first + width, problem_.queries)}, Workspace(*this, scratch));
                  });
   }
 
@@ -71,7 +73,8 @@ class LargeShifts {
   Shift<S>* data() const { return static_cast<Shift<S>*>(memory_.data()); }
 
   struct Workspace {
-    Workspace(const Problem& p, void* base) {
+    Workspace(const LargeShifts& shifts, void* base) {
+      const Problem& p = shifts.problem_;
       ScratchLayout layout(base);
       const long elements = ceil_div(p.head_dim, depth);
       query = layout.template take<E>(width * elements);
@@ -79,11 +82,12 @@ class LargeShifts {
       products = layout.template take<S>(block_keys * width);
       bias = layout.template take<S>(p.bias.data ? block_keys * width : 0);
       allowed = layout.template take<uint8_t>(block_keys * width);
+      cells = layout.template take<uint8_t>(shifts.masks_.scratch(block_keys));
       bytes = layout.used();
     }
     E *query, *key;
     S *products, *bias;
-    uint8_t* allowed;
+    uint8_t *allowed, *cells;
     size_t bytes;
   };
 
@@ -115,7 +119,8 @@ class LargeShifts {
   }
 
   void add_block(const Band& band, const Tile& tile, const Workspace& work, S* largest, S* sum) const {
-    const TileKind kind = classify<width>(problem_, band, tile, work.allowed);
+    const MaskCells cells = masks_.cells(tile, work.cells);
+    const TileKind kind = classify<width>(problem_, band, cells, tile, work.allowed);
     if (kind == TileKind::empty) return;
     const bool masked = kind == TileKind::mixed, biased = problem_.bias.data;
     if (biased && problem_.bias_dtype == problem_.dtype)
@@ -158,6 +163,7 @@ class LargeShifts {
 
   const Problem& problem_;
   const ForwardScores<V>& scores_;
+  const MaskMap<width>& masks_;
   const S* const lse_;
   const S limit_;
   const long count_;

@@ -34,13 +34,15 @@ class BackwardTask {
   static constexpr long panels = block_queries / width;
 
  public:
-  BackwardTask(const Plan& plan, const LargeShifts<V, T>& shifts, S* partial, void* scratch)
+  BackwardTask(const Plan& plan, const MaskMap<width>& masks, const LargeShifts<V, T>& shifts, S* partial,
+               void* scratch)
       : plan_(plan),
         problem_(plan.problem),
         args_(plan.args),
+        masks_(masks),
         shifts_(shifts),
         partial_(partial),
-        work_(plan, scratch) {}
+        work_(plan, masks, scratch) {}
 
   // `share` is the one of the call's items that this is: it may be interrupted between stretches.
   void run(long item, const Item& share) {
@@ -428,11 +430,13 @@ class BackwardTask {
   Range panel(const Band& band, Range block, Range queries) {
     if (queries.empty()) return {0, 0};
     Range keys = intersect(block, band.seen_by_any(queries));
+    const MaskCells cells = masks_.cells({batch_, head_, queries, keys}, work_.cells);
+    if (problem_.mask.data) keys = cells.trimmed(keys);
     if (keys.empty()) return {0, 0};
     keys.begin -= (keys.begin - block.begin) % depth;  // whole pairs
     Range touched{block_keys, 0};
     const auto visit = [&](Range part) {
-      if (part.empty() || !segment(band, block, {batch_, head_, queries, part})) return;
+      if (part.empty() || !segment(band, cells, block, {batch_, head_, queries, part})) return;
       touched = {min(touched.begin, part.begin - block.begin), max(touched.end, part.end - block.begin)};
     };
     Range full = intersect(keys, band.seen_by_all(queries));
@@ -450,8 +454,8 @@ class BackwardTask {
   }
 
   // Returns false, and touches nothing, where no query of the tile may attend to any key of it.
-  bool segment(const Band& band, Range block, const Tile& where) {
-    const TileKind kind = classify<width>(problem_, band, where, work_.allowed);
+  bool segment(const Band& band, const MaskCells& cells, Range block, const Tile& where) {
+    const TileKind kind = classify<width>(problem_, band, cells, where, work_.allowed);
     if (kind == TileKind::empty) return false;
     const Range queries = where.queries, keys = where.keys;
     const long first = keys.begin - block.begin, count = keys.size(), key = keys.begin - keys_.begin;
@@ -693,6 +697,7 @@ class BackwardTask {
   const Plan& plan_;
   const Problem& problem_;
   const BackwardArgs& args_;
+  const MaskMap<width>& masks_;
   const LargeShifts<V, T>& shifts_;
   S* const partial_;
   BackwardWorkspace<V> work_;

@@ -28,11 +28,11 @@ struct BackwardWorkspace {
   S *grad_query, *grad_key, *grad_value;
   S* chunk_grad_query;                    // a chunk's share of grad_query
   S *scores, *products, *bias;            // [block_keys][scores_stride], bias [block_keys][width]
-  uint8_t* allowed;                       // [block_keys][width]
+  uint8_t *allowed, *cells;               // [block_keys][width]; of a mask that is not shared
   bf16 *weights_pairs, *gradients_pairs;  // [block_keys][block_queries]
   uint32_t* gradients_key_pairs;          // [block_keys / 2][block_queries]
 
-  BackwardWorkspace(const BackwardPlan<V>& plan, void* base) : layout_(base) {
+  BackwardWorkspace(const BackwardPlan<V>& plan, const MaskMap<width>& masks, void* base) : layout_(base) {
     const Problem& p = plan.problem;
     const long queries = plan.stretch_padded, keys = plan.chunk_keys * plan.chunks_per_item;
     const long dim = plan.dim_padded, value_dim = plan.value_dim_padded;
@@ -45,6 +45,7 @@ struct BackwardWorkspace {
     }
     if (p.bias.data) bias = layout_.template take<S>(block_keys * width);
     allowed = layout_.template take<uint8_t>(block_keys * width);
+    cells = layout_.template take<uint8_t>(masks.scratch(block_keys));
     grad_key = layout_.template take<S>(keys * dim);
     grad_value = layout_.template take<S>(keys * value_dim);
     key_rows = layout_.template take<E>(ceil_div(keys, depth) * dim);
@@ -61,7 +62,9 @@ struct BackwardWorkspace {
     if (plan.items_per_head() == 1) grad_query = layout_.template take<S>(queries * dim);
     if (plan.chunks_per_item > 1) chunk_grad_query = layout_.template take<S>(queries * dim);
   }
-  static size_t bytes(const BackwardPlan<V>& plan) { return BackwardWorkspace(plan, nullptr).layout_.used(); }
+  static size_t bytes(const BackwardPlan<V>& plan, const MaskMap<width>& masks) {
+    return BackwardWorkspace(plan, masks, nullptr).layout_.used();
+  }
 
  private:
   ScratchLayout layout_;

@@ -100,12 +100,14 @@ class Forward {
         block_keys_(choose_block()),
         panels_per_item_(choose_panels()),
         blocks_(ceil_div(problem.queries, panels_per_item_ * width)),
+        masks_(problem),
         keeps_rest_(depth == 2 && output.residual.data && problem.bias.data &&
                     problem.bias_dtype != problem.dtype),
         copy_values_(!wide_cache_ && panels_per_item_ * width >= 128 &&
                      problem.value.stride[2] * sizeof(T) % 256 == 0) {}
 
   void run(int threads) const {
+    masks_.scan(threads);
     parallel_for(problem_.batch * problem_.query_heads * blocks_, threads,
                  Workspace(*this, ScratchLayout()).bytes,
                  [this](const Item& item, void* scratch) { run_item(item, scratch); });
@@ -114,14 +116,16 @@ class Forward {
  private:
   struct Panel {
     Range queries;
-    int columns;        // vectors with a query in them
-    Range any, all;     // keys that some, that every query sees
+    int columns;     // vectors with a query in them
+    Range any, all;  // keys that some, that every query sees, of `any` the mask's part too
+    MaskCells cells;
     bool begun, ready;  // some query, every query has a reference
     bool has_out;       // `out` has been written
     E* query;           // [key_depth][width]
     S* out;             // [Dv][width]
     S* reference;       // [width]
-    S* sum;  // [depth][width]: of the weights, and of pairs also as the product reads them, rounded
+    S* sum;            // [depth][width]: of the weights, and of pairs also as the product reads them, rounded
+    uint8_t* scanned;  // what `cells` are found in, if not in the call's map
   };
 
   struct Workspace {
@@ -133,6 +137,7 @@ class Forward {
         panel[i].out = layout.take<S>(p.value_dim * width);
         panel[i].reference = layout.take<S>(width);
         panel[i].sum = layout.take<S>(depth * width);
+        if (p.mask.data) panel[i].scanned = layout.take<uint8_t>(f.masks_.scratch(p.keys));
       }
       products = layout.take<S>((block_keys + depth) * width);
       if (f.keeps_rest_) rest = layout.take<E>((block_keys / depth + 1) * width);
@@ -197,6 +202,7 @@ class Forward {
       for (long begin = keys.begin; begin < keys.end; begin += step) {
         if (begin > keys.begin && item.is_interrupted()) return;
         const Range range{begin, min(begin + step, keys.end)};
+        if (is_hidden(work, panels, range)) continue;
         const KeyBlock<V> key_block = prepare_keys(b, h / problem_.group(), range, work);
         work.ahead.block = values_of(b, h, {range.end, min(range.end + step, keys.end)});
         work.ahead.block.share_among(tiles ? swept_tiles(work, panels, range, 1) : panels);
@@ -207,6 +213,19 @@ class Forward {
       }
     }
     for (int i = 0; i < panels; i++) finish_panel(work.panel[i], b, h);
+  }
+
+  // The keys of these that some query of the panel sees, without gaps.
+  Range seen_by(const Panel& panel, Range keys) const {
+    const Range seen = intersect(panel.any, keys);
+    return problem_.mask.data ? panel.cells.trimmed(seen) : seen;
+  }
+  // Whether the mask hides the keys from all panels.
+  bool is_hidden(const Workspace& work, int panels, Range keys) const {
+    if (!problem_.mask.data) return false;
+    for (int i = 0; i < panels; i++)
+      if (!seen_by(work.panel[i], keys).empty()) return false;
+    return true;
   }
 
   // Tiles of scores beside whose products there are weights to compute: in each block all but the first.
@@ -260,6 +279,15 @@ class Forward {
     panel.any = band.seen_by_any(panel.queries);
     panel.all = band.seen_by_all(panel.queries);
     panel.begun = panel.ready = panel.has_out = false;
+    if (problem_.mask.data) {
+      panel.cells = masks_.cells({b, h, panel.queries, panel.any}, panel.scanned);
+      panel.any = panel.cells.trimmed(panel.any);
+    }
+    memset(panel.sum, 0, depth * width * sizeof(S));
+    if (panel.any.empty()) {
+      memset(panel.reference, 0, width * sizeof(S));
+      return;
+    }
     const T* query = query_.at(b, h, first);
     if constexpr (depth == 1)
       pack_transposed<V>(query, query_.stride[2], panel.queries.size(), problem_.head_dim, S(1), panel.query);
@@ -272,7 +300,6 @@ class Forward {
       const auto real = V::first_lanes(panel.queries.size() - j * V::lanes);
       V::store(panel.reference + j * V::lanes, V::select(real, V::set1(-Limits<S>::infinity), V::zero()));
     }
-    memset(panel.sum, 0, depth * width * sizeof(S));
   }
 
   KeyBlock<V> prepare_keys(long b, long kv_head, Range keys, Workspace& work) const {
@@ -293,7 +320,7 @@ class Forward {
   // One panel against what it sees of one block of keys, from a whole pair of keys on.
   void visit(Workspace& work, Panel& panel, const Band& band, long b, long h, Range keys,
              const KeyBlock<V>& block) const {
-    const Range seen = intersect(panel.any, keys);
+    const Range seen = seen_by(panel, keys);
     if (seen.empty()) return;
     const auto attend_to = [&](Range part) {
       if (part.empty()) return;
@@ -323,7 +350,7 @@ class Forward {
     const long rows = tile.keys.size();
     bool by_bytes = false;
     if (problem_.mask.data) {
-      const TileKind kind = classify<width>(problem_, band, tile, work.seen);
+      const TileKind kind = classify<width>(problem_, band, panel.cells, tile, work.seen);
       if (kind == TileKind::empty) return;
       whole = kind == TileKind::full;
       by_bytes = !whole;
@@ -643,6 +670,7 @@ class Forward {
   const long block_keys_;
   const int panels_per_item_;
   const long blocks_;
+  const MaskMap<width> masks_;
   // The gradient of a float32 bias starts from out, which weights rounded to 16 bits would be too coarse for.
   const bool keeps_rest_;
   const bool copy_values_;  // into scratch memory even though they could be read in place

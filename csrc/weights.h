@@ -24,15 +24,17 @@ class Weights {
       : problem_(problem),
         output_(output),
         scores_(problem),
-        shifts_(problem, scores_, output.lse, false),
+        masks_(problem),
+        shifts_(problem, scores_, masks_, output.lse, false),
         panels_(ceil_div(problem.queries, width)),
         key_blocks_(ceil_div(problem.keys, block_keys)) {}
 
   void run(int threads) const {
     const long heads = output_.average ? 1 : problem_.query_heads;
+    masks_.scan(threads);
     shifts_.compute(threads);
     parallel_for(problem_.batch * heads * panels_ * key_blocks_, threads,
-                 Workspace(problem_, ScratchLayout()).bytes, [this, heads](int64_t item, void* scratch) {
+                 Workspace(*this, ScratchLayout()).bytes, [this, heads](int64_t item, void* scratch) {
                    const long block = item % key_blocks_, panel = item / key_blocks_ % panels_,
                               head = item / key_blocks_ / panels_ % heads,
                               b = item / key_blocks_ / panels_ / heads;
@@ -42,27 +44,29 @@ class Weights {
 
  private:
   struct Workspace {
-    Workspace(const Problem& p, ScratchLayout arena) {
+    Workspace(const Weights& weights, ScratchLayout arena) {
+      const Problem& p = weights.problem_;
       const long elements = ceil_div(p.head_dim, P::depth);
       query = arena.take<E>(elements * width);
       products = arena.take<S>(block_keys * width);
       total = arena.take<S>(block_keys * width);
       bias = arena.take<S>(p.bias.data ? block_keys * width : 0);
       seen = arena.take<uint8_t>(block_keys * width + 64);
+      cells = arena.take<uint8_t>(weights.masks_.scratch(block_keys));
       kept = arena.take<typename V::mask>(p.dropout_p > 0 ? block_keys * V::tile_vectors : 0);
       key = arena.take<E>(reads_in_place<P, T> ? 0 : block_keys * elements);
       bytes = arena.used();
     }
     E* query;
     S *products, *total, *bias;
-    uint8_t* seen;
+    uint8_t *seen, *cells;
     typename V::mask* kept;
     E* key;
     size_t bytes;
   };
 
   void run_item(long b, long head, long panel, long block, void* scratch) const {
-    const Workspace work(problem_, ScratchLayout(scratch));
+    const Workspace work(*this, ScratchLayout(scratch));
     const Band band(problem_, b);
     const Range queries{panel * width, min((panel + 1) * width, problem_.queries)};
     const Range keys{block * block_keys, min((block + 1) * block_keys, problem_.keys)};
@@ -80,9 +84,9 @@ class Weights {
   }
 
   void add_head(const Tile& tile, const Band& band, const Workspace& work) const {
-    const TileKind kind = intersect(band.seen_by_any(tile.queries), tile.keys).empty()
-                              ? TileKind::empty
-                              : classify<width>(problem_, band, tile, work.seen);
+    if (intersect(band.seen_by_any(tile.queries), tile.keys).empty()) return;
+    const MaskCells cells = masks_.cells(tile, work.cells);
+    const TileKind kind = classify<width>(problem_, band, cells, tile, work.seen);
     if (kind == TileKind::empty) return;
     const long rows = tile.keys.size(), columns = ceil_div(tile.queries.size(), V::lanes);
     const Tensor4<const T> query = problem_.query.as<const T>(), key = problem_.key.as<const T>();
@@ -165,6 +169,7 @@ class Weights {
   const Problem& problem_;
   const WeightsOutput& output_;
   const ForwardScores<P> scores_;
+  const MaskMap<width> masks_;
   const LargeShifts<P, T> shifts_;
   const long panels_, key_blocks_;
 };
