@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import tables
 from benchmarks.model_memory import COMPARED, LIMIT
+from benchmarks.peers import TITLES
 from benchmarks.plots import plot_memory, plot_throughput
 from benchmarks.runner import ROOT, merged, run_parts
 from benchmarks.suite import PARTS, PARTS_OF_THE_REPORT
@@ -103,11 +104,12 @@ def print_result(result: dict) -> None:
     )
     figures = ("fp32 GFLOP/s", "bf16 GFLOP/s", "read GB/s", "copy GB/s")
     console.print(tables.table("Ceilings", ("part", "instruction set"), figures, tables.ceiling_rows(result)))
-    right = ("fastattn ms", *(f"x {peer}" for peer in tables.PEERS), "GFLOP/s", "of ceiling")
     for part in result["parts"]:
-        rows = tables.line_rows(line for line in result["lines"] if line["part"] == part)
-        if rows:
-            console.print(tables.table(part, ("group", "workload"), right, rows))
+        lines = [line for line in result["lines"] if line["part"] == part]
+        peers = tables.peers_of(lines)
+        right = ("fastattn ms", *(f"x {TITLES[peer]}" for peer in peers), "GFLOP/s", "of ceiling")
+        if lines:
+            console.print(tables.table(part, ("group", "workload"), right, tables.line_rows(lines, peers)))
     if result["memory"]:
         rows = tables.memory_rows(result)
         console.print(
@@ -125,7 +127,10 @@ def print_result(result: dict) -> None:
     if slower:
         console.print(tables.table("Slower than a peer", ("part", "workload", "peer"), ("ratio",), slower))
     else:
-        console.print("Never slower than torch or naive attention.")
+        console.print("Never slower than a peer.")
+    left_out = tables.left_out_rows(result)
+    if left_out:
+        console.print(tables.table("Left out", ("peer", "because"), ("lines",), left_out))
 
 
 if __name__ == "__main__":

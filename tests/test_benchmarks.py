@@ -9,9 +9,10 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from benchmarks import readme, tables, workloads
+from benchmarks import flex_peer, readme, tables, workloads
 from benchmarks.measure import Turns
 from benchmarks.memory import peak_in_child
+from benchmarks.peers import LeftOutError
 from benchmarks.runner import merged, run_parts
 from benchmarks.suite import PARTS, Entry, Target, entries_of
 from benchmarks.workloads import ModuleWorkload, Workload
@@ -24,6 +25,8 @@ INGREDIENTS = (
     {"mask": "bool"},
     {"mask": "bias"},
     {"mask": "bias_grad", "backward": True},
+    {"mask": "triangle", "backward": True},
+    {"documents": (3, 20, 10), "backward": True},
     {"keep": 0.5, "backward": True},
     {"window": 5},
     {"kv_heads": 2, "backward": True},
@@ -38,6 +41,8 @@ def test_implementations_compute_the_same(fields: dict) -> None:
     ours, torchs, naive = (inputs.call(name)() for name in ("fastattn", "torch", "naive"))
     torch.testing.assert_close(ours, torchs, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(ours, naive, rtol=1e-6, atol=2e-6)
+    if "documents" in fields:
+        torch.testing.assert_close(ours, inputs.call("loop")(), rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("backward", (False, True))
@@ -67,8 +72,32 @@ def test_onnxruntime_computes_the_same(causal: bool) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     inputs = Workload(**SMALL, causal=causal).make()
-    theirs = inputs.call("onnxruntime")().unflatten(-1, (4, 16)).transpose(1, 2)
-    torch.testing.assert_close(theirs, inputs.call("torch")(), rtol=5e-7, atol=5e-7)
+    torch.testing.assert_close(inputs.call("onnxruntime")(), inputs.call("torch")(), rtol=5e-7, atol=5e-7)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "fields", [fields for fields in (*INGREDIENTS, {"window": 5, "causal": True}) if "backward" not in fields], ids=str
+)
+def test_flex_attention_is_given_what_the_workload_says(fields: dict) -> None:
+    """Uncompiled, which is slow but takes the same modifications."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    inputs = Workload(**SMALL | fields).make()
+    options = flex_peer.modifications(inputs.query, inputs.key, **inputs.restrictions())
+    theirs = flex.flex_attention(inputs.query, inputs.key, inputs.value, enable_gqa=True, **options)
+    torch.testing.assert_close(theirs, inputs.call("fastattn")(), rtol=1e-6, atol=2e-6)
+
+
+def test_compiled_flex_attention_is_compared_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed documents and padding in one compilation; then the same with a wrong result."""
+    inputs = Workload(**SMALL | {"length": 200}, documents=(150, 50), keep=0.9).make()
+    try:
+        flex = inputs.call("flex")
+    except LeftOutError as reason:
+        pytest.skip(str(reason))
+    inputs.check({"flex": flex})
+    with pytest.raises(AssertionError, match="flex computes something else: out"):
+        inputs.check({"flex": lambda: 1.001 * flex()})
 
 
 def test_large_workloads_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +246,9 @@ def test_a_part_runs_from_the_suite_to_the_tables() -> None:
     assert line["seconds"].keys() == line["ratio"].keys() | {"fastattn"} == {"fastattn", "torch", "naive"}
     assert line["share"] > 0.0
     assert result["parts"]["one thread"]["ceilings"]["read"] > 0.0
-    rows = tables.line_rows(result["lines"])
+    peers = tables.peers_of(result["lines"])
+    assert peers == ["torch", "naive"]
+    rows = tables.line_rows(result["lines"], peers)
     assert "1,8,16,64" in rows[0][1]
     (target,) = tables.target_rows(result)
     assert target[-1] in ("met", "missed")
