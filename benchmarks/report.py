@@ -1,7 +1,7 @@
 """The benchmark report.
 
 ``python -m benchmarks.report run`` measures everything (``make bench``), ``show`` prints a result
-again, and ``readme`` writes the README's tables from the committed results.
+again, and ``readme`` writes the tables of README.md and docs/performance.md from the committed results.
 """
 
 from __future__ import annotations
@@ -89,11 +89,12 @@ def show(path: Annotated[Path, typer.Argument(help="A result's JSON.")]) -> None
 
 @app.command()
 def readme() -> None:
-    """Write the README's generated blocks from the committed results."""
-    from benchmarks.readme import update
+    """Write the generated blocks of README.md and docs/performance.md from the committed results."""
+    from benchmarks.readme import FILES, update
 
-    changed = update(ROOT / "README.md", RESULTS)
-    console.print("README.md is", "rewritten" if changed else "up to date")
+    changed = update(ROOT, RESULTS)
+    for name in FILES:
+        console.print(name, "is", "rewritten" if name in changed else "up to date")
 
 
 def print_result(result: dict) -> None:
