@@ -70,6 +70,14 @@ def test_a_wrong_result_is_not_timed(dtype: torch.dtype, backward: bool, monkeyp
         Workload(**SMALL, dtype=dtype, backward=backward).make().check()
 
 
+@pytest.mark.parametrize("backward", (False, True))
+def test_a_peer_that_computes_something_else_is_not_timed(backward: bool) -> None:
+    inputs, causal = (Workload(**SMALL, backward=backward, causal=is_causal).make() for is_causal in (False, True))
+    inputs.check({name: inputs.call(name) for name in ("torch", "naive")})
+    with pytest.raises(AssertionError, match="torch computes something else: " + ("grad_" if backward else "out")):
+        inputs.check({"torch": causal.call("torch")})
+
+
 @pytest.mark.parametrize("causal", (False, True))
 def test_onnxruntime_computes_the_same(causal: bool) -> None:
     pytest.importorskip("onnxruntime")
