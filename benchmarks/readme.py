@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu.plot import shapes
 from benchmarks.model_memory import COMPARED, LIMIT
-from benchmarks.peers import TITLES
 from benchmarks.suite import BF16, DOCUMENTS
-from benchmarks.tables import markdown, memory_rows, memory_share, model_memory_rows, peers_of, times
+from benchmarks.tables import markdown, memory_rows, memory_share, model_memory_rows, peer_columns, times
 from benchmarks.workloads import Workload
 
 #: The files with generated blocks.
@@ -111,16 +110,11 @@ def _what(line: dict) -> str:
     return named.get(what, what)
 
 
-def _columns(lines: Iterable[dict], prefix: str = "") -> dict[str, str]:
-    """The peers that were measured in any of the lines, and the headings of their columns."""
-    return {peer: f"{prefix}x {TITLES[peer]}" for peer in peers_of(lines)}
-
-
 def summary(result: dict) -> str:
     """The README's table: a call of each kind, of which share of the machine's rate it runs at, beside the peers."""
     measured = {line["workload"]: line for line in result["lines"] if line["part"] == "one thread"}
     rows = [(measured[str(w)], measured.get(str(replace(w, dtype=BF16)))) for w in SUMMARY if str(w) in measured]
-    columns = _columns(line for line, _ in rows)
+    columns = peer_columns(line for line, _ in rows)
     table = []
     for line, in_bf16 in rows:
         fields = line["fields"]
@@ -151,8 +145,8 @@ def rates(result: dict) -> str:
         for line in _lines(result, "two threads", "two threads")
         if line["fields"]["dtype"] == "float32" and key(line) in by_dtype["float32"]
     }
-    columns = _columns(by_dtype["float32"].values())
-    in_bf16 = {p: c for p, c in _columns(by_dtype["bfloat16"].values(), "bf16 ").items() if p != "naive"}
+    columns = peer_columns(by_dtype["float32"].values())
+    in_bf16 = {peer: f"bf16 {x}" for peer, x in peer_columns(by_dtype["bfloat16"].values()).items() if peer != "naive"}
     unmeasured: dict = {"ratio": {}}
     rows = []
     for name, line in by_dtype["float32"].items():
@@ -177,7 +171,7 @@ def rates(result: dict) -> str:
 def ingredients(result: dict) -> str:
     """What masks, bias, dropout and shared heads cost beside the plain call and beside the peers."""
     lines = _lines(result, "one thread", "ingredients")
-    columns = _columns(lines)
+    columns = peer_columns(lines)
     rows = [
         [
             _what(line),

@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import tables
 from benchmarks.model_memory import COMPARED, LIMIT
-from benchmarks.peers import TITLES
 from benchmarks.plots import plot_memory, plot_throughput
 from benchmarks.runner import ROOT, merged, run_parts
 from benchmarks.suite import PARTS, PARTS_OF_THE_REPORT
@@ -107,8 +106,8 @@ def print_result(result: dict) -> None:
     console.print(tables.table("Ceilings", ("part", "instruction set"), figures, tables.ceiling_rows(result)))
     for part in result["parts"]:
         lines = [line for line in result["lines"] if line["part"] == part]
-        peers = tables.peers_of(lines)
-        right = ("fastattn ms", *(f"x {TITLES[peer]}" for peer in peers), "GFLOP/s", "of ceiling")
+        peers = tables.peer_columns(lines)
+        right = ("fastattn ms", *peers.values(), "GFLOP/s", "of ceiling")
         if lines:
             console.print(tables.table(part, ("group", "workload"), right, tables.line_rows(lines, peers)))
     if result["memory"]:

@@ -31,10 +31,10 @@ def markdown(left: Iterable[str], right: Iterable[str], rows: Iterable[Iterable[
     return "\n".join(lines)
 
 
-def peers_of(lines: Iterable[dict]) -> list[str]:
-    """The peers that were measured in any of the lines, in the order of the columns."""
+def peer_columns(lines: Iterable[dict]) -> dict[str, str]:
+    """The peers that were measured in any of the lines, in order, and the headings of their columns."""
     measured = {peer for line in lines for peer in line["ratio"]}
-    return [peer for peer in TITLES if peer in measured]
+    return {peer: f"x {title}" for peer, title in TITLES.items() if peer in measured}
 
 
 def times(ratio: float | None) -> str:

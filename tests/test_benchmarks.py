@@ -259,8 +259,8 @@ def test_a_part_runs_from_the_suite_to_the_tables() -> None:
     assert line["seconds"].keys() == line["ratio"].keys() | {"fastattn"} == {"fastattn", "torch", "naive"}
     assert line["share"] > 0.0
     assert result["parts"]["one thread"]["ceilings"]["read"] > 0.0
-    peers = tables.peers_of(result["lines"])
-    assert peers == ["torch", "naive"]
+    peers = tables.peer_columns(result["lines"])
+    assert peers == {"torch": "x torch", "naive": "x naive"}
     rows = tables.line_rows(result["lines"], peers)
     assert "1,8,16,64" in rows[0][1]
     (target,) = tables.target_rows(result)
