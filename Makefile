@@ -10,7 +10,7 @@
 #   make gpu-compile-report   registers, spills and instruction mix of every GPU configuration
 #   make gpu-cache            every GPU kernel that python -m benchmarks.gpu needs, compiled without a GPU and packed
 #   make test-newest-triton   the GPU kernels interpreted and compiled by the newest Triton, not the pinned one
-#   make readme               the README's tables, from benchmarks/results/
+#   make readme               the tables of README.md and docs/performance.md, from benchmarks/results/
 #   make format               let the formatters rewrite the sources
 #   make clean
 

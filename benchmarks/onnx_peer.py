@@ -8,17 +8,20 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-
-def installed() -> bool:
-    return find_spec("onnx") is not None and find_spec("onnxruntime") is not None
+from benchmarks.peers import LeftOutError
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Callable[[], Tensor]:
     """A forward call on [B, H, L, D] float32 tensors, laid out as the operator wants them beforehand.
 
-    The operator is com.microsoft.MultiHeadAttention of ONNX Runtime's contrib operators; it returns
-    [B, L, H * D].
+    The operator is com.microsoft.MultiHeadAttention of ONNX Runtime's contrib operators; what it returns,
+    [B, L, H * D], is viewed as [B, H, L, D].
+
+    Raises LeftOutError where onnx or onnxruntime is not installed.
     """
+    missing = [package for package in ("onnx", "onnxruntime") if find_spec(package) is None]
+    if missing:
+        raise LeftOutError(f"{' and '.join(missing)} not installed")
     import onnxruntime
 
     heads = query.shape[1]
@@ -31,7 +34,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Cal
         name: tensor.detach().transpose(1, 2).flatten(2).contiguous().numpy()
         for name, tensor in (("query", query), ("key", key), ("value", value))
     }
-    return lambda: torch.from_numpy(session.run(None, feeds)[0])
+    return lambda: torch.from_numpy(session.run(None, feeds)[0]).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _model(heads: int, is_causal: bool) -> bytes:

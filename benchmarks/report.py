@@ -1,7 +1,7 @@
 """The benchmark report.
 
 ``python -m benchmarks.report run`` measures everything (``make bench``), ``show`` prints a result
-again, and ``readme`` writes the README's tables from the committed results.
+again, and ``readme`` writes the tables of README.md and docs/performance.md from the committed results.
 """
 
 from __future__ import annotations
@@ -88,11 +88,12 @@ def show(path: Annotated[Path, typer.Argument(help="A result's JSON.")]) -> None
 
 @app.command()
 def readme() -> None:
-    """Write the README's generated blocks from the committed results."""
-    from benchmarks.readme import update
+    """Write the generated blocks of README.md and docs/performance.md from the committed results."""
+    from benchmarks.readme import FILES, update
 
-    changed = update(ROOT / "README.md", RESULTS)
-    console.print("README.md is", "rewritten" if changed else "up to date")
+    changed = update(ROOT, RESULTS)
+    for name in FILES:
+        console.print(name, "is", "rewritten" if name in changed else "up to date")
 
 
 def print_result(result: dict) -> None:
@@ -103,11 +104,12 @@ def print_result(result: dict) -> None:
     )
     figures = ("fp32 GFLOP/s", "bf16 GFLOP/s", "read GB/s", "copy GB/s")
     console.print(tables.table("Ceilings", ("part", "instruction set"), figures, tables.ceiling_rows(result)))
-    right = ("fastattn ms", *(f"x {peer}" for peer in tables.PEERS), "GFLOP/s", "of ceiling")
     for part in result["parts"]:
-        rows = tables.line_rows(line for line in result["lines"] if line["part"] == part)
-        if rows:
-            console.print(tables.table(part, ("group", "workload"), right, rows))
+        lines = [line for line in result["lines"] if line["part"] == part]
+        peers = tables.peer_columns(lines)
+        right = ("fastattn ms", *peers.values(), "GFLOP/s", "of ceiling")
+        if lines:
+            console.print(tables.table(part, ("group", "workload"), right, tables.line_rows(lines, peers)))
     if result["memory"]:
         rows = tables.memory_rows(result)
         console.print(
@@ -125,7 +127,10 @@ def print_result(result: dict) -> None:
     if slower:
         console.print(tables.table("Slower than a peer", ("part", "workload", "peer"), ("ratio",), slower))
     else:
-        console.print("Never slower than torch or naive attention.")
+        console.print("Never slower than a peer.")
+    left_out = tables.left_out_rows(result)
+    if left_out:
+        console.print(tables.table("Left out", ("peer", "because"), ("lines",), left_out))
 
 
 if __name__ == "__main__":

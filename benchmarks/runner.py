@@ -21,7 +21,10 @@ SCHEMA = 1
 OUTCOME = re.compile(r"(\S.*) (PASSED|FAILED|ERROR|SKIPPED)(?: \(.*\))?\s+\[ *\d+%\]")
 COLLECTED = re.compile(r"collected (\d+) items?(?: / (\d+) deselected)?")
 #: What an entry of the result keeps of a benchmark's record.
-KEPT = ("workload", "fields", "flops", "seconds", "ratio", "rounds", "repeats", "ceiling", "share", "targets")
+KEPT = (
+    *("workload", "fields", "flops", "seconds", "ratio", "rounds", "repeats", "ceiling", "share", "targets"),
+    "left_out",
+)
 
 
 @dataclass

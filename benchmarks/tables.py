@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from rich.table import Table
 
 from benchmarks.model_memory import COMPARED
+from benchmarks.peers import TITLES
 from benchmarks.suite import MEMORY_TARGET
-
-PEERS = ("torch", "naive", "onnxruntime")
 
 
 def table(title: str, left: Iterable[str], right: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
@@ -29,6 +29,12 @@ def markdown(left: Iterable[str], right: Iterable[str], rows: Iterable[Iterable[
     lines = [f"| {' | '.join(left + right)} |", f"|{'---|' * len(left)}{'---:|' * len(right)}"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)
+
+
+def peer_columns(lines: Iterable[dict]) -> dict[str, str]:
+    """The peers that were measured in any of the lines, in order, and the headings of their columns."""
+    measured = {peer for line in lines for peer in line["ratio"]}
+    return {peer: f"x {title}" for peer, title in TITLES.items() if peer in measured}
 
 
 def times(ratio: float | None) -> str:
@@ -66,7 +72,7 @@ def target_rows(result: dict) -> list[list[str]]:
     return rows
 
 
-def line_rows(lines: Iterable[dict]) -> list[list[str]]:
+def line_rows(lines: Iterable[dict], peers: Iterable[str]) -> list[list[str]]:
     """group, workload, milliseconds of fastattn, ratios of peers, GFLOP/s, share of the ceiling."""
     rows = []
     for line in lines:
@@ -76,7 +82,7 @@ def line_rows(lines: Iterable[dict]) -> list[list[str]]:
                 line["group"],
                 line["workload"],
                 f"{1e3 * seconds['fastattn']:.3g}",
-                *(times(ratio.get(peer)) for peer in PEERS),
+                *(times(ratio.get(peer)) for peer in peers),
                 f"{line['flops'] / seconds['fastattn'] / 1e9:.0f}",
                 f"{line['share']:.2f}",
             ]
@@ -85,13 +91,19 @@ def line_rows(lines: Iterable[dict]) -> list[list[str]]:
 
 
 def slower_rows(result: dict) -> list[list[str]]:
-    """part, workload, peer, ratio: wherever torch or naive was faster."""
+    """part, workload, peer, ratio: wherever a peer was faster."""
     return [
-        [line["part"], line["workload"], peer, times(line["ratio"][peer])]
+        [line["part"], line["workload"], TITLES[peer], times(line["ratio"][peer])]
         for line in result["lines"]
-        for peer in PEERS
+        for peer in TITLES
         if line["ratio"].get(peer, 1.0) < 1.0
     ]
+
+
+def left_out_rows(result: dict) -> list[list[str]]:
+    """peer, why it was not timed, in how many lines."""
+    reasons = Counter(item for line in result["lines"] for item in line.get("left_out", {}).items())
+    return [[TITLES[peer], reason, str(count)] for (peer, reason), count in reasons.items()]
 
 
 def memory_rows(result: dict) -> list[list[str]]:

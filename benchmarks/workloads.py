@@ -1,4 +1,4 @@
-"""The calls that are timed, as data, and how naive attention, torch and fastattn run them.
+"""The calls that are timed, as data, and how fastattn and its peers run them.
 
 A workload knows its size in useful FLOPs; its ``make()`` gives the inputs, which offer
 ``call(implementation)`` and ``check()``.
@@ -6,7 +6,7 @@ A workload knows its size in useful FLOPs; its ``make()`` gives the inputs, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -14,23 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from benchmarks import onnx_peer
-from fastattn.problem import make_problem
-from fastattn.testing import assert_within_budget, run_reference
+from benchmarks import flex_peer, onnx_peer
+from fastattn.problem import Problem, make_problem
+from fastattn.testing import Results, assert_within_budget, judge, run_reference
 
 #: The longest sequence of which a whole head is compared with the float64 reference.
 LONGEST_CHECKED_HEAD = 4096
 #: Queries compared beyond it; they see all keys, so that the memory stays small.
 CHECKED_QUERIES = 256
+#: A peer has to compute the same thing, not as closely: its errors may be so many times what fastattn's may be.
+PEER_BUDGET = 4.0
 
 
 @dataclass(frozen=True)
 class Workload:
     """One attention call: sizes, dtype, ingredients, forward or forward and backward.
 
-    ``mask`` is None, "bool" ([B, 1, L, L], keeps 70 %), "bias" ([1, H, L, L], added to the scores) or
-    "bias_grad" (the same with its gradient). ``keep`` is the share of the keys that key padding
-    leaves, the same for every sequence, and ``keys`` the number of keys where it is not ``length``.
+    ``mask`` is None, "bool" ([B, 1, L, L], keeps 70 %), "triangle" (bool [1, 1, L, L], a causal mask as a tensor),
+    "bias" ([1, H, L, L], added to the scores) or "bias_grad" (the same with its gradient). ``documents`` are
+    lengths of documents that are packed into the sequence one after the other; each attends to itself, by a
+    bool mask [1, 1, L, L]. ``keep`` is the share of the keys that key padding leaves, the same for every
+    sequence, and ``keys`` the number of keys where it is not ``length``.
     """
 
     batch: int
@@ -43,6 +47,7 @@ class Workload:
     keys: int | None = None
     kv_heads: int | None = None
     mask: str | None = None
+    documents: tuple[int, ...] | None = None
     keep: float | None = None
     window: int | None = None
     dropout: float = 0.0
@@ -59,6 +64,8 @@ class Workload:
             parts.append("causal")
         if self.mask is not None:
             parts.append(self.mask)
+        if self.documents is not None:
+            parts.append(f"{len(self.documents)} packed documents")
         if self.keep is not None:
             parts.append(f"padding keeps {self.keep:.0%}")
         if self.window is not None:
@@ -75,13 +82,16 @@ class Workload:
     def flops(self) -> float:
         """Useful work: 4 B H Lq Lk D forward, half of it causal, 3.5 times that with the backward pass.
 
-        Counts keys that padding or the window leave; masks and dropout leave it as it is.
+        Counts keys that padding, the window or the documents leave; other masks and dropout leave it as it is.
         """
         keys = self.key_count * (self.keep or 1.0)
         if self.window is not None:
             keys = min(keys, 2 * self.window + 1)
+        if self.documents is not None:
+            keys = sum(length**2 for length in self.documents) / self.length
         forward = 4.0 * self.batch * self.heads * self.length * keys * self.head_dim
-        return forward * (0.5 if self.causal else 1.0) * (3.5 if self.backward else 1.0)
+        halved = self.causal or self.mask == "triangle"
+        return forward * (0.5 if halved else 1.0) * (3.5 if self.backward else 1.0)
 
     @property
     def key_value_bytes(self) -> int:
@@ -97,8 +107,8 @@ class Workload:
         return asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
 
     def plain(self) -> Workload:
-        """The same sizes without padding, mask, window, dropout and shared heads."""
-        return replace(self, mask=None, keep=None, window=None, dropout=0.0, kv_heads=None)
+        """The same sizes without padding, masks, documents, window, dropout and shared heads."""
+        return replace(self, mask=None, documents=None, keep=None, window=None, dropout=0.0, kv_heads=None)
 
 
 class Inputs:
@@ -117,9 +127,14 @@ class Inputs:
         self.key = normal(batch, kv_heads, keys, workload.head_dim)
         self.value = normal(batch, kv_heads, keys, workload.head_dim)
         self.grad_out = normal(batch, heads, length, workload.head_dim) if workload.backward else None
-        self.attn_mask = self.key_lengths = None
-        if workload.mask == "bool":
+        self.attn_mask = self.key_lengths = self.document_of = None
+        if workload.documents is not None:
+            self.document_of = torch.arange(len(workload.documents)).repeat_interleave(torch.tensor(workload.documents))
+            self.attn_mask = (self.document_of[:, None] == self.document_of)[None, None]
+        elif workload.mask == "bool":
             self.attn_mask = torch.rand((batch, 1, length, keys), generator=generator) < 0.7
+        elif workload.mask == "triangle":
+            self.attn_mask = torch.ones(length, keys, dtype=torch.bool).tril()[None, None]
         elif workload.mask in ("bias", "bias_grad"):
             self.attn_mask = normal(1, heads, length, keys)
         if workload.keep is not None:
@@ -136,20 +151,38 @@ class Inputs:
     def call(self, implementation: str) -> Callable[[], object]:
         """A function without arguments: one call, gradients included.
 
-        ``implementation`` is "naive", "torch", "fastattn" or, for plain float32 forward, "onnxruntime".
+        ``implementation`` is "naive", "torch", "fastattn", "loop" (of plain calls of fastattn, one for each document)
+        or, forward only, "flex" and, for plain float32, "onnxruntime".
+
+        Raises LeftOutError where this machine lacks what an implementation needs.
         """
         if implementation == "onnxruntime":
             return onnx_peer.attention(self.query, self.key, self.value, self.workload.causal)
-        forward = {"naive": self._naive, "torch": self._torch, "fastattn": self._fastattn}[implementation]
+        if implementation == "flex":
+            return flex_peer.attention(self.query, self.key, self.value, **self.restrictions())
+        forwards = {"naive": self._naive, "torch": self._torch, "fastattn": self._fastattn, "loop": self._loop}
+        forward = forwards[implementation]
         if not self.workload.backward:
             return forward
         return lambda: torch.autograd.grad(forward(), self.leaves, self.grad_out)
 
-    def check(self) -> None:
-        """Compare fastattn's output and gradients with the float64 reference before anything is timed.
+    def restrictions(self) -> dict:
+        """What a query may attend to, as FlexAttention's functions ask for it."""
+        return {
+            "is_causal": self.workload.causal,
+            "window": self.workload.window,
+            "key_lengths": self.key_lengths,
+            "document_of": self.document_of,
+            "attn_mask": self.attn_mask if self.document_of is None else None,
+        }
 
-        Dropout is off in the comparison: its drops are the tests' business. Of a large problem one head
-        of the last sequence is compared, of a very long one its first queries and their gradient.
+    def check(self, peers: Mapping[str, Callable[[], object]] | None = None) -> None:
+        """Compare output and gradients with the float64 reference before anything is timed.
+
+        fastattn's keep the error budget, those of the peers ``PEER_BUDGET`` times as much; naive attention, which
+        repeats the reference's formula, is not compared. Dropout is off for fastattn, and no peer that drops is
+        compared: the drops are the tests' business. Of a large problem one head of the last sequence is compared,
+        of a very long one its first queries and their gradient.
         """
         workload = self.workload
         group = workload.heads // (workload.kv_heads or workload.heads)
@@ -174,15 +207,7 @@ class Inputs:
             window=None if workload.window is None else (workload.window, workload.window),
             key_lengths=None if self.key_lengths is None else self.key_lengths[last],
         )
-        out = self._fastattn(0.0)
-        actual, grad_out = {"out": out[last, heads, queries].detach()}, None
-        if workload.backward:
-            grads = torch.autograd.grad(out, self.leaves[:3], self.grad_out)
-            grad_out = self.grad_out[last, heads, queries]
-            actual["grad_query"] = grads[0][last, heads, queries]
-            if not long:
-                actual["grad_key"] = grads[1][last, kv_heads]
-                actual["grad_value"] = grads[2][last, kv_heads]
+        grad_out = self.grad_out[last, heads, queries] if workload.backward else None
         exact = run_reference(problem, grad_out)
         if workload.dtype == torch.float16:
             # torch's float16 matmul takes minutes on a CPU: float32, rounded once, is a stricter measure.
@@ -190,7 +215,37 @@ class Inputs:
             naive = {name: result.half() for name, result in naive.items()}
         else:
             naive = run_reference(problem, grad_out, dtype=None)
-        assert_within_budget(actual, problem, exact, naive, grad_out)
+
+        def compared(results: Results) -> Results:
+            """What is compared of them."""
+            parts = dict.fromkeys(("out", "grad_query"), (last, heads, queries))
+            parts |= {} if long else dict.fromkeys(("grad_key", "grad_value"), (last, kv_heads))
+            return {name: results[name][part].detach() for name, part in parts.items() if name in results}
+
+        out = self._fastattn(0.0)
+        actual = {"out": out}
+        if workload.backward:
+            actual |= self._named(torch.autograd.grad(out, self.leaves[:3], self.grad_out))
+        assert_within_budget(compared(actual), problem, exact, naive, grad_out)
+        for name, call in (peers or {}).items():
+            if name != "naive" and not workload.dropout:
+                self._check_peer(name, compared(self._named(call())), problem, exact, naive, grad_out)
+
+    @staticmethod
+    def _named(results: Tensor | tuple[Tensor, ...]) -> Results:
+        """What a call returns, by name."""
+        if isinstance(results, Tensor):
+            return {"out": results}
+        return dict(zip(("grad_query", "grad_key", "grad_value"), results, strict=False))
+
+    @staticmethod
+    def _check_peer(
+        peer: str, results: Results, problem: Problem, exact: Results, naive: Results, grad_out: Tensor | None
+    ) -> None:
+        for judged in judge(results, problem, exact, naive, grad_out):
+            if not judged.error <= PEER_BUDGET * judged.budget:
+                what = f"{peer} computes something else: {judged.name} is off by {judged.error:.3e}"
+                raise AssertionError(f"{what}, {PEER_BUDGET * judged.budget:.3e} allowed")
 
     def _restriction(self) -> Tensor | None:
         """bool [B|1, 1, Lq|1, Lk], or None: key padding and window as torch takes them."""
@@ -231,6 +286,10 @@ class Inputs:
             is_causal=self.workload.causal,
             enable_gqa=self.workload.kv_heads is not None,
         )
+
+    def _loop(self) -> Tensor:
+        documents = zip(*(x.split(self.workload.documents, 2) for x in (self.query, self.key, self.value)), strict=True)
+        return torch.cat([fastattn.scaled_dot_product_attention(*document) for document in documents], dim=2)
 
     def _fastattn(self, dropout: float | None = None) -> Tensor:
         window = self.workload.window

@@ -43,7 +43,8 @@ def additive_attention(
         value: ``[B, Lk, Dv]``.
         weight: the score's vector v, ``[D]``.
         key_lengths: int ``[B]``, keys at or past it are padding.
-        key_mask: bool ``[B, Lk]``, True = attend; combined with ``key_lengths`` by AND.
+        key_mask: bool ``[B, Lk]``, True = attend (the opposite of the module's ``key_padding_mask``); combined
+            with ``key_lengths`` by AND.
 
     float32, bfloat16 and float16 may be mixed, and are computed in float32; float64, in float64, not.  A query
     with no key to attend to gives 0, and gradients 0; what is masked out may be NaN or infinite.  Second
@@ -67,7 +68,10 @@ def additive_weights(
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """The softmax weights ``[B, Lq, Lk]`` of :func:`additive_attention`, for inspection (no gradient)."""
+    """The softmax weights ``[B, Lq, Lk]`` of :func:`additive_attention`, for inspection (no gradient).
+
+    The arguments, and True = attend in ``key_mask``, are as there.
+    """
     arguments = (query, key, weight, key_lengths, key_mask)
     if is_symbolic(arguments):
         return record_function_call(additive_weights, arguments)
@@ -110,7 +114,8 @@ class AdditiveAttention(LeafModule):
     ) -> tuple[Tensor, Tensor | None]:
         """``([B, Lq, Dv], weights [B, Lq, Lk] or None)`` from ``[B, Lq, query_dim]`` and ``[B, Lk, key_dim]``.
 
-        ``value`` ``[B, Lk, Dv]`` defaults to the key.  ``key_padding_mask`` bool ``[B, Lk]``, True = padding.
+        ``value`` ``[B, Lk, Dv]`` defaults to the key.  ``key_padding_mask`` bool ``[B, Lk]``, True = padding, as in
+        ``nn.MultiheadAttention`` (the function's ``key_mask`` is the opposite).  ``key_lengths`` int ``[B]``.
         Raises TypeError or ValueError, naming the argument.
         """
         value = key if value is None else value
@@ -172,7 +177,7 @@ def _checked_mask(
             )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, length)):
         given = f"{key_mask.dtype} {list(key_mask.shape)}"
-        raise ValueError(f"key_mask must be bool [B, Lk] = {[batch, length]}, got {given}")
+        raise ValueError(f"key_mask must be bool [B, Lk] = {[batch, length]}, True = attend, got {given}")
     if key_lengths is not None:
         if key_lengths.shape != (batch,) or key_lengths.dtype not in INTEGER_DTYPES:
             given = f"{key_lengths.dtype} {list(key_lengths.shape)}"

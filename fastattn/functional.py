@@ -45,8 +45,9 @@ def scaled_dot_product_attention(
             [batch, Lq, D].
         key: [..., Hkv, Lk, D]. Batch sizes of 1 broadcast.
         value: [..., Hkv, Lk, Dv].
-        attn_mask: broadcastable to [..., Hq, Lq, Lk]. bool: True = attend. float: added to the
-            scores, differentiable; -inf forbids. ``torch.nn.attention.bias.causal_upper_left`` and
+        attn_mask: broadcastable to [..., Hq, Lq, Lk]. bool: True = attend, as in torch's function, and the
+            opposite of what it means to :class:`MultiHeadAttention`, as to ``nn.MultiheadAttention``. float: added
+            to the scores, differentiable; -inf forbids. ``torch.nn.attention.bias.causal_upper_left`` and
             ``causal_lower_right`` mean their triangle. Other subclasses with rules of their own are asked
             (``__torch_function__``), and refused where they would have their memory read.
         dropout_p: probability in [0, 1] to drop a weight. Which are dropped depends on PyTorch's
@@ -126,8 +127,12 @@ def explain(
 ) -> dispatch.Explanation:
     """Which backend :func:`scaled_dot_product_attention` would use for these arguments, and why.
 
+    The arguments are those of the call, with the same meaning: True in a bool ``attn_mask`` = attend.
+
     Returns an object with ``backend`` (None if an explicit one cannot compute the call) and
     ``reasons``, for each other backend a list of why it does not run. Computes nothing.
+
+    Raises TypeError or ValueError for arguments that do not fit, as the call does.
     """
     dispatch.check_backend_name(backend)
     check_flag("return_lse", return_lse)

@@ -53,8 +53,9 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
     - ``attn_mask`` may also be 4-D, broadcastable to [N, num_heads, L, S].
     - Nested tensors are taken in training too, and with gradients.
 
-    As in torch, and unlike in :func:`fastattn.scaled_dot_product_attention`, True in a bool mask
-    means that the position is masked out.
+    True in a bool ``attn_mask`` or ``key_padding_mask`` means that the position is masked out, as in
+    ``nn.MultiheadAttention``. To :func:`fastattn.scaled_dot_product_attention` it means the opposite, attend, as in
+    torch's function.
 
     ``backend`` is "auto", "cpu", "triton" or "reference". Errors are TypeError or ValueError and name
     the argument, what was given and what would be right.
@@ -420,7 +421,8 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
 class SelfAttention(MultiHeadAttention):
     """Multi-head attention of a sequence over itself, [N, L, embed_dim] to the same, batch first.
 
-    The parameters and the state dict are those of :class:`MultiHeadAttention`.
+    The parameters, the state dict and the errors are those of :class:`MultiHeadAttention`, and so are the masks:
+    True = masked out.
     """
 
     def __init__(
@@ -452,7 +454,18 @@ class SelfAttention(MultiHeadAttention):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """[N, L, embed_dim] (or unbatched); the masks are those of :meth:`MultiHeadAttention.forward`."""
+        """Attention of ``x`` over itself.
+
+        Args:
+            x: [N, L, embed_dim] or unbatched [L, embed_dim].
+            key_padding_mask: [N, L] or unbatched [L]; bool, True = padding, or float, added to the scores.
+            attn_mask: [L, L], [N * num_heads, L, L] or broadcastable to [N, num_heads, L, L]; bool,
+                True = masked out, or float, added to the scores and differentiable.
+            is_causal: position i attends to positions up to i only.
+
+        Returns:
+            [N, L, embed_dim], or unbatched [L, embed_dim].
+        """
         if torch.jit.is_scripting():
             return self._forward_of_script(x, x, x, key_padding_mask, False, attn_mask, True, is_causal)[0]
         return super().forward(

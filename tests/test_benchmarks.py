@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.progress import Progress
 
-from benchmarks import readme, tables, workloads
+from benchmarks import flex_peer, readme, tables, workloads
 from benchmarks.measure import Turns
 from benchmarks.memory import peak_in_child
+from benchmarks.peers import LeftOutError
 from benchmarks.runner import merged, run_parts
-from benchmarks.suite import PARTS, Entry, Target, entries_of
+from benchmarks.suite import DOCUMENTS, PARTS, Entry, Target, entries_of
 from benchmarks.workloads import ModuleWorkload, Workload
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +28,8 @@ INGREDIENTS = (
     {"mask": "bool"},
     {"mask": "bias"},
     {"mask": "bias_grad", "backward": True},
+    {"mask": "triangle", "backward": True},
+    {"documents": (3, 20, 10), "backward": True},
     {"keep": 0.5, "backward": True},
     {"window": 5},
     {"kv_heads": 2, "backward": True},
@@ -38,6 +44,8 @@ def test_implementations_compute_the_same(fields: dict) -> None:
     ours, torchs, naive = (inputs.call(name)() for name in ("fastattn", "torch", "naive"))
     torch.testing.assert_close(ours, torchs, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(ours, naive, rtol=1e-6, atol=2e-6)
+    if "documents" in fields:
+        torch.testing.assert_close(ours, inputs.call("loop")(), rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("backward", (False, True))
@@ -62,13 +70,47 @@ def test_a_wrong_result_is_not_timed(dtype: torch.dtype, backward: bool, monkeyp
         Workload(**SMALL, dtype=dtype, backward=backward).make().check()
 
 
+@pytest.mark.parametrize("backward", (False, True))
+def test_a_peer_that_computes_something_else_is_not_timed(backward: bool) -> None:
+    inputs, causal = (Workload(**SMALL, backward=backward, causal=is_causal).make() for is_causal in (False, True))
+    inputs.check({name: inputs.call(name) for name in ("torch", "naive")})
+    with pytest.raises(AssertionError, match="torch computes something else: " + ("grad_" if backward else "out")):
+        inputs.check({"torch": causal.call("torch")})
+
+
 @pytest.mark.parametrize("causal", (False, True))
 def test_onnxruntime_computes_the_same(causal: bool) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     inputs = Workload(**SMALL, causal=causal).make()
-    theirs = inputs.call("onnxruntime")().unflatten(-1, (4, 16)).transpose(1, 2)
-    torch.testing.assert_close(theirs, inputs.call("torch")(), rtol=5e-7, atol=5e-7)
+    torch.testing.assert_close(inputs.call("onnxruntime")(), inputs.call("torch")(), rtol=5e-7, atol=5e-7)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "fields", [fields for fields in (*INGREDIENTS, {"window": 5, "causal": True}) if "backward" not in fields], ids=str
+)
+def test_flex_attention_is_given_what_the_workload_says(fields: dict) -> None:
+    """Uncompiled, which is slow but takes the same modifications."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    inputs = Workload(**SMALL | fields).make()
+    options = flex_peer.modifications(inputs.query, inputs.key, **inputs.restrictions())
+    theirs = flex.flex_attention(inputs.query, inputs.key, inputs.value, enable_gqa=True, **options)
+    torch.testing.assert_close(theirs, inputs.call("fastattn")(), rtol=1e-6, atol=2e-6)
+
+
+def test_compiled_flex_attention_is_compared_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed documents and padding in one compilation; then the same with a wrong result."""
+    # Half of the time would go into compiling a probe of each instruction set.
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)
+    inputs = Workload(**SMALL | {"length": 200}, documents=(150, 50), keep=0.9).make()
+    try:
+        flex = inputs.call("flex")
+    except LeftOutError as reason:
+        pytest.skip(str(reason))
+    inputs.check({"flex": flex})
+    with pytest.raises(AssertionError, match="flex computes something else: out"):
+        inputs.check({"flex": lambda: 1.001 * flex()})
 
 
 def test_large_workloads_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +259,9 @@ def test_a_part_runs_from_the_suite_to_the_tables() -> None:
     assert line["seconds"].keys() == line["ratio"].keys() | {"fastattn"} == {"fastattn", "torch", "naive"}
     assert line["share"] > 0.0
     assert result["parts"]["one thread"]["ceilings"]["read"] > 0.0
-    rows = tables.line_rows(result["lines"])
+    peers = tables.peer_columns(result["lines"])
+    assert peers == {"torch": "x torch", "naive": "x naive"}
+    rows = tables.line_rows(result["lines"], peers)
     assert "1,8,16,64" in rows[0][1]
     (target,) = tables.target_rows(result)
     assert target[-1] in ("met", "missed")
@@ -310,11 +354,69 @@ def test_the_gpu_block_says_what_a_run_measured() -> None:
     assert [cell.strip() for cell in line.split("|")[1:-1]] == [
         "d128_l8192", "forward", "600", "590", "", "", "", "", "0.80"
     ]  # fmt: skip
-    assert "docs/gpu-bf16-d128.png" in filled
+    assert "(gpu-bf16-d128.png)" in filled
     assert "No result is committed yet" in readme.render(text, [], [])
 
 
-def test_the_readme_says_what_the_committed_results_say(tmp_path: Path) -> None:
-    copy = tmp_path / "README.md"
-    copy.write_text((ROOT / "README.md").read_text())
-    assert not readme.update(copy, ROOT / "benchmarks" / "results"), "run `make readme`"
+def _line(workload: Workload, group: str, **ratio: float) -> dict:
+    """What a part with one thread keeps of a measured workload."""
+    fields = json.loads(json.dumps(workload.fields()))
+    line = {"part": "one thread", "group": group, "workload": str(workload), "fields": fields, "share": 0.875}
+    return line | {"ratio": ratio, "seconds": {"fastattn": 0.5}}
+
+
+def test_tables_have_the_peers_and_rows_that_were_measured() -> None:
+    """Of results from before a peer or a case joined the suite, and after."""
+    about = {"machine": {"cpu": "Z80", "cores": 2}, "versions": {"torch": "2.6"}, "date": "d"}
+    about["parts"] = {"one thread": {"isa": "avx2"}}
+    plain, packed = readme.SUMMARY[0], Workload(1, 8, 4096, 64, documents=DOCUMENTS)
+    before = [_line(plain, "rate", torch=2.0, naive=3.0)]
+    after = [
+        _line(plain, "rate", torch=2.0, naive=3.0, flex=4.0),
+        _line(replace(plain, dtype=torch.bfloat16), "rate", torch=5.0),
+        _line(packed, "ingredients", torch=9.0, flex=1.25, loop=0.5, plain=4.0),
+    ]
+
+    def cells(table: str) -> list[list[str]]:
+        return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if row.startswith("|")]
+
+    old, new = (cells(readme.summary(about | {"lines": lines})) for lines in (before, after))
+    left, right = ["call", "(B, H, L, D)", "pass", "of FMA rate"], ["bf16, of its rate", "bf16 x torch"]
+    assert old[0] == [*left, "x torch", "x naive", *right]
+    assert old[2:] == [["plain", "(2, 8, 2048, 64)", "forward", "0.88", "2.00", "3.00", "", ""]]
+    columns = ["x torch", "x naive", "x FlexAttention", "x a loop over the documents"]
+    assert new[0] == [*left, *columns, *right]
+    assert new[2] == ["plain", "(2, 8, 2048, 64)", "forward", "0.88", "2.00", "3.00", "4.00", "", "0.88", "5.00"]
+    assert new[3][0] == "8 packed documents"
+    assert new[3][4:] == ["9.00", "", "1.25", "0.50", "", ""]
+    ingredients = cells(readme.ingredients({"lines": after}))
+    assert ingredients[0][3:] == ["time of plain", "x torch", "x FlexAttention", "x a loop over the documents"]
+    assert ingredients[2][3:] == ["0.25", "9.00", "1.25", "0.50"]
+    assert cells(readme.rates(about | {"lines": before}))[0].count("x FlexAttention") == 0
+
+
+def test_what_is_left_out_is_said_with_its_reason() -> None:
+    lines = [{"left_out": {"flex": "no compiler"}}, {}, {"left_out": {"flex": "no compiler", "onnxruntime": "absent"}}]
+    rows = [["FlexAttention", "no compiler", "2"], ["ONNX Runtime", "absent", "1"]]
+    assert tables.left_out_rows({"lines": lines}) == rows
+
+
+def test_the_documents_say_what_the_committed_results_say(tmp_path: Path) -> None:
+    for name in readme.FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    assert readme.update(tmp_path, ROOT / "benchmarks" / "results") == [], "run `make readme`"
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+def test_the_readmes_map_names_files_that_are_there() -> None:
+    (section,) = re.findall(r"## Where things live\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = set(re.findall(r"`(\w+\.(?:py|h|cpp))`", section))
+    there = {path.name for folder in ("csrc", "fastattn", "kernels") for path in (ROOT / folder).rglob("*")}
+    assert len(names) > 20
+    assert names <= there

@@ -13,6 +13,8 @@ from torch import nn
 
 import fastattn
 from fastattn import MultiHeadAttention, SelfAttention
+from fastattn.additive import AdditiveAttention, additive_attention
+from fastattn.models.attention import Attention
 
 CONSTRUCTIONS = {
     "plain": {},
@@ -155,6 +157,50 @@ def test_a_four_dimensional_mask():
         (left,) = torch.autograd.grad(actual.sin().sum(), mask)
         (right,) = torch.autograd.grad(expected.sin().sum(), mask)
         torch.testing.assert_close(left, right)
+
+
+def test_true_means_attend_to_the_function_and_masked_out_to_the_module():
+    """Each as in torch's counterpart; the same attention takes the one mask inverted."""
+    theirs, ours = pair(bias=False)
+    x = torch.randn(N, L, E, dtype=torch.float64)
+    attend = torch.ones(L, L, dtype=torch.bool).tril()
+    query, key, value = (
+        projected.unflatten(-1, (H, E // H)).transpose(1, 2)
+        for projected in torch.nn.functional.linear(x, ours.in_proj_weight).chunk(3, -1)
+    )
+    heads = fastattn.scaled_dot_product_attention(query, key, value, attn_mask=attend)
+    torch.testing.assert_close(heads, torch.nn.functional.scaled_dot_product_attention(query, key, value, attend))
+    expected = ours.out_proj(heads.transpose(1, 2).flatten(2))
+
+    torch.testing.assert_close(theirs(x, x, x, attn_mask=~attend)[0], expected)
+    torch.testing.assert_close(ours(x, x, x, attn_mask=~attend)[0], expected)
+    itself = SelfAttention(E, H, bias=False, dtype=torch.float64)
+    itself.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(itself(x, attn_mask=~attend), expected)
+    of_models = Attention(E, H).double()
+    of_models.load_state_dict(ours.state_dict(), strict=False)  # its biases are 0
+    torch.testing.assert_close(of_models(x, mask=attend), expected)
+
+
+def test_true_means_padding_in_every_key_padding_mask():
+    theirs, ours = pair(bias=False)
+    x = torch.randn(N, L, E, dtype=torch.float64)
+    padding = torch.arange(L) >= torch.tensor([[7], [3], [5]])
+    expected = theirs(x, x, x, key_padding_mask=padding)[0]
+    torch.testing.assert_close(ours(x, x, x, key_padding_mask=padding)[0], expected)
+    itself = SelfAttention(E, H, bias=False, dtype=torch.float64)
+    itself.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(itself(x, key_padding_mask=padding), expected)
+    of_models = Attention(E, H).double()
+    of_models.load_state_dict(ours.state_dict(), strict=False)
+    torch.testing.assert_close(of_models(x, key_padding_mask=padding), expected)
+
+    additive = AdditiveAttention(E).double()
+    query, key = additive.query_proj(x), additive.key_proj(x)
+    scores = torch.tanh(query[:, :, None] + key[:, None]) @ additive.weight
+    by_hand = scores.masked_fill(padding[:, None], -torch.inf).softmax(-1) @ x
+    torch.testing.assert_close(additive(x, x, key_padding_mask=padding)[0], by_hand)
+    torch.testing.assert_close(additive_attention(query, key, x, additive.weight, key_mask=~padding), by_hand)
 
 
 @pytest.mark.parametrize("keys", [0, S])

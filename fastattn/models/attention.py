@@ -50,7 +50,10 @@ def _torch(query, key, value, key_lengths, mask, causal, dropout_p):
 
 
 def naive_weights(query, key, key_lengths=None, mask=None, causal=False):
-    """softmax(QK^T / sqrt(D)), ``[B, H, Lq, Lk]``; a row that may attend to nothing is zero."""
+    """softmax(QK^T / sqrt(D)), ``[B, H, Lq, Lk]``; a row that may attend to nothing is zero.
+
+    True in ``mask`` = attend.
+    """
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     mask = _dense_mask(query, key, key_lengths, mask, causal)
     if mask is None:
@@ -161,7 +164,8 @@ class Attention(LeafModule):
         """``[B, Lq, E]`` from query ``[B, Lq, E]``, key and value ``[B, Lk, E]`` (default: query, key).
 
         Padding by ``key_lengths`` int ``[B]`` or ``key_padding_mask`` bool ``[B, Lk]`` (True = padding);
-        ``mask`` bool, broadcastable to ``[B, H, Lq, Lk]``, True = attend.
+        ``mask`` bool, broadcastable to ``[B, H, Lq, Lk]``, True = attend, as in
+        :func:`fastattn.scaled_dot_product_attention` and not as in :class:`fastattn.MultiHeadAttention`.
         With a ``cache`` (self-attention) the query is the next positions and sees all cached ones.
         """
         q, k, v = self._project(query, key, value, cache)
@@ -181,7 +185,10 @@ class Attention(LeafModule):
         return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, H, Lq, D] -> [B, Lq, E]
 
     def weights(self, query, key=None, *, key_lengths=None, key_padding_mask=None, causal=False):
-        """The attention weights averaged over the heads, ``[B, Lq, Lk]``, for inspection."""
+        """The attention weights averaged over the heads, ``[B, Lq, Lk]``, for inspection.
+
+        ``key_padding_mask`` as in :meth:`forward`: True = padding.
+        """
         q, k, _ = self._project(query, key, key, None)
         mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
         return naive_weights(q, k, key_lengths, mask, causal).mean(1)

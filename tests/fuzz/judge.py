@@ -203,7 +203,7 @@ def _moved(bias: Tensor) -> Tensor:
 
 
 def _with_lowest_alike(lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """The lse, where the README's Limits count biases as the lowest number of the dtype all alike."""
+    """The lse, where docs/reliability.md's limits count biases as the lowest number of the dtype all alike."""
     lowest = torch.finfo(dtype).min
     return lse.masked_fill(lse.isfinite() & (lse < lowest * math.log(2.0)), lowest)
 
