@@ -21,10 +21,16 @@ from fastattn.integrations.profiling import RecordingEngine
 from fastattn.problem import Problem
 
 #: Every backend by name, the best first.
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "triton", "torch", "reference")
 
 #: What "auto" tries, by device type. An interpreter or a device without an engine is never chosen.
-AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+AUTO = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "reference")}
+
+#: What "auto" falls back to, in words.
+FALLBACKS = {
+    "torch": "torch's own attention where that is exact, as it is here, else with the dense reference",
+    "reference": "the dense reference, slowly and in O(Lq * Lk) memory",
+}
 
 #: The engine of a plain call, and its (D, Dv).
 Plain = tuple[ModuleType, tuple[int, int]]
@@ -60,7 +66,8 @@ def load(name: str) -> ModuleType | ImportError:
 
 def check_backend_name(backend: str) -> None:
     if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto', 'cpu', 'triton' or 'reference', got {backend!r}")
+        *names, last = map(repr, ("auto", *BACKENDS))
+        raise ValueError(f"backend must be {', '.join(names)} or {last}, got {backend!r}")
 
 
 def backend_reasons(name: str, problem: Problem) -> list[str]:
@@ -76,7 +83,7 @@ def select(problem: Problem, backend: str = "auto") -> ModuleType:
     """The module that computes the problem.
 
     An explicit backend that cannot raises ValueError with its reasons. "auto" takes the engine of
-    the device, else the reference, and warns once for each reason.
+    the device, else what is exact of the next ones, and warns once of what the device's engine says.
     """
     if backend != "auto":
         why = backend_reasons(backend, problem)
@@ -91,10 +98,7 @@ def select(problem: Problem, backend: str = "auto") -> ModuleType:
             break
         refusals.append(f"{name}: {'; '.join(why)}")
     if refusals:
-        _warn_once(
-            "fastattn computes with the dense reference, slowly and in O(Lq * Lk) memory, because "
-            + " and ".join(refusals)
-        )
+        _warn_once(f"fastattn computes with {FALLBACKS[name]}, because {' and '.join(refusals)}", refusals[0])
     return _watched(load(name))
 
 
@@ -138,7 +142,7 @@ def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
     return Explanation(chosen, reasons, tuple(notes(problem)) if notes else ())
 
 
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
+def _warn_once(message: str, reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
