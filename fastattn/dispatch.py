@@ -26,9 +26,9 @@ BACKENDS = ("cpu", "triton", "torch", "reference")
 #: What "auto" tries, by device type. An interpreter or a device without an engine is never chosen.
 AUTO = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "reference")}
 
-#: What "auto" falls back to, in words.
+#: What "auto" falls back to, in a warning's words.
 FALLBACKS = {
-    "torch": "torch's own attention where that is exact, as it is here, else with the dense reference",
+    "torch": "torch's own attention, which is exact for this call (others take the dense reference, slowly)",
     "reference": "the dense reference, slowly and in O(Lq * Lk) memory",
 }
 

@@ -56,7 +56,7 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
     As in torch, and unlike in :func:`fastattn.scaled_dot_product_attention`, True in a bool mask
     means that the position is masked out.
 
-    ``backend`` is "auto", "cpu", "triton" or "reference". Errors are TypeError or ValueError and name
+    ``backend`` is "auto", "cpu", "triton", "torch" or "reference". Errors are TypeError or ValueError and name
     the argument, what was given and what would be right.
 
     Being an ``nn.MultiheadAttention``, it can stand in an ``nn.TransformerEncoderLayer``. That layer's

@@ -2,15 +2,20 @@
 
 Its kernel (FlashAttention, Dao et al., arXiv:2205.14135; no dropout, one float mask, equal head dimensions) is given
 a problem that it solves exactly: bands, key lengths and masks as one float mask, in the fewest dimensions that tell
-it; heads of unequal dimensions padded with zeros; float16 and bfloat16 in float32. What it would get wrong is put
-right around it: a query that may attend to nothing, and keys and values that no query may attend to, are zeroed.
+it; head dimensions padded with zeros; 16 bits as float32, unless out is all that is wanted (which may then differ by a
+rounding from out beside lse). What the kernel would get wrong is put right around it: a query that may attend to
+nothing, and keys and values that no query may attend to, are zeroed.
 
-Two gradients are computed by the dense reference, in O(Lq * Lk) memory: a bias's own, and all of a problem whose bias
-takes an lse beyond :data:`LARGEST_LSE`, as the kernel knows the weights by exp(score - lse) alone. Without a bias the
-weights' error is that of rounding lse: a share of |lse| 2^-24 in float32.
+The kernel's backward knows the weights by exp(score - lse) alone. So the dense reference computes, in O(Lq * Lk)
+memory, a bias's own gradient, and all gradients of a problem whose bias takes an lse beyond :data:`LARGEST_LSE`.
+Without a bias the weights are off by a share of |lse| 2^-24 and some units of the kernel's exponentials: gradients have
+up to three times their error budget where scores pass 10. Those of 16-bit calls that cancel keep the rounding of out.
 
-Results are the same over runs. Over numbers of threads they are where torch's kernel and its matrix products are,
-which torch does not promise.
+A NaN or an infinity in a key or value that some query may attend to reaches all queries, and one in a query, or in its
+gradient, all keys that any query may attend to, as in dense attention.
+
+Results are the same over runs, and over the numbers of threads that were tried (1, 2 and 4), but torch promises that
+for neither its kernel nor the matrix products in it.
 """
 
 from __future__ import annotations
@@ -137,8 +142,11 @@ def _visible(problem: Problem) -> tuple[bool, Tensor | None]:
     is_square = problem.query.shape[2] == problem.key.shape[2] and problem.key_lengths is None
     is_upper_left = problem.causal == "upper_left" or (problem.causal == "lower_right" and is_square)
     others = (problem.window_left, problem.window_right, problem.key_lengths, problem.attn_mask, problem.bias)
-    if all(ingredient is None for ingredient in others) and (problem.causal is None or is_upper_left):
-        return problem.causal is not None, None
+    if all(ingredient is None for ingredient in others):
+        if problem.causal is None:
+            return False, None
+        if is_upper_left and problem.scale > 0.0:  # the kernel multiplies its -inf by the scale
+            return True, None
     return False, _unless_all(_narrow(reference.allowed(problem)))
 
 
