@@ -9,7 +9,6 @@ import textwrap
 import pytest
 import torch
 
-import fastattn
 from fastattn import dispatch, explain, scaled_dot_product_attention
 from fastattn.backends import missing
 
@@ -265,17 +264,3 @@ def test_importing_does_not_import_triton_or_start_cuda():
         """
     )
     assert output.split() == ["True", "False"]
-
-
-def test_the_public_names():
-    assert set(fastattn.__all__) == {
-        "MultiHeadAttention",
-        "SelfAttention",
-        "__version__",
-        "convert",
-        "explain",
-        "reference",
-        "scaled_dot_product_attention",
-        "unconvert",
-    }
-    assert all(hasattr(fastattn, name) for name in fastattn.__all__)
