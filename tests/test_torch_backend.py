@@ -109,6 +109,25 @@ def test_a_query_that_may_attend_to_nothing_passes_nothing(poisoned):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [4, 40])
+def test_what_is_not_a_number_is_not_hidden(keys, dtype):
+    """The kernel takes the largest score of a row, and a NaN beside few others for none."""
+    query, key, value = (torch.randn(1, 2, length, 8, dtype=dtype) for length in (5, keys, keys))
+    query[:, :, 1] = torch.nan
+    key[:, 1] = torch.nan
+    out, lse = scaled_dot_product_attention(query, key, value, backend="torch", return_lse=True)
+    alone = scaled_dot_product_attention(query, key, value, torch.arange(keys) > 1, backend="torch")
+    for result in (out, lse, alone):
+        assert result[:, 1].isnan().all()
+        assert result[:, 0, 1].isnan().all()
+        assert result[:, 0, [0, 2, 3, 4]].isfinite().all()
+    gradient = torch.zeros_like(query)
+    ENGINE.backward(make_problem(query, key, value), out, lse, torch.ones_like(out), None, gradient, None, None, None)
+    assert gradient[:, 1].isnan().all() and gradient[:, 0, 1].isnan().all()
+    assert gradient[:, 0, [0, 2, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [-1.0, -1e-30, -3000 / 3.4e38], ids=["lowest", "1e8", "thousands"])
 def test_gradients_beside_large_biases(size, dtype):
     """Rows of them have an lse in which the sum of the weights has no place."""

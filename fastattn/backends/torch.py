@@ -11,8 +11,9 @@ memory, a bias's own gradient, and all gradients of a problem whose bias takes a
 Without a bias the weights are off by a share of |lse| 2^-24 and some units of the kernel's exponentials: gradients have
 up to three times their error budget where scores pass 10. Those of 16-bit calls that cancel keep the rounding of out.
 
-A NaN or an infinity in a key or value that some query may attend to reaches all queries, and one in a query, or in its
-gradient, all keys that any query may attend to, as in dense attention.
+Scores that are not finite are left to the reference, in the forward. In the backward a NaN in what some query may
+attend to reaches all queries, and one in a query, or in its gradient, all keys that any query may attend to. One in a
+value reaches all queries, as in dense attention.
 
 Results are the same over runs, and over the numbers of threads that were tried (1, 2 and 4), but torch promises that
 for neither its kernel nor the matrix products in it.
@@ -53,7 +54,7 @@ def reasons(problem: Problem) -> list[str]:
         why.append(f"the tensors are on {query.device}, not on the CPU")
     if query.dtype not in SUPPORTED_DTYPES:
         why.append(f"dtype {query.dtype} is not one of {', '.join(str(dtype) for dtype in SUPPORTED_DTYPES)}")
-    if problem.dropout_p > 0.0:
+    if 0.0 < problem.dropout_p < 1.0:  # what drops all is described to an engine without its values
         why.append("its kernel has no dropout")
     return why
 
@@ -99,13 +100,18 @@ def _call(
 
 def _is_all_finite(problem: Problem, grad_out: Tensor | None, grad_lse: Tensor | None) -> bool:
     """Is every score and every gradient of a weight finite, by the largest elements? A weight of 0 then hides it."""
-    scores = _largest(problem.query) * _largest(problem.key) * problem.key.shape[3] * max(1.0, abs(problem.scale))
     gradients = _largest(problem.value)
     if grad_out is not None:
         gradients *= _largest(grad_out) * grad_out.shape[3]
     if grad_lse is not None:
         gradients += _largest(grad_lse)
-    return scores + gradients < torch.finfo(problem.lse_dtype).max / 4  # False for NaN
+    return _are_scores_finite(problem) and gradients < torch.finfo(problem.lse_dtype).max / 4  # False for NaN
+
+
+def _are_scores_finite(given: Problem | _Call) -> bool:
+    query, key = given.query, given.key
+    scores = _largest(query) * _largest(key) * key.shape[3] * max(1.0, abs(given.scale))
+    return scores < torch.finfo(torch.float64 if query.dtype == torch.float64 else torch.float32).max / 4
 
 
 def _largest(tensor: Tensor) -> float:
@@ -200,8 +206,11 @@ def forward(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
         return
     # In 16 bits the kernel's exponentials have 16 bits too: enough for out, not for lse.
     call = _call(problem, problem.query.dtype if lse is None else problem.lse_dtype)
-    options = {"attn_mask": call.mask, "scale": call.scale}
-    result, result_lse = _forward(call.query, call.key, call.value, 0.0, call.is_causal, **options)
+    if _are_scores_finite(call):
+        options = {"attn_mask": call.mask, "scale": call.scale}
+        result, result_lse = _forward(call.query, call.key, call.value, 0.0, call.is_causal, **options)
+    else:  # a query whose scores are NaN is for the kernel one that may attend to nothing
+        result, result_lse = reference.attention(reference.in_dtype(problem, problem.lse_dtype))
     out.copy_(_zeroed(result[..., : out.shape[3]], call.attends))
     if lse is not None:
         lse.copy_(result_lse)
