@@ -9,6 +9,7 @@ which of them runs (``notes(problem)``).
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -143,6 +144,11 @@ def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
 
 
 def _warn_once(message: str, reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    """Warn of the same reason once in a process, at the line of the caller's own code."""
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastattn", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
