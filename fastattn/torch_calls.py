@@ -41,7 +41,7 @@ def attention_calls(model: nn.Module) -> dict[str, str]:
             place = "compiled by torch.jit" if _is_in_graph(module) else None
         else:
             forward = vars(module).get("forward", type(module).forward)
-            key = type(module), getattr(forward, "__func__", forward)
+            key = type(module), id(getattr(forward, "__func__", forward))
             if key not in known:
                 known[key] = _place_in_module(module, forward)
             place = known[key]
@@ -69,16 +69,17 @@ def _inherited_forwards(cls: type) -> Iterator[FunctionType | None]:
 def _function(value: object) -> FunctionType | None:
     """The function of Python code in a method, a partial call or decorations; None if it is none, or a foreign one."""
     while True:
-        if isinstance(value, (staticmethod, classmethod)) or inspect.ismethod(value):
+        if isinstance(value, (FunctionType, functools.partial)) and "__wrapped__" in vars(value):
+            value = value.__wrapped__
+        elif isinstance(value, (staticmethod, classmethod)) or inspect.ismethod(value):
             value = value.__func__
         elif isinstance(value, functools.partial):
             value = value.func
-        elif isinstance(value, FunctionType) and hasattr(value, "__wrapped__"):
-            value = inspect.unwrap(value)
         else:
             break
-    is_foreign = str(getattr(value, "__module__", "")).partition(".")[0] in _FOREIGN
-    return value if isinstance(value, FunctionType) and not is_foreign else None
+    if not isinstance(value, FunctionType):
+        return None
+    return None if str(value.__module__).partition(".")[0] in _FOREIGN else value
 
 
 def _place(function: FunctionType, cls: type | None, depth: int, seen: set[CodeType]) -> str | None:

@@ -104,6 +104,15 @@ class OnObject(nn.Module):
         self.forward = types.MethodType(ByF.forward, self)
 
 
+class ReplacedOnObject(ByF):
+    """As by what adds hooks to a model."""
+
+    def __init__(self):
+        super().__init__()
+        replacement = functools.partial(lambda module, x: x, self)
+        self.forward = functools.update_wrapper(replacement, self.forward)
+
+
 CALLERS = (
     ByF,
     ByImportedName,
@@ -116,6 +125,7 @@ CALLERS = (
     BySuper,
     closing_over(F.scaled_dot_product_attention),
     OnObject,
+    ReplacedOnObject,
 )
 
 
