@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import fastattn
 from fastattn import dispatch
+from fastattn.backends import cpu
 from fastattn.cli import app, bench, check
 
 
@@ -23,6 +24,15 @@ def test_info_names_versions_and_every_backend() -> None:
     assert result.exit_code == 0, result.output
     for word in (fastattn.__version__, torch.__version__, *dispatch.BACKENDS, "bfloat16", "dropout"):
         assert word in result.output
+
+
+def test_info_tells_why_the_engine_is_missing_and_what_computes_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "unavailable", lambda: "x.cpp [too old]: apt-get install g++")
+    result = invoke("info")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("x.cpp [too old]: apt-get install g++") == 2  # of the processor, and of the backend
+    assert "torch's own attention in calls for which it is exact" in result.output
+    assert "a call takes torch" in result.output
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
