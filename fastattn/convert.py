@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from fastattn.checks import shown
 from fastattn.modules import FusedPathGuard, MultiHeadAttention
+from fastattn.torch_calls import attention_calls
 
 #: What a subclass of nn.MultiheadAttention must not define by itself: the module computes with its own.
 _NAMES_IN_USE = {"backend", "fused_path_guard"} | {
@@ -27,17 +28,46 @@ class Conversion:
     """What :func:`convert` or :func:`unconvert` did.
 
     ``swapped`` holds the names of the modules whose class is now another, and ``kept`` those of the other
-    attention modules with the reason.
+    attention modules with the reason. ``calls`` names the modules that :func:`convert` found to call
+    F.scaled_dot_product_attention themselves, with the file and line, and ``interface`` what
+    ``model.config._attn_implementation`` says if that leads to torch's function (as in Hugging Face's transformers):
+    both are left to be changed by hand.
     """
 
     swapped: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, str] = field(default_factory=dict)
+    interface: str | None = None
+
+    def advice(self) -> list[str]:
+        """What to write for ``calls`` and ``interface``."""
+        places: dict[str, list[str]] = {}
+        for name, place in self.calls.items():
+            places.setdefault(place, []).append(name or "(the model)")
+        lines = [f"{_listed(names)} call F.scaled_dot_product_attention: {place}" for place, names in places.items()]
+        if lines:
+            lines.append(
+                "fastattn.scaled_dot_product_attention takes the same arguments: replace F.scaled_dot_product_attention"
+                " by it there"
+            )
+        if self.interface is not None:
+            lines.append(
+                f"config._attn_implementation is {self.interface!r}: register a function that calls "
+                "fastattn.scaled_dot_product_attention (transformers.AttentionInterface.register), and name it there"
+            )
+        return lines
 
     def __str__(self) -> str:
         lines = [f"swapped {len(self.swapped)} of {len(self.swapped) + len(self.kept)} attention modules"]
         lines += [f"  {name or '(the model)'}" for name in self.swapped]
         lines += [f"  kept {name or '(the model)'}: {reason}" for name, reason in self.kept.items()]
+        lines += [f"  {line}" for line in self.advice()]
         return "\n".join(lines)
+
+
+def _listed(names: list[str]) -> str:
+    """The names, the first few of many."""
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def convert(model: nn.Module) -> Conversion:
@@ -48,7 +78,8 @@ def convert(model: nn.Module) -> Conversion:
     :class:`MultiHeadAttention`). :func:`unconvert` takes that back.
 
     Subclasses are converted too, parametrized modules among them, and stay instances of their class. Kept as
-    they are, with the reason, are modules whose forward is another than nn.MultiheadAttention's.
+    they are, with the reason, are modules whose forward is another than nn.MultiheadAttention's. Modules that call
+    F.scaled_dot_product_attention themselves are found by their code and named, with what to write there instead.
 
     In evaluation, the fused forward of nn.TransformerEncoderLayer no longer bypasses the modules. The nested
     tensors of nn.TransformerEncoder reach them as they are: padding costs nothing, and the outputs there are 0.
@@ -80,6 +111,9 @@ def _swap(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     report = Conversion()
+    if verb == "convert":
+        report.calls = attention_calls(model)
+        report.interface = _interface(model)
     for name, module in list(model.named_modules()):
         reason = why_not(module)
         if reason is None:
@@ -88,10 +122,15 @@ def _swap(
         elif reason:
             report.kept[name] = reason
     if not report.swapped:
-        warnings.warn(
-            f"fastattn.{verb} found no {sought} to swap in {type(model).__name__}", RuntimeWarning, stacklevel=3
-        )
+        message = f"fastattn.{verb} found no {sought} to swap in {type(model).__name__}"
+        warnings.warn("; ".join([message, *report.advice()]), RuntimeWarning, stacklevel=3)
     return report
+
+
+def _interface(model: nn.Module) -> str | None:
+    """ "sdpa" if the model's attention reaches torch's function by a name in its config, as transformers' models do."""
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return implementation if implementation == "sdpa" else None
 
 
 def _why_not_converted(module: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ which of them runs (``notes(problem)``).
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -21,10 +22,16 @@ from fastattn.integrations.profiling import RecordingEngine
 from fastattn.problem import Problem
 
 #: Every backend by name, the best first.
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "triton", "torch", "reference")
 
 #: What "auto" tries, by device type. An interpreter or a device without an engine is never chosen.
-AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+AUTO = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "reference")}
+
+#: What "auto" falls back to, in a warning's words.
+FALLBACKS = {
+    "torch": "torch's own attention, which is exact for this call (others take the dense reference, slowly)",
+    "reference": "the dense reference, slowly and in O(Lq * Lk) memory",
+}
 
 #: The engine of a plain call, and its (D, Dv).
 Plain = tuple[ModuleType, tuple[int, int]]
@@ -60,7 +67,8 @@ def load(name: str) -> ModuleType | ImportError:
 
 def check_backend_name(backend: str) -> None:
     if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto', 'cpu', 'triton' or 'reference', got {backend!r}")
+        *names, last = map(repr, ("auto", *BACKENDS))
+        raise ValueError(f"backend must be {', '.join(names)} or {last}, got {backend!r}")
 
 
 def backend_reasons(name: str, problem: Problem) -> list[str]:
@@ -76,7 +84,7 @@ def select(problem: Problem, backend: str = "auto") -> ModuleType:
     """The module that computes the problem.
 
     An explicit backend that cannot raises ValueError with its reasons. "auto" takes the engine of
-    the device, else the reference, and warns once for each reason.
+    the device, else what is exact of the next ones, and warns once of what the device's engine says.
     """
     if backend != "auto":
         why = backend_reasons(backend, problem)
@@ -91,10 +99,7 @@ def select(problem: Problem, backend: str = "auto") -> ModuleType:
             break
         refusals.append(f"{name}: {'; '.join(why)}")
     if refusals:
-        _warn_once(
-            "fastattn computes with the dense reference, slowly and in O(Lq * Lk) memory, because "
-            + " and ".join(refusals)
-        )
+        _warn_once(f"fastattn computes with {FALLBACKS[name]}, because {' and '.join(refusals)}", refusals[0])
     return _watched(load(name))
 
 
@@ -138,7 +143,12 @@ def explain_problem(problem: Problem, backend: str = "auto") -> Explanation:
     return Explanation(chosen, reasons, tuple(notes(problem)) if notes else ())
 
 
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+def _warn_once(message: str, reason: str) -> None:
+    """Warn of the same reason once in a process, at the line of the caller's own code."""
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastattn", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -63,7 +63,9 @@ def scaled_dot_product_attention(
             after it. None is open.
         key_lengths: int [batch]; the keys of a sequence at and past its length are padding, and
             cost nothing. On a GPU they are clamped to the valid range rather than checked.
-        backend: "auto", "cpu", "triton" or "reference". An explicit backend never falls back.
+        backend: "auto", "cpu", "triton", "torch" or "reference". An explicit backend never falls back. "torch" is
+            torch's own attention for CPU tensors, in calls that it computes exactly, as "auto" takes it where the
+            C++ engine is missing.
         return_lse: also return log(sum(exp(scores))), float32 (float64 for float64) [..., Hq, Lq].
 
     Returns:

@@ -57,7 +57,7 @@ class MultiHeadAttention(LeafModule, nn.MultiheadAttention):
     ``nn.MultiheadAttention``. To :func:`fastattn.scaled_dot_product_attention` it means the opposite, attend, as in
     torch's function.
 
-    ``backend`` is "auto", "cpu", "triton" or "reference". Errors are TypeError or ValueError and name
+    ``backend`` is "auto", "cpu", "triton", "torch" or "reference". Errors are TypeError or ValueError and name
     the argument, what was given and what would be right.
 
     Being an ``nn.MultiheadAttention``, it can stand in an ``nn.TransformerEncoderLayer``. That layer's

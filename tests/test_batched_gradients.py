@@ -54,6 +54,7 @@ OPTIONS = {
     "bias": {"attn_mask": BIAS},
     "band and lengths": {"causal": "lower_right", "window": (2, None), "key_lengths": [3, 7]},
     "dropout": {"dropout_p": 0.4, "attn_mask": BIAS},
+    "torch": {"backend": "torch"},
     "reference": {"backend": "reference"},
 }
 

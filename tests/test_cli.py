@@ -10,6 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 import fastattn
+from fastattn import dispatch
+from fastattn.backends import cpu
 from fastattn.cli import app, bench, check
 
 
@@ -20,12 +22,22 @@ def invoke(*arguments: str):
 def test_info_names_versions_and_every_backend() -> None:
     result = invoke("info")
     assert result.exit_code == 0, result.output
-    for word in (fastattn.__version__, torch.__version__, "cpu", "triton", "reference", "bfloat16", "dropout"):
+    for word in (fastattn.__version__, torch.__version__, *dispatch.BACKENDS, "bfloat16", "dropout"):
         assert word in result.output
 
 
-def test_check_passes_on_the_reference() -> None:
-    result = invoke("check", "--backend", "reference", "--match", "length_17x65", "--dtype", "float32")
+def test_info_tells_why_the_engine_is_missing_and_what_computes_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "unavailable", lambda: "x.cpp [too old]: apt-get install g++")
+    result = invoke("info")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("x.cpp [too old]: apt-get install g++") == 2  # of the processor, and of the backend
+    assert "torch's own attention in calls for which it is exact" in result.output
+    assert "a call takes torch" in result.output
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_check_passes(backend: str) -> None:
+    result = invoke("check", "--backend", backend, "--match", "length_17x65", "--dtype", "float32")
     assert result.exit_code == 0, result.output
     assert "grad_value" in result.output
     assert "budget" in result.output

@@ -9,8 +9,8 @@ import textwrap
 import pytest
 import torch
 
-import fastattn
 from fastattn import dispatch, explain, scaled_dot_product_attention
+from fastattn.backends import missing
 
 
 class Stub:
@@ -45,11 +45,13 @@ def test_explain_names_the_backend_and_each_others_reasons(stubbed):
     stubbed(cpu=Stub(), triton=Stub(unavailable="Triton is not installed"))
     explanation = explain(query(), query(), query())
     assert explanation.backend == "cpu"
-    assert explanation.reasons == {"triton": ["Triton is not installed"], "reference": ["cpu comes first"]}
+    others = {"torch": ["cpu comes first"], "reference": ["cpu comes first"]}
+    assert explanation.reasons == {"triton": ["Triton is not installed"]} | others
     assert str(explanation) == repr(explanation)
     assert str(explanation).splitlines() == [
         "backend: cpu",
         "  triton: Triton is not installed",
+        "  torch: cpu comes first",
         "  reference: cpu comes first",
     ]
 
@@ -57,8 +59,12 @@ def test_explain_names_the_backend_and_each_others_reasons(stubbed):
 def test_explain_follows_refusals_and_explicit_choices(stubbed):
     stubbed(cpu=Stub(reasons=["head_dim 8 is cursed", "and so is Monday"]), triton=ImportError("no module"))
     explanation = explain(query(), query(), query())
-    assert explanation.backend == "reference"
+    assert explanation.backend == "torch"
     assert explanation.reasons["cpu"] == ["head_dim 8 is cursed", "and so is Monday"]
+    assert explanation.reasons["reference"] == ["torch comes first"]
+    explanation = explain(query(), query(), query(), dropout_p=0.5)
+    assert explanation.backend == "reference"
+    assert explanation.reasons["torch"] == ["its kernel has no dropout"]
     assert explanation.reasons["triton"] == ["could not be imported: no module"]
     assert explain(query(), query(), query(), backend="cpu").backend is None
     asked = explain(query(), query(), query(), backend="reference")
@@ -114,42 +120,138 @@ def run(code: str) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize("extension", ["None", "types.ModuleType('an older build')"])
-def test_without_the_extension_and_triton_the_reference_answers_with_one_warning(extension):
-    output = run(
+#: Before torch is imported: no engine, for the given reason, and whatever else is said is an error.
+WITHOUT_ENGINE = """
+import pathlib, sys, types, warnings
+sys.modules["fastattn._C"] = {extension}
+sys.modules["triton"] = None
+caught = []
+warnings.showwarning = lambda message, category, file, *_: caught.append((category.__name__, file, str(message)))
+import torch, fastattn, fastattn.backends.missing
+from torch.nn.functional import scaled_dot_product_attention as torchs
+fastattn.backends.missing.FOLDER = pathlib.Path({folder!r})
+def said():
+    return [text for *_, text in caught if "fastattn" in text]
+"""
+
+
+def without_engine(code: str, folder, extension: str = "None") -> list[str]:
+    return run(WITHOUT_ENGINE.format(folder=str(folder), extension=extension) + textwrap.dedent(code)).splitlines()
+
+
+@pytest.fixture
+def failed_build(tmp_path):
+    """The folder of a package whose engine could not be built."""
+    (tmp_path / missing.RECORD).write_text("CMake Error: No CMAKE_CXX_COMPILER.\nIt needs g++: apt-get install g++\n")
+    return tmp_path
+
+
+def test_without_the_engine_torchs_attention_answers_with_one_warning(failed_build):
+    output = without_engine(
         """
-        import sys, types, warnings
-        sys.modules["fastattn._C"] = EXTENSION
-        sys.modules["triton"] = None
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            import torch, fastattn
-            fast = [w for w in caught if "fastattn" in str(w.message)]
-            assert not fast, fast
-            query = torch.randn(2, 2, 5, 8, requires_grad=True)
-            for _ in range(3):
-                out = fastattn.scaled_dot_product_attention(query, query, query, is_causal=True)
-            out.sum().backward()
-            module = fastattn.MultiHeadAttention(8, 2)
-            module(torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.randn(3, 2, 8))
-        expected = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
-        torch.testing.assert_close(out, expected)
-        fast = [w for w in caught if "fastattn" in str(w.message)]
-        print(len(fast), fast[0].category.__name__)
-        print(fast[0].message)
+        query = torch.randn(2, 2, 5, 8, requires_grad=True)
+        assert not said(), said()
+        for _ in range(3):
+            out = fastattn.scaled_dot_product_attention(query, query, query, is_causal=True)
+        out.sum().backward()
+        torch.testing.assert_close(out, torchs(query, query, query, is_causal=True))
+        fastattn.scaled_dot_product_attention(query, query, query, dropout_p=0.5)  # by the reference
+        module = fastattn.MultiHeadAttention(8, 2)
+        module(*[torch.randn(3, 2, 8)] * 3)
+        print(len(said()), *caught[-1][:2])
+        print(said()[0])
         print(fastattn.explain(query, query, query))
         try:
             fastattn.scaled_dot_product_attention(query, query, query, backend="cpu")
         except ValueError as error:
             print("explicit:", error)
-        """.replace("EXTENSION", extension)
-    ).splitlines()
-    assert output[0] == "1 RuntimeWarning"
-    assert "dense reference" in output[1]
-    assert "_C" in output[1]
-    assert output[2] == "backend: reference"
+        """,
+        failed_build,
+    )
+    assert output[0] == "1 RuntimeWarning <string>"  # at the line of the caller's code
+    assert output[1].startswith("fastattn computes with torch's own attention")
+    cause = "CMake Error: No CMAKE_CXX_COMPILER. It needs g++: apt-get install g++, then install fastattn again"
+    assert cause in output[1]
+    assert output[2] == "backend: torch"
+    assert cause in output[3]
     assert any(line.startswith("  triton:") for line in output)
     assert output[-1].startswith("explicit: backend='cpu' cannot compute this call")
+
+
+def test_the_warning_tells_of_the_reference_where_that_computes(stubbed, monkeypatch):
+    stubbed(cpu=Stub(unavailable="install g++"))
+    said = []
+    monkeypatch.setattr(dispatch, "_warn_once", lambda *message_and_key: said.append(message_and_key))
+    scaled_dot_product_attention(query(), query(), query(), dropout_p=0.5)
+    scaled_dot_product_attention(query(), query(), query())
+    (of_reference, key), (of_torch, other_key) = said
+    assert of_reference == (
+        "fastattn computes with the dense reference, slowly and in O(Lq * Lk) memory, because cpu: install g++ and "
+        "torch: its kernel has no dropout"
+    )
+    assert of_torch.startswith("fastattn computes with torch's own attention")
+    assert key == other_key == "cpu: install g++"  # one of them is shown in a process
+
+
+def test_an_engine_of_other_sources_is_of_no_use(tmp_path):
+    code = "print(fastattn.explain(*torch.zeros(3, 1, 1, 2, 4)))"
+    output = without_engine(code, tmp_path, "types.ModuleType('an older build')")
+    assert output[0] == "backend: torch"
+    assert "cannot be loaded" in output[1] and "use_torch" in output[1]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [([], "the C++ engine is missing"), (["_C.cpython-27-x.so"], "_C.cpython-27-x.so, for another Python")],
+    ids=["no file", "of another Python"],
+)
+def test_an_engine_that_is_not_there_is_explained(files, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(missing, "FOLDER", tmp_path)
+    for file in files:
+        (tmp_path / file).touch()
+    story = missing.why(ModuleNotFoundError("No module named 'fastattn._C'"))
+    assert words in story
+    assert "apt-get install g++" in story
+
+
+def test_an_engine_that_cannot_be_loaded_is_explained():
+    """As by the system's loader, where a library that it needs is missing."""
+    story = missing.why(ImportError("libgomp.so.1: cannot open shared object file"))
+    assert "cannot be loaded (libgomp.so.1: cannot open shared object file)" in story
+    assert "apt-get install libgomp1" in story
+
+
+def test_without_the_engine_modules_train_and_functions_compile(failed_build):
+    output = without_engine(
+        """
+        torch.manual_seed(0)
+        theirs, ours = torch.nn.MultiheadAttention(16, 4), fastattn.MultiHeadAttention(16, 4)
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(9, 3, 16)
+        padding = torch.arange(9) >= torch.tensor([[9], [4], [6]])
+        for module in (theirs, ours):
+            module(x, x, x, key_padding_mask=padding)[0].square().sum().backward()
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
+
+        def attend(query, key, lengths):
+            return fastattn.scaled_dot_product_attention(query, key, key, causal="lower_right", key_lengths=lengths)
+
+        query, key = torch.randn(2, 2, 5, 8, requires_grad=True), torch.randn(2, 2, 7, 8)
+        lengths = torch.tensor([7, 3])
+        compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        expected = fastattn.scaled_dot_product_attention(
+            query, key, key, causal="lower_right", key_lengths=lengths, backend="reference"
+        )
+        actual = compiled(query, key, lengths)
+        torch.testing.assert_close(actual, expected)
+        for one, other in zip(*(torch.autograd.grad(x.sum(), query) for x in (actual, expected)), strict=True):
+            torch.testing.assert_close(one, other)
+        print(len(said()), fastattn.explain(query, key, key).backend)
+        """,
+        failed_build,
+    )
+    assert output == ["1 torch"]
 
 
 def test_importing_does_not_import_triton_or_start_cuda():
@@ -162,17 +264,3 @@ def test_importing_does_not_import_triton_or_start_cuda():
         """
     )
     assert output.split() == ["True", "False"]
-
-
-def test_the_public_names():
-    assert set(fastattn.__all__) == {
-        "MultiHeadAttention",
-        "SelfAttention",
-        "__version__",
-        "convert",
-        "explain",
-        "reference",
-        "scaled_dot_product_attention",
-        "unconvert",
-    }
-    assert all(hasattr(fastattn, name) for name in fastattn.__all__)

@@ -227,7 +227,7 @@ def test_no_dropout_draws_nothing():
 @pytest.mark.parametrize("mask", [None, torch.ones(5, 7, dtype=torch.bool)], ids=["plain", "masked"])
 @pytest.mark.parametrize("kv_heads", [0, 2])
 @pytest.mark.parametrize("queries", [1, 5])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 def test_no_query_heads(backend, queries, kv_heads, mask):
     query, key, value = tensors((2, 0, queries, 8), (2, kv_heads, 7, 8), (2, kv_heads, 7, 6), requires_grad=True)
     mask = mask if mask is None else mask[:queries]
@@ -276,7 +276,7 @@ def test_nan_in_the_data_is_not_hidden():
     assert out[0, 0, [0, 2, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_rows_of_finfo_min_give_the_mean(dtype, backend):
     """The scores are lost in the rounding of the sum, and nothing is forbidden."""

@@ -241,7 +241,7 @@ WRONG_VALUES = {
 }
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("name", WRONG_VALUES)
 def test_an_operator_called_by_hand_refuses_what_it_cannot_read(name, backend):
     change, message = WRONG_VALUES[name]

@@ -360,7 +360,7 @@ def test_a_backend_that_refuses_is_not_overruled(monkeypatch):
     original = dispatch.load
     monkeypatch.setattr(dispatch, "load", lambda name: Tired if name == "cpu" else original(name))
     warnings = []
-    monkeypatch.setattr(dispatch, "_warn_once", warnings.append)
+    monkeypatch.setattr(dispatch, "_warn_once", lambda message, _: warnings.append(message))
     assert attention(PLAIN, PLAIN, PLAIN) is None
     scaled_dot_product_attention(PLAIN, PLAIN, PLAIN)
     assert "too tired" in warnings[0]

@@ -34,6 +34,7 @@ OPTIONS = {
     "lengths": {"key_lengths": [3, 5]},
     "lower_right lengths": {"causal": "lower_right", "key_lengths": [3, 5]},
     "all": {"causal": "lower_right", "key_lengths": [3, 5], "window": (1, None)},
+    "torch": {"backend": "torch"},
     "reference": {"backend": "reference"},
     "dropout": {"dropout_p": 0.5},
 }

@@ -7,10 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastattn.backends import missing
 from fastattn.problem import SUPPORTED_DTYPES, Problem
 
 try:
-    from fastattn import _C
+    import fastattn._C as _C
 
     # torch's table of C functions that read a tensor is there from 2.10 on.
     _C.use_torch(torch, getattr(Tensor, "__dlpack_c_exchange_api__", None))
@@ -27,9 +28,7 @@ KEEPS_RESIDUAL = True
 @cache
 def unavailable() -> str | None:
     """Why the engine cannot be used at all, else None."""
-    if _C is None:
-        return f"the C++ extension fastattn._C is not built from these sources or cannot be loaded ({_import_error})"
-    return None
+    return missing.why(_import_error) if _C is None else None
 
 
 def reasons(problem: Problem) -> list[str]:

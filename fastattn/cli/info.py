@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 import fastattn
@@ -49,7 +50,7 @@ def print_info() -> None:
 def _pairs(title: str, pairs: dict[str, str]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in pairs.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
@@ -72,6 +73,7 @@ def _processor() -> dict[str, str]:
     missing = cpu.unavailable()
     if missing is not None:
         about["engine"] = missing
+        about["instead"] = "torch's own attention in calls for which it is exact, else the dense reference, slowly"
     else:
         about["instruction sets"] = ", ".join(cpu.available_isas())
         about["instruction set in use"] = cpu.isa()
@@ -122,6 +124,6 @@ def _capabilities(device: str) -> Table:
     for name, case in FEATURES.items():
         table.add_row(name, *(cell(backend, case, torch.float32) for backend in dispatch.BACKENDS))
     if notes:
-        table.caption = "\n".join(f"({mark}) {reason}" for reason, mark in notes.items())
+        table.caption = "\n".join(f"({mark}) {escape(reason)}" for reason, mark in notes.items())
         table.caption_justify = "left"
     return table

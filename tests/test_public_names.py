@@ -1,0 +1,59 @@
+"""What a person sees of the package: completion, help, and the example in it."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pydoc
+import rlcompleter
+
+import fastattn
+
+
+def test_the_public_names():
+    assert set(fastattn.__all__) == {
+        "MultiHeadAttention",
+        "SelfAttention",
+        "__version__",
+        "convert",
+        "explain",
+        "reference",
+        "scaled_dot_product_attention",
+        "unconvert",
+    }
+    assert all(hasattr(fastattn, name) for name in fastattn.__all__)
+
+
+def test_completion_offers_the_public_names_alone():
+    offered = {word.removeprefix("fastattn.").rstrip("(") for word in _completed("fastattn.")}
+    assert {name for name in offered if not name.startswith("_")} == set(fastattn.__all__) - {"__version__"}
+    assert "__version__" in {word.removeprefix("fastattn.") for word in _completed("fastattn.__")}
+    assert set(fastattn.__all__) <= set(dir(fastattn))
+
+
+def _completed(text: str) -> list[str]:
+    return rlcompleter.Completer({"fastattn": fastattn}).attr_matches(text)
+
+
+def test_modules_that_are_not_offered_are_there():
+    for name in ("dispatch", "functional", "models", "ops", "problem", "testing"):
+        assert importlib.import_module(f"fastattn.{name}") is getattr(fastattn, name)
+
+
+def test_help_begins_with_an_example():
+    first_screen = pydoc.plain(pydoc.render_doc(fastattn)).splitlines()[:24]
+    assert (
+        "    fastattn - Fused scaled dot-product attention for PyTorch, on a CPU or a GPU, forward and backward."
+        in (first_screen)
+    )
+    assert any("fastattn.scaled_dot_product_attention(query, key, value" in line for line in first_screen)
+    assert any("fastattn.convert(layer)" in line for line in first_screen)
+
+
+def test_the_example_runs():
+    engine = fastattn.explain(*[fastattn.reference.torch.zeros(1, 1, 1, 8)] * 3).backend
+    example = doctest.DocTestParser().get_doctest(
+        fastattn.__doc__.replace("'cpu'", repr(engine)), {}, "fastattn", None, None
+    )
+    assert len(example.examples) == 7
+    assert doctest.DocTestRunner(verbose=False).run(example) == (0, 7)
