@@ -10,29 +10,35 @@
     >>> fastattn.convert(layer).swapped  # every nn.MultiheadAttention of a model, in place
     ['self_attn']
 
-help(fastattn.scaled_dot_product_attention) and help(fastattn.convert) tell of arguments, results and errors, and
-``fastattn --help`` of the commands. Models that use it are in ``fastattn.models``.
+For users:
+
+    scaled_dot_product_attention(query, key, value, ...)   the function; torch's arguments and more
+    MultiHeadAttention, SelfAttention                      modules; the first takes nn.MultiheadAttention's place
+    convert(model), unconvert(model)                       swap the attention modules of a model, and back
+    explain(query, key, value, ...)                        which backend computes a call, and why not the others
+    reference                                              attention in dense PyTorch, as every backend computes it
+
+help() of each tells of arguments, results and errors, ``fastattn --help`` of the commands. Models that use it are in
+``fastattn.models``.
 """
 
-from fastattn import reference
-from fastattn.convert import convert, unconvert
-from fastattn.functional import explain, scaled_dot_product_attention
-from fastattn.modules import MultiHeadAttention, SelfAttention
+# No __all__: with it help(fastattn) shows all that the modules inherit from nn.Module, 2000 lines.
+from fastattn import reference as reference
+from fastattn.convert import convert as convert
+from fastattn.convert import unconvert as unconvert
+from fastattn.functional import explain as explain
+from fastattn.functional import scaled_dot_product_attention as scaled_dot_product_attention
+from fastattn.modules import MultiHeadAttention as MultiHeadAttention
+from fastattn.modules import SelfAttention as SelfAttention
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "MultiHeadAttention",
-    "SelfAttention",
-    "__version__",
-    "convert",
-    "explain",
-    "reference",
-    "scaled_dot_product_attention",
-    "unconvert",
-]
+_PUBLIC = (
+    *("MultiHeadAttention", "SelfAttention", "convert", "explain", "reference"),
+    *("scaled_dot_product_attention", "unconvert"),
+)
 
 
 def __dir__() -> list[str]:
     """What is for users: the modules that make it up are there too, but not for completion."""
-    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+    return sorted({*_PUBLIC, *(name for name in globals() if name.startswith("__"))})
