@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 from fastattn.models.classifier import Classifier, ClassifierConfig
 from fastattn.train import checkpoint as files
@@ -22,6 +21,9 @@ from fastattn.train.splits import split
 from fastattn.train.task import Task, digest_of
 from fastattn.train.text_files import read_imdb, read_labelled
 from fastattn.train.tokens import EOS_ID, PAD_ID, load_tokenizer, train_words
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Labelled = list[tuple[Any, str]]
 

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastattn.models.fields import Range
+from fastattn.needs import MissingPackages
 from fastattn.train.devices import resolve_device
 from fastattn.train.errors import TrainingError
 from fastattn.train.memory import is_lack_of_memory
@@ -38,7 +39,7 @@ class Commands(TyperGroup):
             return result
         except BrokenPipeError:
             raise  # who read the output has enough: the program ends in silence
-        except (TrainingError, ValueError, OSError) as error:
+        except (TrainingError, MissingPackages, ValueError, OSError) as error:
             message = str(error)
         except (MemoryError, RuntimeError) as error:
             if not is_lack_of_memory(error):

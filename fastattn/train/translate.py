@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer
 
 from fastattn.models.decoding import beam_search, greedy
 from fastattn.models.fields import Share, check_value
@@ -19,6 +18,9 @@ from fastattn.train.memory import build
 from fastattn.train.output_files import write_text
 from fastattn.train.task import Task, digest_of
 from fastattn.train.tokens import BOS_ID, EOS_ID, PAD_ID, load_tokenizer, train_subwords
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Pairs = list[tuple[str, str]]
 
