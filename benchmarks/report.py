@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from benchmarks import tables
 from benchmarks.model_memory import COMPARED, LIMIT
 from benchmarks.runner import ROOT, merged, run_parts
 from benchmarks.suite import PARTS, PARTS_OF_THE_REPORT
+from fastattn.backends import cpu
 from fastattn.needs import require_or_exit
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,6 +43,9 @@ def run(
 ) -> None:
     """Measure, print, and write the result and its plots. Exit status 1 when a check failed."""
     require_or_exit("python -m benchmarks.report run")
+    if (missing := cpu.unavailable()) is not None:
+        reason = " ".join(missing.split())
+        sys.exit(f"error: python -m benchmarks.report run needs the C++ engine: {reason}")
     from benchmarks import machine
     from benchmarks.plots import plot_memory, plot_throughput
 

@@ -177,7 +177,7 @@ def draw_attention(
     from fastattn.train.show import draw_translation
 
     (source,) = encode_sources(tokenizer, [text], model.config.max_length)
-    target = [BOS_ID, *tokenizer.encode(translated).ids]
+    target = [BOS_ID, *tokenizer.encode(translated).ids][: model.config.max_length]
     maps = model.cross_attention(torch.tensor([source], device=device), torch.tensor([target], device=device))
 
     def names(ids: list[int]) -> list[str]:
