@@ -319,11 +319,19 @@ def test_early_stopping_keeps_the_best_weights(tmp_path):
         return {"exact_match": value}
 
     task.evaluate = evaluate
-    options = TrainOptions(epochs=100, batch_size=16, evaluate_every=2, patience=2)
+    options = TrainOptions(epochs=100, batch_size=16, evaluate_every=2, patience=2, warmup_steps=2)
     report = Run(task, options, tmp_path / "run").train()
     assert report["steps"] == 8 and report["best_exact_match"] == 0.5
     for name, tensor in task.model.state_dict().items():
         assert torch.equal(tensor, best[name])
+
+
+def test_patience_begins_after_the_warm_up(tmp_path):
+    """Evaluations at steps 2, 4, 6, ... of which the first is the best: those at 4 and 6 are not counted."""
+    task = make_task()
+    task.evaluate = lambda: {"exact_match": 0.0}
+    options = TrainOptions(epochs=100, batch_size=16, evaluate_every=2, patience=2, warmup_steps=6)
+    assert Run(task, options, tmp_path / "run").train()["steps"] == 10
 
 
 def test_bf16_autocast_trains(tmp_path):

@@ -106,7 +106,7 @@ def train_translate(
         max_length=max_length,
         attention=attention,
     )
-    train_and_report(task, options, out, resume)
+    train_and_report(task, options, given, out, resume)
 
 
 @train_app.command("classify")
@@ -161,7 +161,7 @@ def train_classify(
         max_length=max_length,
         attention=attention,
     )
-    train_and_report(task, options, out, resume)
+    train_and_report(task, options, given, out, resume)
 
 
 @train_app.command("detect")
@@ -216,7 +216,7 @@ def train_detect(
     if (folder / "test").is_dir():
         parts.append(CocoFolder(folder / "test", channels))
     task = DetectionTask(*parts, seed=options.seed, **sizes)
-    train_and_report(task, options, out, resume)
+    train_and_report(task, options, given, out, resume)
 
 
 @predict_app.command("translate")

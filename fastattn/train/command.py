@@ -128,14 +128,30 @@ def _options_of(given: dict[str, Any], defaults: dict[str, Any], out: Path, resu
     return from_run(TrainOptions, read_run(out)["options"], out).resumed_with(**given)
 
 
-def train_and_report(task: Task, options: TrainOptions, out: Path, resume: bool) -> None:
-    """Train with a progress bar and print the report; exit status 130 after Ctrl-C."""
+def train_and_report(task: Task, options: TrainOptions, given: dict[str, Any], out: Path, resume: bool) -> None:
+    """Train with a progress bar and print the report; exit status 130 after Ctrl-C.
+
+    A new run's options that are not ``given`` suit the size of its data.
+    """
     from rich.console import Console
 
     from fastattn.train.loop import Run
     from fastattn.train.progress import Progress
 
-    report = Run(task, options, out, resume).train(Progress.on_terminal())
+    progress = Progress.on_terminal()
+    if not resume:
+        suited = options.suited_to(len(task.lengths()), task.least_steps, given)
+        changes = []
+        if suited.batch_size != options.batch_size:
+            changes.append(f"batches of {suited.batch_size} in place of {options.batch_size}")
+        if suited.epochs != options.epochs:
+            changes.append(
+                f"{suited.epochs} epochs in place of {options.epochs}, for {task.least_steps} steps at least"
+            )
+        if changes:
+            progress.says(f"few data: {', '.join(changes)}")
+        options = suited
+    report = Run(task, options, out, resume).train(progress)
     console = Console()
     if report.get("interrupted"):
         console.print(f"interrupted at step {report['step']}; continue with --resume --out {out}", highlight=False)

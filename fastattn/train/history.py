@@ -43,8 +43,11 @@ class History:
     def write(self, path: Path) -> None:
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def draw(self, path: Path, title: str) -> None:
-        """One panel for the losses, one for the learning rate, one for the other figures, over the steps."""
+    def draw(self, path: Path, title: str, note: str = "") -> None:
+        """One panel for the losses, one for the learning rate, one for the other figures, over the steps.
+
+        ``note`` stands below them.
+        """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -68,4 +71,5 @@ class History:
             if len(group) > 1:
                 axes.legend(frameon=False)
         figure.suptitle(title)
+        figure.supxlabel(note, fontsize=8)
         write_figure(path, figure, dpi=110)
