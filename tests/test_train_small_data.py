@@ -47,6 +47,7 @@ def test_options_that_suit_the_data(task, defaults, examples, batch, epochs, tot
     assert options.total_steps(examples) == total
     assert (options.batch_size, options.epochs, options.warmup_steps) == (batch, epochs, warmup)
     assert options.evaluate_every == every
+    assert options.patience == (defaults.get("patience") if epochs == defaults.get("epochs") else None)
     assert options == options.suited_to(examples, task.least_steps)
 
 
@@ -90,7 +91,7 @@ def opinions(tmp_path_factory):
 
 def test_a_hundred_texts_are_learnt(tmp_path, opinions):
     """96 for training: 3 batches of 32 an epoch. With 10 epochs, all of them warm-up, nothing was."""
-    result = invoke("train", "classify", "--data", opinions, "--out", tmp_path / "run", "--patience", 100, *SMALL)
+    result = invoke("train", "classify", "--data", opinions, "--out", tmp_path / "run", *SMALL)
     assert result.exit_code == 0, result.output
     few, plan = result.output.splitlines()[:2]
     assert few == "few data: batches of 32 in place of 64, 134 epochs in place of 10, for 400 steps at least"

@@ -112,6 +112,8 @@ class Run:
                     self.save()
                 if interrupted.is_set():
                     break
+        if self.step < total and not interrupted.is_set():
+            progress.says(f"stopped at step {self.step} of {total}: {self._exhausted()}")
         self.save()
         if interrupted.is_set():
             return {"interrupted": True, "step": self.step}
@@ -191,19 +193,23 @@ class Run:
         self.history.add(step=self.step, epoch=round(self.step / per_epoch, 4), **figures)
         value = figures[self.task.metric]
         gain = self.best is None or (value > self.best if self.task.larger_is_better else value < self.best)
+        is_best = gain or value == self.best  # of equals the later: few validation examples soon show no difference
         # Before the learning rate has risen nothing can be expected.
         is_warm = self.step > self.options.warmup_steps
         self.evaluations_without_gain = self.evaluations_without_gain + 1 if is_warm and not gain else 0
-        if gain:
+        if is_best:
             self.best = value
             files.save_weights(self.directory / files.WEIGHTS, self.task.model)
         return figures
 
-    def _exhausted(self) -> bool:
+    def _exhausted(self) -> str | None:
+        """Why the run ends before its last step, if it does."""
         patience, minutes = self.options.patience, self.options.minutes
         if patience is not None and self.evaluations_without_gain >= patience:
-            return True
-        return minutes is not None and self.seconds >= 60 * minutes
+            return f"{counted(patience, 'evaluation')} without gain"
+        if minutes is not None and self.seconds >= 60 * minutes:
+            return f"{minutes:g} minutes are over"
+        return None
 
     def _finish(self) -> dict[str, Any]:
         """Judge the best weights on the test data and write the report."""

@@ -76,7 +76,8 @@ class TrainOptions:
         The options named in ``given`` stay, and so do all on large data. On small data:
 
         - batches are smaller, down to LEAST_BATCH, until an epoch has BATCHES_OF_AN_EPOCH;
-        - the epochs are more, until they make ``least_steps``, unless the length is given or counted in steps;
+        - the epochs are more, until they make ``least_steps``, unless the length is given or counted in steps; the run
+          does not stop before, as few validation examples soon show no gain;
         - the warm-up is a quarter of the run at most;
         - an evaluation and a checkpoint come after whole epochs, of LEAST_BETWEEN steps at least.
         """
@@ -90,6 +91,8 @@ class TrainOptions:
         per_epoch = suited.steps_per_epoch(examples)
         if "epochs" not in given and self.steps is None:
             suited = replace(suited, epochs=max(self.epochs, math.ceil(least_steps / per_epoch)))
+            if suited.epochs > self.epochs and "patience" not in given:
+                suited = replace(suited, patience=None)
         if "warmup_steps" not in given:
             suited = replace(suited, warmup_steps=min(self.warmup_steps, suited.total_steps(examples) // 4))
         for name, least in LEAST_BETWEEN.items():
