@@ -65,7 +65,8 @@ class History:
             for name in group:
                 steps, values = self.series(name)
                 marker = "." if len(steps) < 60 else None
-                axes.plot(steps, values, label=name.replace("_", " "), marker=marker)
+                text = "training loss" if name == "loss" else name.replace("_", " ")
+                axes.plot(steps, values, label=text, marker=marker)
             axes.set(xlabel="step", title=label)
             axes.grid(alpha=0.3)
             if len(group) > 1:

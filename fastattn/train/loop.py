@@ -157,7 +157,7 @@ class Run:
         self._checkpoint_version = files.version(self.directory / files.CHECKPOINT)
         self.history.write(self.directory / files.HISTORY)
         if self.history.rows:
-            note = f"{self.task.about_losses()} A point of it is the mean of the {LOG_EVERY} steps before.".lstrip()
+            note = f"{self.task.about_losses()} A point of the training loss is the mean of {LOG_EVERY} steps.".lstrip()
             self.history.draw(self.directory / "curves.png", f"{self.task.name}: step {self.step}", note)
 
     def _step(self, model, indices, rate, autocast) -> None:
