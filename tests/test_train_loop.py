@@ -23,6 +23,7 @@ from fastattn.train.dates import date_corpus
 from fastattn.train.errors import CheckpointError, TrainingError
 from fastattn.train.loop import Run
 from fastattn.train.options import TrainOptions, learning_rate_factor
+from fastattn.train.progress import Progress
 from fastattn.train.translate import TranslationData, TranslationTask, load_translator, translate
 
 CORPUS = date_corpus(pairs=300, held_out=0.1)
@@ -332,7 +333,13 @@ def test_patience_begins_after_the_warm_up(tmp_path):
     task = make_task()
     task.evaluate = lambda: {"exact_match": 0.0}
     options = TrainOptions(epochs=100, batch_size=16, evaluate_every=2, patience=2, warmup_steps=6)
-    assert Run(task, options, tmp_path / "run").train()["steps"] == 10
+    progress, said = Progress.silent(), []
+    progress.says = said.append
+    assert Run(task, options, tmp_path / "run").train(progress)["steps"] == 10
+    assert said == [
+        "240 training examples in batches of 16, 15 steps an epoch: 100 epochs, 1500 steps, 6 of them warm-up",
+        "stopped at step 10 of 1500: 2 evaluations without gain",
+    ]
 
 
 def test_bf16_autocast_trains(tmp_path):
