@@ -24,11 +24,6 @@ def test_info_names_versions_and_every_backend() -> None:
         assert word in result.output
 
 
-def test_the_version_is_printed() -> None:
-    result = invoke("--version")
-    assert (result.exit_code, result.output) == (0, f"fastattn {fastattn.__version__}\n")
-
-
 def test_check_passes_on_the_reference() -> None:
     result = invoke("check", "--backend", "reference", "--match", "length_17x65", "--dtype", "float32")
     assert result.exit_code == 0, result.output
@@ -113,6 +108,11 @@ def test_the_module_is_the_program() -> None:
     assert run.returncode == 0, run.stderr
     for command in ("info", "check", "bench"):
         assert command in run.stdout
+
+
+def test_the_version_is_printed() -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.output) == (0, f"fastattn {fastattn.__version__}\n")
 
 
 def test_starting_needs_no_extras() -> None:
