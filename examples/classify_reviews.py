@@ -41,6 +41,7 @@ def main(
     for name in encoder or ENCODERS:
         task = ClassificationTask(data, encoder=name, pooling="additive")
         options = TrainOptions(epochs=epochs, learning_rate=2e-3, warmup_steps=100, patience=4)
+        options = options.suited_to(len(data.train), task.least_steps, given=["epochs"])
         report = reports[name] = Run(task, options, out / name).train(Progress.on_terminal())
         print(f"{name}: accuracy {report['accuracy']:.3f}, bag of words {report['bag_of_words_accuracy']:.3f}")
         results = explain_texts(task.model, task.tokenizer, task.labels, TEXTS, torch.device("cpu"))
