@@ -7,6 +7,7 @@
 #   make lint                 ruff and clang-format, over the whole tree
 #   make bench                the benchmark report: tables, benchmarks/results/*.json, docs/*.png
 #   make bench-micro          the C++ micro-benchmark of the CPU engine's kernels
+#   make test-install         a wheel in environments with one extra each, or none: its commands run, or say what to install
 #   make gpu-compile-report   registers, spills and instruction mix of every GPU configuration
 #   make gpu-cache            every GPU kernel that python -m benchmarks.gpu needs, compiled without a GPU and packed
 #   make test-newest-triton   the GPU kernels interpreted and compiled by the newest Triton, not the pinned one
@@ -20,6 +21,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check
 NEWEST := .venv-newest
+INSTALL := .venv-install
 # The version of torch that is there; nothing may change it.
 PINS   := $(VENV)/torch-pin.txt
 
@@ -33,7 +35,7 @@ SEED  ?= 0
 SANITIZED = build/sanitize/_C.so
 PRELOAD   = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)"
 
-.PHONY: test test-sanitize fuzz test-newest-triton lint format bench bench-micro gpu-compile-report gpu-cache readme clean
+.PHONY: test test-sanitize fuzz test-newest-triton test-install lint format bench bench-micro gpu-compile-report gpu-cache readme clean
 
 # Side by side, each file in one process; two threads a process, which give way while they wait.
 test: $(VENV)/installed.stamp
@@ -88,6 +90,14 @@ test-newest-triton: $(NEWEST)/base.stamp
 	$(NEWEST)/bin/python -m fastattn.kernels.compile_report --check
 	$(NEWEST)/bin/python -m fastattn.kernels.hopper.report --check
 
+$(INSTALL)/base.stamp: $(VENV)/packages.stamp requirements-torch.txt
+	$(RUN) -m venv --clear --without-pip $(INSTALL)/base
+	$(PIP) --python $(INSTALL)/base/bin/python install -r requirements-torch.txt
+	touch $@
+
+test-install: $(INSTALL)/base.stamp
+	$(RUN) -m tests.install_checks $(INSTALL)
+
 lint: $(VENV)/packages.stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -127,5 +137,5 @@ $(VENV)/installed.stamp: $(VENV)/packages.stamp $(BUILD_SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist fastattn.egg-info fastattn/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(NEWEST) $(INSTALL) build dist fastattn.egg-info fastattn/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import tables
 from benchmarks.model_memory import COMPARED, LIMIT
-from benchmarks.plots import plot_memory, plot_throughput
 from benchmarks.runner import ROOT, merged, run_parts
 from benchmarks.suite import PARTS, PARTS_OF_THE_REPORT
+from fastattn.backends import cpu
+from fastattn.needs import require_or_exit
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
@@ -40,7 +42,12 @@ def run(
     plots: Annotated[Path, typer.Option(help="Where the pictures go.")] = DOCS,
 ) -> None:
     """Measure, print, and write the result and its plots. Exit status 1 when a check failed."""
+    require_or_exit("python -m benchmarks.report run")
+    if (missing := cpu.unavailable()) is not None:
+        reason = " ".join(missing.split())
+        sys.exit(f"error: python -m benchmarks.report run needs the C++ engine: {reason}")
     from benchmarks import machine
+    from benchmarks.plots import plot_memory, plot_throughput
 
     chosen = tuple(part or PARTS_OF_THE_REPORT)
     unknown = [given for given in chosen if given not in PARTS]

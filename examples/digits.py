@@ -3,7 +3,7 @@
 The model is written with nn.MultiheadAttention and knows nothing of fastattn. It is trained once as
 it is and once, from the same weights and on the same batches, after ``fastattn.convert``.
 
-    python examples/digits.py
+    python examples/digits.py    # needs scikit-learn: pip install 'fastattn[models]'
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import fastattn
+from fastattn.needs import require_or_exit
 
 PIXELS, CLASSES = 64, 10
 
@@ -72,6 +71,9 @@ class Run:
 
 def load(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images and labels, then test images and labels; a quarter is for the test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images / 16.0, labels, test_size=0.25, random_state=0, stratify=labels)
     train_images, test_images, train_labels, test_labels = (torch.tensor(part) for part in parts)
@@ -133,6 +135,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     given = parser.parse_args(arguments)
+    require_or_exit("examples/digits.py")
     console = Console()
     runs = compare(given.epochs, given.batch, given.seed, given.device, console)
 

@@ -1,5 +1,6 @@
 """Train a Transformer to translate written dates, then look at what it does.
 
+    pip install 'fastattn[models]'
     python examples/translate_dates.py --out runs/dates
 
 The same as ``fastattn train translate``, in Python: a starting point for your own pairs.
@@ -13,6 +14,7 @@ from typing import Annotated
 import torch
 import typer
 
+from fastattn.needs import require_or_exit
 from fastattn.train.dates import date_corpus
 from fastattn.train.loop import Run
 from fastattn.train.options import TrainOptions
@@ -28,6 +30,7 @@ def main(
     steps: int = 850,
     attention: Annotated[str, typer.Option(help="fastattn, torch or naive.")] = "fastattn",
 ) -> dict:
+    require_or_exit("examples/translate_dates.py")
     train, validation, test = date_corpus(pairs)
     task = TranslationTask(TranslationData(train, validation, test), vocab_size=500, dropout=0.0, attention=attention)
     options = TrainOptions(steps=steps, batch_size=128, learning_rate=2e-3, evaluate_every=min(steps, 141))

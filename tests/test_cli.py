@@ -122,6 +122,11 @@ def test_the_module_is_the_program() -> None:
         assert command in run.stdout
 
 
+def test_the_version_is_printed() -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.output) == (0, f"fastattn {fastattn.__version__}\n")
+
+
 def test_starting_needs_no_extras() -> None:
     """Commands import their own needs: the program starts without the models' and benchmarks' packages."""
     extras = ("matplotlib", "sklearn", "tokenizers", "triton", "pycocotools", "sacrebleu")

@@ -62,7 +62,7 @@ def test_training_reports_and_continues(classifier, reviews_file):
     assert result.exit_code == 1 and "cannot be resumed with 0.5" in result.output
     result = train(*again, "--resume", "--epochs", 3)
     assert result.exit_code == 0, result.output
-    assert json.loads((classifier / "report.json").read_text())["steps"] == 6
+    assert json.loads((classifier / "report.json").read_text())["steps"] == 12
 
 
 def test_predictions_show_the_words(classifier, tmp_path):

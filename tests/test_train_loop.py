@@ -23,6 +23,7 @@ from fastattn.train.dates import date_corpus
 from fastattn.train.errors import CheckpointError, TrainingError
 from fastattn.train.loop import Run
 from fastattn.train.options import TrainOptions, learning_rate_factor
+from fastattn.train.progress import Progress
 from fastattn.train.translate import TranslationData, TranslationTask, load_translator, translate
 
 CORPUS = date_corpus(pairs=300, held_out=0.1)
@@ -309,21 +310,36 @@ def test_a_directory_without_a_run(finished, tmp_path):
 
 def test_early_stopping_keeps_the_best_weights(tmp_path):
     task = make_task()
-    figures = iter([0.1, 0.5, 0.4, 0.5, 0.9])  # the fourth is no gain, so the fifth is never asked for
+    # The fourth is no gain, so the fifth is never asked for; of equals the later is kept.
+    figures = iter([0.1, 0.5, 0.4, 0.5, 0.9])
     best = {}
 
     def evaluate():
         value = next(figures)
-        if value == 0.5 and not best:
+        if value == 0.5:
             best.update({k: v.clone() for k, v in task.model.state_dict().items()})
         return {"exact_match": value}
 
     task.evaluate = evaluate
-    options = TrainOptions(epochs=100, batch_size=16, evaluate_every=2, patience=2)
+    options = TrainOptions(epochs=100, batch_size=16, evaluate_every=2, patience=2, warmup_steps=2)
     report = Run(task, options, tmp_path / "run").train()
     assert report["steps"] == 8 and report["best_exact_match"] == 0.5
     for name, tensor in task.model.state_dict().items():
         assert torch.equal(tensor, best[name])
+
+
+def test_patience_begins_after_the_warm_up(tmp_path):
+    """Evaluations at steps 2, 4, 6, ... of which the first is the best: those at 4 and 6 are not counted."""
+    task = make_task()
+    task.evaluate = lambda: {"exact_match": 0.0}
+    options = TrainOptions(epochs=100, batch_size=16, evaluate_every=2, patience=2, warmup_steps=6)
+    progress, said = Progress.silent(), []
+    progress.says = said.append
+    assert Run(task, options, tmp_path / "run").train(progress)["steps"] == 10
+    assert said == [
+        "240 training examples in batches of 16, 15 steps an epoch: 100 epochs, 1500 steps, 6 of them warm-up",
+        "stopped at step 10 of 1500: 2 evaluations without gain",
+    ]
 
 
 def test_bf16_autocast_trains(tmp_path):

@@ -10,6 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+from fastattn.needs import require_or_exit
+
 #: In the order of the legend: label, colour, and whether the line is drawn strong.
 STYLES = {
     "fastattn": ("fastattn", "#d62728", True),
@@ -33,6 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("result", type=Path, help="a result file of this script")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the PNG files (default docs)")
     options = parser.parse_args(argv)
+    require_or_exit("python -m benchmarks.gpu plot")
     content = json.loads(options.result.read_text())
     options.out.mkdir(parents=True, exist_ok=True)
     for dtype, head_dim in shapes(content["rows"]):

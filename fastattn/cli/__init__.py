@@ -18,7 +18,6 @@ from fastattn.train.options import MOST_THREADS
 
 app = typer.Typer(
     cls=Commands,
-    help="Fused attention for PyTorch.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -26,6 +25,24 @@ app = typer.Typer(
 
 app.add_typer(train_app, name="train")
 app.add_typer(predict_app, name="predict")
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        import fastattn
+
+        print(f"fastattn {fastattn.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fused attention for PyTorch."""
+
 
 Backend = Annotated[str, typer.Option(help="auto, cpu, triton or reference; auto is the one that a call would choose.")]
 Device = Annotated[str, typer.Option(help="Where the tensors lie: cpu, cuda, cuda:1...")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +39,8 @@ def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
     """The cheapest one-to-one assignment per image: (batch, query, target) index vectors."""
+    from scipy.optimize import linear_sum_assignment
+
     p = logits.float().sigmoid()
     positive = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -(p + 1e-8).log()
     negative = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p + 1e-8).log()

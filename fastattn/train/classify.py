@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 from fastattn.models.classifier import Classifier, ClassifierConfig
 from fastattn.train import checkpoint as files
@@ -19,9 +18,12 @@ from fastattn.train.output_files import write_json, write_text
 from fastattn.train.reviews import review_corpus
 from fastattn.train.show import Explained
 from fastattn.train.splits import split
-from fastattn.train.task import Task, digest_of
+from fastattn.train.task import LOSSES_DIFFER, Task, digest_of
 from fastattn.train.text_files import read_imdb, read_labelled
 from fastattn.train.tokens import EOS_ID, PAD_ID, load_tokenizer, train_words
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Labelled = list[tuple[Any, str]]
 
@@ -44,6 +46,7 @@ class ClassificationTask(Task):
 
     name = "classify"
     metric = "accuracy"
+    least_steps = 400
 
     def __init__(
         self, data: ClassificationData, vocab_size: int = 20_000, min_frequency: int = 2, seed: int = 0, **options
@@ -91,6 +94,10 @@ class ClassificationTask(Task):
             "accuracy": float(accuracy_score(targets, predicted)),
             "f1": float(f1_score(targets, predicted, average="macro")),
         }
+
+    def about_losses(self) -> str:
+        dropout = self.config.dropout
+        return LOSSES_DIFFER.format(reasons=f"dropout of {dropout:g}") if dropout else ""
 
     def report(self) -> dict[str, Any]:
         from sklearn.metrics import accuracy_score, confusion_matrix, f1_score

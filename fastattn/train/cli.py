@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fastattn.models import fields
+from fastattn.needs import require
 from fastattn.train.command import (
     Attention,
     Commands,
@@ -73,6 +74,7 @@ def train_translate(
     given: dict,
 ) -> None:
     """An encoder-decoder Transformer that translates; reports exact match and BLEU."""
+    require("fastattn train translate")
     from fastattn.train.dates import date_corpus
     from fastattn.train.errors import TrainingError
     from fastattn.train.splits import split
@@ -104,7 +106,7 @@ def train_translate(
         max_length=max_length,
         attention=attention,
     )
-    train_and_report(task, options, out, resume)
+    train_and_report(task, options, given, out, resume)
 
 
 @train_app.command("classify")
@@ -139,6 +141,7 @@ def train_classify(
     given: dict,
 ) -> None:
     """A text classifier with attention pooling; reports accuracy, F1 and the confusion matrix."""
+    require("fastattn train classify")
     from fastattn.train.classify import ClassificationTask, classification_data
 
     options = options_of(given, CLASSIFY, out, resume)
@@ -158,7 +161,7 @@ def train_classify(
         max_length=max_length,
         attention=attention,
     )
-    train_and_report(task, options, out, resume)
+    train_and_report(task, options, given, out, resume)
 
 
 @train_app.command("detect")
@@ -186,6 +189,9 @@ def train_detect(
     given: dict,
 ) -> None:
     """A detection transformer; reports COCO's average precision."""
+    require("fastattn train detect")
+    if data == "demo":
+        require("fastattn train detect --data demo")
     from fastattn.models.detector import Detector, DetectorConfig
     from fastattn.train.coco import CocoFolder
     from fastattn.train.detect import DetectionTask
@@ -210,7 +216,7 @@ def train_detect(
     if (folder / "test").is_dir():
         parts.append(CocoFolder(folder / "test", channels))
     task = DetectionTask(*parts, seed=options.seed, **sizes)
-    train_and_report(task, options, out, resume)
+    train_and_report(task, options, given, out, resume)
 
 
 @predict_app.command("translate")
@@ -226,6 +232,9 @@ def predict_translate(
     device: Device = "cpu",
 ) -> None:
     """Print a translation for each text."""
+    require("fastattn predict translate")
+    if attention_map is not None:
+        require("fastattn predict translate --attention-map")
     from fastattn.train.devices import resolve_device
     from fastattn.train.output_files import check_outputs
     from fastattn.train.translate import draw_attention, load_translator, translate
@@ -252,6 +261,9 @@ def predict_classify(
     device: Device = "cpu",
 ) -> None:
     """Print label, probability and each text, its words coloured by the attention they got."""
+    require("fastattn predict classify")
+    if png is not None:
+        require("fastattn predict classify --png")
     from rich.console import Console
 
     from fastattn.train import show
@@ -286,6 +298,9 @@ def predict_detect(
     device: Device = "cpu",
 ) -> None:
     """Print, as a line of JSON for each image, the objects in it: label, score, box (x, y, width, height)."""
+    require("fastattn predict detect")
+    if pictures is not None:
+        require("fastattn predict detect --pictures")
     import json
 
     from fastattn.train.detect import detect, load_detector

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastattn.models.fields import Range
+from fastattn.needs import MissingPackages
 from fastattn.train.devices import resolve_device
 from fastattn.train.errors import TrainingError
 from fastattn.train.memory import is_lack_of_memory
@@ -38,7 +39,7 @@ class Commands(TyperGroup):
             return result
         except BrokenPipeError:
             raise  # who read the output has enough: the program ends in silence
-        except (TrainingError, ValueError, OSError) as error:
+        except (TrainingError, MissingPackages, ValueError, OSError) as error:
             message = str(error)
         except (MemoryError, RuntimeError) as error:
             if not is_lack_of_memory(error):
@@ -127,14 +128,30 @@ def _options_of(given: dict[str, Any], defaults: dict[str, Any], out: Path, resu
     return from_run(TrainOptions, read_run(out)["options"], out).resumed_with(**given)
 
 
-def train_and_report(task: Task, options: TrainOptions, out: Path, resume: bool) -> None:
-    """Train with a progress bar and print the report; exit status 130 after Ctrl-C."""
+def train_and_report(task: Task, options: TrainOptions, given: dict[str, Any], out: Path, resume: bool) -> None:
+    """Train with a progress bar and print the report; exit status 130 after Ctrl-C.
+
+    A new run's options that are not ``given`` suit the size of its data.
+    """
     from rich.console import Console
 
     from fastattn.train.loop import Run
     from fastattn.train.progress import Progress
 
-    report = Run(task, options, out, resume).train(Progress.on_terminal())
+    progress = Progress.on_terminal()
+    if not resume:
+        suited = options.suited_to(len(task.lengths()), task.least_steps, given)
+        changes = []
+        if suited.batch_size != options.batch_size:
+            changes.append(f"batches of {suited.batch_size} in place of {options.batch_size}")
+        if suited.epochs != options.epochs:
+            changes.append(
+                f"{suited.epochs} epochs in place of {options.epochs}, for {task.least_steps} steps at least"
+            )
+        if changes:
+            progress.says(f"few data: {', '.join(changes)}")
+        options = suited
+    report = Run(task, options, out, resume).train(progress)
     console = Console()
     if report.get("interrupted"):
         console.print(f"interrupted at step {report['step']}; continue with --resume --out {out}", highlight=False)

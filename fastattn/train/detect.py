@@ -66,6 +66,9 @@ class DetectionTask(Task):
     def evaluate(self) -> dict[str, float]:
         return evaluate(self.model, self.validation)
 
+    def about_losses(self) -> str:
+        return "The training loss is the sum over all decoder layers and their denoising queries."
+
     def report(self) -> dict[str, Any]:
         return {"images": len(self.test), **evaluate(self.model, self.test)}
 

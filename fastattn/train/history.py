@@ -43,8 +43,11 @@ class History:
     def write(self, path: Path) -> None:
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def draw(self, path: Path, title: str) -> None:
-        """One panel for the losses, one for the learning rate, one for the other figures, over the steps."""
+    def draw(self, path: Path, title: str, note: str = "") -> None:
+        """One panel for the losses, one for the learning rate, one for the other figures, over the steps.
+
+        ``note`` stands below them.
+        """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -62,10 +65,12 @@ class History:
             for name in group:
                 steps, values = self.series(name)
                 marker = "." if len(steps) < 60 else None
-                axes.plot(steps, values, label=name.replace("_", " "), marker=marker)
+                text = "training loss" if name == "loss" else name.replace("_", " ")
+                axes.plot(steps, values, label=text, marker=marker)
             axes.set(xlabel="step", title=label)
             axes.grid(alpha=0.3)
             if len(group) > 1:
                 axes.legend(frameon=False)
         figure.suptitle(title)
+        figure.supxlabel(note, fontsize=8)
         write_figure(path, figure, dpi=110)

@@ -85,12 +85,12 @@ class Run:
         autocast = torch.autocast(self.device.type, torch.bfloat16) if options.bf16 else nullcontext()
         lengths = task.lengths()
         batches = epoch_batches(lengths, options.batch_size, options.seed, self.epoch)
-        per_epoch = len(batches)
-        total = options.epochs * per_epoch if options.steps is None else options.steps
+        per_epoch, total = len(batches), options.total_steps(len(lengths))
         evaluate_every = options.evaluate_every or per_epoch
         checkpoint_every = options.checkpoint_every or per_epoch
         started = time.monotonic() - self.seconds
 
+        progress.says(self._plan(len(lengths)))
         with interruptible() as interrupted, progress.running(self.step, total):
             if not (self.directory / files.CHECKPOINT).exists():
                 self.save()  # an error in the first epoch leaves a run that can be resumed, too
@@ -112,10 +112,28 @@ class Run:
                     self.save()
                 if interrupted.is_set():
                     break
+        if self.step < total and not interrupted.is_set():
+            progress.says(f"stopped at step {self.step} of {total}: {self._exhausted()}")
         self.save()
         if interrupted.is_set():
             return {"interrupted": True, "step": self.step}
         return self._finish()
+
+    def _plan(self, examples: int) -> str:
+        """What will be done, as a line for the user."""
+        options, per_epoch = self.options, self.options.steps_per_epoch(examples)
+        total, warmup = options.total_steps(examples), options.warmup_steps
+        text = (
+            f"{counted(examples, 'training example')} in batches of {options.batch_size}, "
+            f"{counted(per_epoch, 'step')} an epoch: {total / per_epoch:.4g} epochs, {counted(total, 'step')}, "
+            f"{warmup} of them warm-up"
+        )
+        if self.step:
+            text += f"; {self.step} are done"
+        if warmup >= total:
+            peak = learning_rate_factor(options, total - 1, total)
+            text += f". The warm-up does not end before the run: the learning rate gets to {peak:.0%} of its peak"
+        return text
 
     def save(self) -> None:
         """Write the checkpoint, the history and the curves."""
@@ -139,7 +157,8 @@ class Run:
         self._checkpoint_version = files.version(self.directory / files.CHECKPOINT)
         self.history.write(self.directory / files.HISTORY)
         if self.history.rows:
-            self.history.draw(self.directory / "curves.png", f"{self.task.name}: step {self.step}")
+            note = f"{self.task.about_losses()} A point of the training loss is the mean of {LOG_EVERY} steps.".lstrip()
+            self.history.draw(self.directory / "curves.png", f"{self.task.name}: step {self.step}", note)
 
     def _step(self, model, indices, rate, autocast) -> None:
         self.task.model.train()
@@ -174,17 +193,23 @@ class Run:
         self.history.add(step=self.step, epoch=round(self.step / per_epoch, 4), **figures)
         value = figures[self.task.metric]
         gain = self.best is None or (value > self.best if self.task.larger_is_better else value < self.best)
-        self.evaluations_without_gain = 0 if gain else self.evaluations_without_gain + 1
-        if gain:
+        is_best = gain or value == self.best  # of equals the later: few validation examples soon show no difference
+        # Before the learning rate has risen nothing can be expected.
+        is_warm = self.step > self.options.warmup_steps
+        self.evaluations_without_gain = self.evaluations_without_gain + 1 if is_warm and not gain else 0
+        if is_best:
             self.best = value
             files.save_weights(self.directory / files.WEIGHTS, self.task.model)
         return figures
 
-    def _exhausted(self) -> bool:
+    def _exhausted(self) -> str | None:
+        """Why the run ends before its last step, if it does."""
         patience, minutes = self.options.patience, self.options.minutes
         if patience is not None and self.evaluations_without_gain >= patience:
-            return True
-        return minutes is not None and self.seconds >= 60 * minutes
+            return f"{counted(patience, 'evaluation')} without gain"
+        if minutes is not None and self.seconds >= 60 * minutes:
+            return f"{minutes:g} minutes are over"
+        return None
 
     def _finish(self) -> dict[str, Any]:
         """Judge the best weights on the test data and write the report."""
@@ -240,6 +265,10 @@ class Run:
             raise files.not_these_weights(path, error) from error
         for name in KEPT:
             setattr(self, name, state[name])
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" + "s" * (number != 1)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -18,6 +19,12 @@ MOST_THREADS = 1024
 Count = Annotated[int, Range(1, 1 << 31)]
 Positive = Annotated[float, Range(0, math.inf, without_least=True)]
 
+#: Steps between evaluations and between checkpoints on small data, at least: an epoch of a few steps changes too
+#: little to be judged, and takes less time than to be saved.
+LEAST_BETWEEN = {"evaluate_every": 20, "checkpoint_every": 100}
+#: Batches of an epoch, and examples of a batch, that smaller batches on small data must give.
+BATCHES_OF_AN_EPOCH, LEAST_BATCH = 16, 32
+
 SCHEDULES = ("inverse_sqrt", "cosine", "constant")
 
 
@@ -29,6 +36,8 @@ def _option(default, text: str):
 class TrainOptions:
     """Options of the training loop; each is an option of the command line, with the text given here.
 
+    They say what is done on data of any size; :meth:`suited_to` gives those for a training set that may be small.
+
     Raises:
         TrainingError: one has another type than its annotation, or lies outside its range.
     """
@@ -39,7 +48,9 @@ class TrainOptions:
     batch_size: Count = _option(64, "Examples in a step.")
     learning_rate: Positive = _option(1e-3, "The peak, after the warm-up.")
     schedule: str = _option("cosine", f"After the warm-up: {', '.join(SCHEDULES)}.")
-    warmup_steps: Annotated[int, Range(0, 1 << 31)] = _option(200, "Steps of linear warm-up.")
+    warmup_steps: Annotated[int, Range(0, 1 << 31)] = _option(
+        200, "Steps of linear warm-up, at most a quarter of the run."
+    )
     weight_decay: Annotated[float, Range(0, math.inf)] = _option(0.01, "AdamW's, on matrices only.")
     clip_norm: Positive = _option(1.0, "Largest norm of the gradient.")
     patience: Count | None = _option(None, "Evaluations without gain before stopping early.")
@@ -58,6 +69,44 @@ class TrainOptions:
             raise TrainingError(str(error)) from None
         if self.schedule not in SCHEDULES:
             raise TrainingError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
+
+    def suited_to(self, examples: int, least_steps: int, given: Collection[str] = ()) -> TrainOptions:
+        """These options for so many training examples: where they are few, for a run that can learn from them.
+
+        The options named in ``given`` stay, and so do all on large data. On small data:
+
+        - batches are smaller, down to LEAST_BATCH, until an epoch has BATCHES_OF_AN_EPOCH;
+        - the epochs are more, until they make ``least_steps``, unless the length is given or counted in steps; the run
+          does not stop before, as few validation examples soon show no gain;
+        - the warm-up is a quarter of the run at most;
+        - an evaluation and a checkpoint come after whole epochs, of LEAST_BETWEEN steps at least.
+        """
+        suited = self
+        while (
+            "batch_size" not in given
+            and suited.batch_size >= 2 * LEAST_BATCH
+            and suited.steps_per_epoch(examples) < BATCHES_OF_AN_EPOCH
+        ):
+            suited = replace(suited, batch_size=suited.batch_size // 2)
+        per_epoch = suited.steps_per_epoch(examples)
+        if "epochs" not in given and self.steps is None:
+            suited = replace(suited, epochs=max(self.epochs, math.ceil(least_steps / per_epoch)))
+            if suited.epochs > self.epochs and "patience" not in given:
+                suited = replace(suited, patience=None)
+        if "warmup_steps" not in given:
+            suited = replace(suited, warmup_steps=min(self.warmup_steps, suited.total_steps(examples) // 4))
+        for name, least in LEAST_BETWEEN.items():
+            if getattr(self, name) is None:
+                suited = replace(suited, **{name: per_epoch * math.ceil(least / per_epoch)})
+        return suited
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Batches of an epoch, the last one perhaps smaller."""
+        return math.ceil(examples / self.batch_size)
+
+    def total_steps(self, examples: int) -> int:
+        """Steps of the whole run."""
+        return self.epochs * self.steps_per_epoch(examples) if self.steps is None else self.steps
 
     def resumed_with(self, **given) -> TrainOptions:
         """These options with what the user gave anew; raises if that would change the computation."""

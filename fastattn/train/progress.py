@@ -22,6 +22,10 @@ class Progress:
     def silent(cls) -> Progress:
         return cls(None)
 
+    def says(self, text: str) -> None:
+        if self.console is not None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     @contextmanager
     def running(self, done: int, total: int):
         if self.console is None:

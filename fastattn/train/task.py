@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+#: Of :meth:`Task.about_losses`.
+LOSSES_DIFFER = "The training loss has {reasons}; the validation loss has none."
+
 
 class Task(ABC):
     """A model, its data and how it is judged.
@@ -22,6 +25,8 @@ class Task(ABC):
     name: ClassVar[str]
     metric: ClassVar[str]
     larger_is_better: ClassVar[bool] = True
+    #: Steps that a run on little data needs before it has learnt what they tell.
+    least_steps: ClassVar[int] = 1
 
     model: nn.Module
     device: torch.device = torch.device("cpu")
@@ -41,6 +46,10 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
         """Figures on the validation data; the model is in evaluation mode."""
+
+    def about_losses(self) -> str:
+        """What a reader of the curves needs to know about the losses, as a sentence."""
+        return ""
 
     def report(self) -> dict[str, Any]:
         """Figures on the test data with the best weights, at the end of the run."""

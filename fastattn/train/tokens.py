@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from typing import TYPE_CHECKING
 
 from fastattn.train.errors import CheckpointError, DataError, brief
 from fastattn.train.input_files import decode, read_bytes
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 PAD_ID, BOS_ID, EOS_ID, UNKNOWN_ID = range(4)
@@ -20,6 +22,8 @@ def train_subwords(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Digits are tokens of their own, so that numbers not seen in training are made of known tokens.
     """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -41,6 +45,8 @@ def train_words(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -
 
     The encoding's offsets point into the text as given, so that weights can be shown on its words.
     """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = Regex(r"\w+(?:['’]\w+)*|[^\w\s]")
@@ -54,6 +60,8 @@ def train_words(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a model whose tokens are below ``vocab_size``."""
+    from tokenizers import Tokenizer
+
     if not path.exists():
         raise CheckpointError(f"{path}: missing")
     try:

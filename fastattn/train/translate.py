@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer
 
 from fastattn.models.decoding import beam_search, greedy
 from fastattn.models.fields import Share, check_value
@@ -17,8 +17,11 @@ from fastattn.train.batches import pad_tokens
 from fastattn.train.errors import TrainingError
 from fastattn.train.memory import build
 from fastattn.train.output_files import write_text
-from fastattn.train.task import Task, digest_of
+from fastattn.train.task import LOSSES_DIFFER, Task, digest_of
 from fastattn.train.tokens import BOS_ID, EOS_ID, PAD_ID, load_tokenizer, train_subwords
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Pairs = list[tuple[str, str]]
 
@@ -40,6 +43,7 @@ class TranslationTask(Task):
 
     name = "translate"
     metric = "exact_match"
+    least_steps = 800
 
     def __init__(
         self,
@@ -103,6 +107,18 @@ class TranslationTask(Task):
             tokens += count
         return {"validation_loss": loss / tokens, "exact_match": exact_match(translated, [t for _, t in pairs])}
 
+    def about_losses(self) -> str:
+        share, size = self.label_smoothing, self.config.vocab_size
+        reasons = []
+        if share:
+            reasons.append(
+                f"label smoothing of {share:g}, with which a perfect model has a loss of "
+                f"{smoothed_entropy(share, size):.2f}"
+            )
+        if self.config.dropout:
+            reasons.append(f"dropout of {self.config.dropout:g}")
+        return LOSSES_DIFFER.format(reasons=" and ".join(reasons)) if reasons else ""
+
     def report(self) -> dict[str, Any]:
         pairs = self.data.test or self.data.validation
         translated = translate(self.model, self.tokenizer, [s for s, _ in pairs], self.device, beam_size=self.beam_size)
@@ -122,6 +138,12 @@ class TranslationTask(Task):
 
     def digest(self) -> str:
         return digest_of(self.sources, self.targets)
+
+
+def smoothed_entropy(share: float, size: int) -> float:
+    """The least cross-entropy that label smoothing leaves: the target's own, a ``share`` of it spread over ``size``."""
+    each = share / size
+    return -sum(p * math.log(p) * n for p, n in ((1 - share + each, 1), (each, size - 1)) if p)
 
 
 def encode_sources(tokenizer: Tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
@@ -175,7 +197,7 @@ def draw_attention(
     from fastattn.train.show import draw_translation
 
     (source,) = encode_sources(tokenizer, [text], model.config.max_length)
-    target = [BOS_ID, *tokenizer.encode(translated).ids]
+    target = [BOS_ID, *tokenizer.encode(translated).ids][: model.config.max_length]
     maps = model.cross_attention(torch.tensor([source], device=device), torch.tensor([target], device=device))
 
     def names(ids: list[int]) -> list[str]:
