@@ -137,5 +137,5 @@ $(VENV)/installed.stamp: $(VENV)/packages.stamp $(BUILD_SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(INSTALL) build dist fastattn.egg-info fastattn/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(NEWEST) $(INSTALL) build dist fastattn.egg-info fastattn/_C*.so fastattn/_C_build_error.txt .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
