@@ -46,8 +46,9 @@ class MaskCells {
  private:
   INLINE uint8_t at(long cell) const { return data_[(cell - first_) * stride_]; }
 
-  const uint8_t* data_ = nullptr;
-  long first_ = 0, stride_ = 0;
+  // Not initialised by default: a small item's panels have many, and no mask.
+  const uint8_t* data_;
+  long first_, stride_;
 };
 
 // Bytes of a bool mask read together, each 0 or 1; any other is true too, and never counts as full.
@@ -112,13 +113,16 @@ inline void scan_cells(const uint8_t* source, long query_stride, long key_stride
 // The cells of all panels of `width` queries.
 template <long width>
 class MaskMap {
-  // A smaller mask is scanned by each item anew: that takes less time than to share the work.
-  static constexpr long least_shared = 16 * 1024;
+  // A smaller mask is scanned by each item anew, which takes less time than to share the work; a still
+  // smaller one not at all: its tiles are mixed until their elements are read.
+  static constexpr long least_shared = 16 * 1024, least_scanned = 1024;
+  static constexpr uint8_t mixed_cell = MaskCells::some;
 
  public:
   explicit MaskMap(const Problem& problem)
       : problem_(problem),
         mask_(problem.mask),
+        scanned_(mask_.data && problem.queries * problem.keys >= least_scanned),
         shared_(choose_shared()),
         batches_(mask_.stride[0] ? problem.batch : 1),
         heads_(mask_.stride[1] ? problem.query_heads : 1),
@@ -137,10 +141,17 @@ class MaskMap {
   }
 
   // Bytes of scratch that `cells` needs for a tile of so many keys.
-  long scratch(long keys) const { return mask_.data && !shared_ ? keys / MaskCells::keys_per_cell + 2 : 0; }
+  long scratch(long keys) const { return scanned_ && !shared_ ? keys / MaskCells::keys_per_cell + 2 : 0; }
   // Of a panel of queries, at least for the tile's keys; none without a mask, or keys.
   MaskCells cells(const Tile& tile, uint8_t* scratch) const {
     if (!mask_.data || tile.keys.empty()) return {};
+    if (!scanned_) return {&mixed_cell, 0, 0};
+    return found_cells(tile, scratch);
+  }
+
+ private:
+  // Not inlined: scanning would crowd the code of calls without a mask.
+  __attribute__((noinline)) MaskCells found_cells(const Tile& tile, uint8_t* scratch) const {
     const long stride = mask_.stride[3] != 0;
     if (!shared_) {
       const Range covering = MaskCells::covering(tile.keys);
@@ -152,9 +163,8 @@ class MaskMap {
     return {row_of_cells((batch * heads_ + head) * panels_ + panel), 0, stride};
   }
 
- private:
   bool choose_shared() const {
-    if (!mask_.data || problem_.queries * problem_.keys < least_shared) return false;
+    if (!scanned_ || problem_.queries * problem_.keys < least_shared) return false;
     return (problem_.batch > 1 && !mask_.stride[0]) || (problem_.query_heads > 1 && !mask_.stride[1]) ||
            (problem_.queries > width && !mask_.stride[2]);
   }
@@ -171,7 +181,7 @@ class MaskMap {
 
   const Problem& problem_;
   const Tensor4<const uint8_t>& mask_;
-  const bool shared_;
+  const bool scanned_, shared_;
   const long batches_, heads_, panels_, cells_;
   const AlignedBuffer memory_;
 };

@@ -95,18 +95,18 @@ bool Interruption::look_at_clock() {
   return is_seen();
 }
 
-AlignedBuffer::AlignedBuffer(size_t bytes) : data_(nullptr), pooled_(0) {
+void AlignedBuffer::allocate(size_t bytes) {
   constexpr size_t large = size_t{2} << 20;
   if (bytes >= large) {
     data_ = take_result_memory(bytes);
     pooled_ = bytes;
-  } else if (bytes && posix_memalign(&data_, kCacheLine, bytes)) {
+  } else if (posix_memalign(&data_, kCacheLine, bytes)) {
     data_ = nullptr;
   }
-  if (bytes && !data_) throw std::bad_alloc();
+  if (!data_) throw std::bad_alloc();
 }
 
-AlignedBuffer::~AlignedBuffer() {
+void AlignedBuffer::release() {
   unpoison(data_, pooled_);
   if (pooled_)
     give_back_result_memory(data_, pooled_);

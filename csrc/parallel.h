@@ -82,13 +82,22 @@ void order_heaviest_first(const int64_t* work, int64_t count, int64_t* order);
 // std::bad_alloc.
 class AlignedBuffer {
  public:
-  explicit AlignedBuffer(size_t bytes);
-  ~AlignedBuffer();
+  // Of no bytes it costs no call. Inlined for certain: a copy compiled for one instruction set must not serve
+  // the others.
+  __attribute__((always_inline)) explicit AlignedBuffer(size_t bytes) : data_(nullptr), pooled_(0) {
+    if (bytes) allocate(bytes);
+  }
+  __attribute__((always_inline)) ~AlignedBuffer() {
+    if (data_) release();
+  }
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
   void* data() const { return data_; }
 
  private:
+  void allocate(size_t bytes);
+  void release();
+
   void* data_;
   size_t pooled_;  // bytes, 0 for a small block
 };
