@@ -39,6 +39,7 @@ class Decode {
         record_(problem.value_dim + 2),
         chunk_keys_(choose_chunk(problem)),
         chunks_(max(1L, ceil_div(problem.keys, chunk_keys_))),
+        masks_(problem),
         fetches_ahead_(beyond_caches <= static_cast<long>(sizeof(T)) * problem.batch * problem.kv_heads *
                                             problem.keys * (problem.head_dim + problem.value_dim)) {}
 
@@ -46,6 +47,7 @@ class Decode {
     const long heads = problem_.batch * problem_.kv_heads;
     const AlignedBuffer partial(heads * chunks_ * rows_ * record_ * sizeof(S));
     S* records = static_cast<S*>(partial.data());
+    masks_.scan(threads);
     parallel_for(heads * chunks_, threads, Workspace(*this, ScratchLayout()).bytes,
                  [=](int64_t item, void* scratch) {
                    attend_chunk(item / chunks_, item % chunks_, scratch, records + item * rows_ * record_);
@@ -60,9 +62,15 @@ class Decode {
       const Problem& p = d.problem_;
       query = layout.take<S>(d.rows_ * round_up(p.head_dim, W));
       weight = layout.take<S>(d.rows_ * block_keys);
+      if (p.mask.data) {
+        cells = layout.take<uint8_t>(d.masks_.scratch(d.chunk_keys_));
+        if (d.masks_of_group() > 1)
+          merged = layout.take<uint8_t>(d.chunk_keys_ / MaskCells::keys_per_cell + 2);
+      }
       bytes = layout.used();
     }
     S *query, *weight;
+    uint8_t *cells = nullptr, *merged = nullptr;
     size_t bytes;
   };
 
@@ -93,10 +101,34 @@ class Decode {
       memset(record, 0, record_ * sizeof(S));
       record[0] = -Limits<S>::infinity;
     }
-    const Range keys = intersect(band.seen_by_any({0, problem_.queries}),
-                                 {chunk * chunk_keys_, min((chunk + 1) * chunk_keys_, problem_.keys)});
-    for (long k = keys.begin; k < keys.end; k += block_keys)
-      attend_block(b, kv_head, {k, min(k + block_keys, keys.end)}, band, work, records);
+    const Range all = intersect(band.seen_by_any({0, problem_.queries}),
+                                {chunk * chunk_keys_, min((chunk + 1) * chunk_keys_, problem_.keys)});
+    const MaskCells cells = cells_of_group(b, kv_head, all, work);
+    const auto seen = [&](Range keys) { return problem_.mask.data ? cells.trimmed(keys) : keys; };
+    const Range keys = seen(all);
+    for (long k = keys.begin; k < keys.end; k += block_keys) {
+      const Range block{k, min(k + block_keys, keys.end)};
+      if (!seen(block).empty()) attend_block(b, kv_head, block, band, work, records);
+    }
+  }
+
+  // How many masks the query heads of a key head have.
+  long masks_of_group() const { return problem_.mask.stride[1] ? problem_.group() : 1; }
+
+  // Where some query of some head of the group may attend to a key; none without a mask.
+  MaskCells cells_of_group(long b, long kv_head, Range keys, const Workspace& work) const {
+    const long first = head_of(kv_head, 0);
+    const auto of = [&](long head) {
+      return masks_.cells({b, head, {0, problem_.queries}, keys}, work.cells);
+    };
+    if (!problem_.mask.data || masks_of_group() == 1 || keys.empty()) return of(first);
+    const Range covered = MaskCells::covering(keys);
+    memset(work.merged, 0, covered.size());
+    for (long head = first; head < first + problem_.group(); head++) {
+      const MaskCells cells = of(head);
+      for (long c = covered.begin; c < covered.end; c++) work.merged[c - covered.begin] |= cells.at(c);
+    }
+    return {work.merged, covered.begin, 1};
   }
 
   void attend_block(long b, long kv_head, Range keys, const Band& band, const Workspace& work,
@@ -347,6 +379,7 @@ class Decode {
   const ForwardOutput& output_;
   const ScoreUnits<S> units_;
   const long rows_, record_, chunk_keys_, chunks_;
+  const MaskMap<most_few<V>> masks_;
   const bool fetches_ahead_;
 };
 

@@ -15,8 +15,10 @@ namespace FASTATTN_ISA_NAMESPACE {
 // So few that lanes along the queries would mostly idle. Six also where these are not as few: a sum in many
 // lanes keeps more digits than one in sequence, as naive attention's do for so few.
 template <class V>
+constexpr long most_few = max(V::lanes / 2, 6);
+template <class V>
 INLINE bool is_few(long queries) {
-  return queries <= max(V::lanes / 2, 6);
+  return queries <= most_few<V>;
 }
 
 // sum[i] = A(i, k) B(k) over k = first, first + step, ..., in the order of Decode.

@@ -201,8 +201,8 @@ class Forward {
       work.ahead.item.share_among(tiles ? tiles : panels * steps);
       for (long begin = keys.begin; begin < keys.end; begin += step) {
         if (begin > keys.begin && item.is_interrupted()) return;
-        const Range range{begin, min(begin + step, keys.end)};
-        if (is_hidden(work, panels, range)) continue;
+        const Range range = seen_by_some(work, panels, {begin, min(begin + step, keys.end)});
+        if (range.empty()) continue;
         const KeyBlock<V> key_block = prepare_keys(b, h / problem_.group(), range, work);
         work.ahead.block = values_of(b, h, {range.end, min(range.end + step, keys.end)});
         work.ahead.block.share_among(tiles ? swept_tiles(work, panels, range, 1) : panels);
@@ -220,12 +220,16 @@ class Forward {
     const Range seen = intersect(panel.any, keys);
     return problem_.mask.data ? panel.cells.trimmed(seen) : seen;
   }
-  // Whether the mask hides the keys from all panels.
-  bool is_hidden(const Workspace& work, int panels, Range keys) const {
-    if (!problem_.mask.data) return false;
-    for (int i = 0; i < panels; i++)
-      if (!seen_by(work.panel[i], keys).empty()) return false;
-    return true;
+  // The keys of a block without those at both ends that the mask hides from all panels, in whole pairs.
+  Range seen_by_some(const Workspace& work, int panels, Range keys) const {
+    if (!problem_.mask.data) return keys;
+    Range some{keys.end, keys.begin};
+    for (int i = 0; i < panels; i++) {
+      const Range seen = seen_by(work.panel[i], keys);
+      if (!seen.empty()) some = {min(some.begin, seen.begin), max(some.end, seen.end)};
+    }
+    some.begin -= (some.begin - keys.begin) % depth;
+    return some;
   }
 
   // Tiles of scores beside whose products there are weights to compute: in each block all but the first.

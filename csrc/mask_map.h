@@ -39,13 +39,13 @@ class MaskCells {
     return intersect(keys, {cells.begin * keys_per_cell, cells.end * keys_per_cell});
   }
 
+  INLINE uint8_t at(long cell) const { return data_[(cell - first_) * stride_]; }
+
   // The values of a cell: some element is true, and beside it all are.
   static constexpr uint8_t some = 1, full = 3;
   static uint8_t value(bool any, bool all) { return all ? full : any ? some : 0; }
 
  private:
-  INLINE uint8_t at(long cell) const { return data_[(cell - first_) * stride_]; }
-
   // Not initialised by default: a small item's panels have many, and no mask.
   const uint8_t* data_;
   long first_, stride_;

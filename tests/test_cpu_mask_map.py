@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -21,6 +23,16 @@ FIELDS = {
         **{"causal": "lower_right", "window": (200, None), "key_lengths": [333, 97]},
         **{"dropout_p": 0.3, "rng_state": torch.tensor([5, 7])},
     },
+}
+
+
+#: Few queries go another way, and a key head's query heads together.
+FEW = {
+    "window": lambda: torch.arange(1300).sub(torch.tensor([[700], [705], [1250]])).abs() < 40,
+    "of a head": lambda: torch.arange(1300) // 100 == torch.arange(4).mul(3)[:, None, None],
+    "holes": lambda: torch.arange(1300) // 150 % 2 == 0,
+    "all false": lambda: torch.zeros(1, 1300, dtype=torch.bool),
+    "random": lambda: torch.rand(1300, generator=torch.Generator().manual_seed(2)) < 0.01,
 }
 
 
@@ -115,6 +127,73 @@ def test_within_budget_and_the_same_bits_for_a_mask_stored_per_head(mask, fields
     for name, result in run_backend(cpu, stored, grad_out).items():
         assert torch.equal(result, results[name]), name
     assert torch.equal(weights_of(stored, results["lse"]), weights)
+
+
+@pytest.mark.parametrize("mask", FEW)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_few_queries(mask, dtype, isa):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad_out = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((1, 4, 3, 24), (1, 2, 1300, 24), (1, 2, 1300, 24), (1, 4, 3, 24))
+    )
+    problem = make_problem(query, key, value, FEW[mask](), enable_gqa=True)
+    results = run_backend(cpu, problem, grad_out)
+    exact, naive = run_reference(problem, grad_out), run_reference(problem, grad_out, dtype=None)
+    assert_within_budget(results, problem, exact, naive, grad_out)
+    stored = problem._replace(attn_mask=problem.attn_mask.contiguous())
+    for name, result in run_backend(cpu, stored, grad_out).items():
+        assert torch.equal(result, results[name]), name
+
+
+#: Makes pages of keys and values that a mask hides from all queries unreadable: who reads them dies.
+READS_NOTHING_HIDDEN = """
+import ctypes, mmap, sys
+import torch
+from fastattn.backends import cpu
+from fastattn.problem import make_problem
+
+cpu.set_isa(sys.argv[1])
+dtype, queries, length, heads = getattr(torch, sys.argv[2]), int(sys.argv[3]), 1024, 2
+page = mmap.PAGESIZE // (64 * dtype.itemsize)  # keys
+hidden = ((0, 2 * page), (256, 768), (length - page, length))
+mask = torch.ones(queries, length, dtype=torch.bool)
+for begin, end in hidden:
+    mask[:, begin:end] = False
+
+def guarded():
+    size = heads * length * 64 * dtype.itemsize
+    memory = mmap.mmap(-1, size)
+    tensor = torch.frombuffer(memory, dtype=dtype).view(1, heads, length, 64)
+    return tensor.copy_(torch.randn(tensor.shape)), ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+(key, key_address), (value, value_address) = guarded(), guarded()
+query = torch.randn(1, heads, queries, 64, dtype=dtype)
+problem = make_problem(query, key, value, mask)
+copied = make_problem(query, key.clone(), value.clone(), mask)
+for address in (key_address, value_address):
+    for head in range(heads):
+        for begin, end in hidden:
+            first = address + (head * length + begin) * 64 * dtype.itemsize
+            size = (end - begin) * 64 * dtype.itemsize
+            assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(first), ctypes.c_size_t(size), 0) == 0
+results = []
+for given in (problem, copied):
+    out, lse = torch.empty_like(query), torch.empty(query.shape[:3])
+    cpu.forward(given, out, lse)
+    results.append(out)
+assert torch.equal(*results)
+print("read nothing that is hidden")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages by the C library's mprotect")
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("queries", (1, 80))
+def test_blocks_of_keys_that_the_mask_hides_are_not_read(queries, dtype):
+    command = [sys.executable, "-c", READS_NOTHING_HIDDEN, cpu.isa(), dtype, str(queries)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "read nothing that is hidden\n", (done.returncode, done.stderr)
 
 
 def weights_of(problem, lse: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,8 @@ def backend(request):
 lengths = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 127, 128, 129, 200]))
 head_dims = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 80, 96, 128]))
 spans = st.one_of(st.none(), st.integers(0, 70))
+# Results below the smallest normal number count as 0 (docs/reliability.md); no budget, a share of results, knows that.
+scales = st.floats(-1, 1).filter(lambda scale: scale == 0.0 or abs(scale) >= 1e-20)
 
 
 @st.composite
@@ -62,7 +64,7 @@ def cases(draw):
         keys=keys,
         head_dim=draw(head_dims),
         value_dim=draw(head_dims),
-        scale=draw(st.none() | st.floats(-1, 1)),
+        scale=draw(st.none() | scales),
         causal=draw(st.sampled_from([None, "upper_left", "lower_right"])),
         window=draw(st.none() | st.tuples(spans, spans)),
         key_lengths=key_lengths,
