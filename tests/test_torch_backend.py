@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastattn import dispatch, reference, scaled_dot_product_attention
+from fastattn import dispatch, explain, reference, scaled_dot_product_attention
 from fastattn.problem import make_problem
 from fastattn.testing import CASES, SMOKE_CASES, Case, assert_within_budget, run_backend, run_reference
 
@@ -179,3 +179,29 @@ for case in (Case("one", batch=1, heads=1, queries=300, keys=200), Case("few", b
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_explain_says_what_is_dense():
+    query = torch.zeros(1, 1, 40, 8)
+
+    def notes(**arguments) -> tuple[str, ...]:
+        return explain(query, query, query, backend="torch", **arguments).notes
+
+    plain = notes(is_causal=True)
+    assert plain == ("dense, in O(Lq * Lk) memory: every gradient where |lse| is over 64",)
+    assert notes(key_lengths=[7]) == plain
+    (window,) = notes(window=(3, 0))
+    assert window.endswith("; the mask that says what a query may attend to")
+    (biased,) = notes(attn_mask=torch.zeros(40, 40))
+    assert biased.endswith("; the gradient of a bias")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_gradients_of_large_scores_without_a_bias(dtype):
+    """Scores of some hundreds, whose rounded lse would cost their weights ten times the budget."""
+    case = Case("large", batch=1, heads=2, queries=5, keys=300, head_dim=32, scale=4.0)
+    problem, grad_out = case.make(dtype=dtype), case.make_grad_out(dtype=dtype)
+    results = run_backend(ENGINE, problem, grad_out)
+    exact, naive = run_reference(problem, grad_out), run_reference(problem, grad_out, dtype=None)
+    assert results["lse"].abs().max() > 64
+    assert_within_budget(results, problem, exact, naive, grad_out)

@@ -7,9 +7,9 @@ rounding from out beside lse). What the kernel would get wrong is put right arou
 nothing, and keys and values that no query may attend to, are zeroed.
 
 The kernel's backward knows the weights by exp(score - lse) alone. So the dense reference computes, in O(Lq * Lk)
-memory, a bias's own gradient, and all gradients of a problem whose bias takes an lse beyond :data:`LARGEST_LSE`.
-Without a bias the weights are off by a share of |lse| 2^-24 and some units of the kernel's exponentials: gradients have
-up to three times their error budget where scores pass 10. Those of 16-bit calls that cancel keep the rounding of out.
+memory, a bias's own gradient, and all gradients where some |lse| is over :data:`LARGEST_LSE`. Below it weights are off
+by a share of |lse| 2^-24 and some units of the kernel's exponentials: gradients have up to three times their error
+budget where scores pass 10. Those of 16-bit calls that cancel keep the rounding of out, and up to four times.
 
 Scores that are not finite are left to the reference, in the forward. In the backward a NaN in what some query may
 attend to reaches all queries, and one in a query, or in its gradient, all keys that any query may attend to. One in a
@@ -32,7 +32,7 @@ from fastattn.problem import SUPPORTED_DTYPES, Problem
 
 LSE_IS_OPTIONAL = True
 KEEPS_RESIDUAL = False
-#: Beyond this a rounded lse makes the weights of scores that are exact, as those of a bias can be, too coarse.
+#: Beyond this a rounded lse makes the weights too coarse.
 LARGEST_LSE = 64.0
 
 _forward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -60,9 +60,13 @@ def reasons(problem: Problem) -> list[str]:
 
 
 def notes(problem: Problem) -> list[str]:
-    if problem.bias is None:
-        return []
-    return [f"dense: the gradient of a bias, and every gradient where |lse| is over {LARGEST_LSE:g}"]
+    dense = [f"every gradient where |lse| is over {LARGEST_LSE:g}"]
+    if problem.bias is not None:
+        dense.append("the gradient of a bias")
+    _, allowed = _visible(problem._replace(attn_mask=_narrow(problem.attn_mask), bias=_narrow(problem.bias)))
+    if allowed is not None and allowed.shape[2] > 1 and problem.attn_mask is None:
+        dense.append("the mask that says what a query may attend to")
+    return [f"dense, in O(Lq * Lk) memory: {'; '.join(dense)}"]
 
 
 class _Call(NamedTuple):
@@ -233,7 +237,7 @@ def backward(
     buffers, seen = (grad_query, grad_key, grad_value), _without_unseen_end(problem)
     if _is_empty(seen):
         results = (None, None, None)
-    elif grad_bias is not None or (problem.bias is not None and _is_coarse(lse)):
+    elif grad_bias is not None or _is_coarse(lse):
         exact = reference.in_dtype(problem, problem.lse_dtype)
         *results, result_bias = reference.gradients(exact, grad_out.to(problem.lse_dtype), grad_lse)
         if grad_bias is not None:
