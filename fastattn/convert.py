@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from fastattn.checks import shown
 from fastattn.modules import FusedPathGuard, MultiHeadAttention
-from fastattn.torch_calls import attention_calls
+from fastattn.torch_calls import attention_calls, attention_interface
 
 #: What a subclass of nn.MultiheadAttention must not define by itself: the module computes with its own.
 _NAMES_IN_USE = {"backend", "fused_path_guard"} | {
@@ -31,16 +31,18 @@ class Conversion:
     attention modules with the reason. ``calls`` names the modules that :func:`convert` found to call
     F.scaled_dot_product_attention themselves, with the file and line, and ``interface`` what
     ``model.config._attn_implementation`` says if that leads to torch's function (as in Hugging Face's transformers):
-    both are left to be changed by hand.
+    both are left to be changed by hand. ``unread`` names the modules whose code could not be looked at for such calls,
+    with the exception.
     """
 
     swapped: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     calls: dict[str, str] = field(default_factory=dict)
     interface: str | None = None
+    unread: dict[str, str] = field(default_factory=dict)
 
     def advice(self) -> list[str]:
-        """What to write for ``calls`` and ``interface``."""
+        """What to write for ``calls`` and ``interface``, and where to look for more (``unread``)."""
         places: dict[str, list[str]] = {}
         for name, place in self.calls.items():
             places.setdefault(place, []).append(name or "(the model)")
@@ -55,6 +57,10 @@ class Conversion:
                 f"config._attn_implementation is {self.interface!r}: register a function that calls "
                 "fastattn.scaled_dot_product_attention (transformers.AttentionInterface.register), and name it there"
             )
+        lines += [
+            f"{name or '(the model)'} was not looked at for calls of F.scaled_dot_product_attention ({error})"
+            for name, error in self.unread.items()
+        ]
         return lines
 
     def __str__(self) -> str:
@@ -111,26 +117,21 @@ def _swap(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     report = Conversion()
-    if verb == "convert":
-        report.calls = attention_calls(model)
-        report.interface = _interface(model)
-    for name, module in list(model.named_modules()):
+    modules = list(model.named_modules())
+    for name, module in modules:
         reason = why_not(module)
         if reason is None:
             swap(module)
             report.swapped.append(name)
         elif reason:
             report.kept[name] = reason
+    if verb == "convert":
+        report.calls = attention_calls(modules, report.unread)
+        report.interface = attention_interface(model, report.unread)
     if not report.swapped:
         message = f"fastattn.{verb} found no {sought} to swap in {type(model).__name__}"
         warnings.warn("; ".join([message, *report.advice()]), RuntimeWarning, stacklevel=3)
     return report
-
-
-def _interface(model: nn.Module) -> str | None:
-    """ "sdpa" if the model's attention reaches torch's function by a name in its config, as transformers' models do."""
-    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return implementation if implementation == "sdpa" else None
 
 
 def _why_not_converted(module: nn.Module) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -33,6 +34,12 @@ def test_info_tells_why_the_engine_is_missing_and_what_computes_instead(monkeypa
     assert result.output.count("x.cpp [too old]: apt-get install g++") == 2  # of the processor, and of the backend
     assert "torch's own attention in calls for which it is exact" in result.output
     assert "a call takes torch" in result.output
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_the_help_names_every_backend(command: str) -> None:
+    (line,) = (line for line in invoke(command, "--help").output.splitlines() if "--backend" in line)
+    assert set(re.findall(r"\w+", line)) >= {"auto", *dispatch.BACKENDS}
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import dis
 import functools
+import importlib.util
 import inspect
+import json
+import textwrap
 import types
 import warnings
 from pathlib import Path
@@ -16,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import fastattn
+from fastattn.convert import Conversion
 
 HERE = Path(__file__).name
 
@@ -113,6 +119,86 @@ class ReplacedOnObject(ByF):
         self.forward = functools.update_wrapper(replacement, self.forward)
 
 
+def two_away(x):
+    return attend(x)
+
+
+def three_away(x):
+    return two_away(x)
+
+
+def four_away(x):
+    return three_away(x)
+
+
+class ByLongAndShortPath(nn.Module):
+    """Torch's function is six calls away by the first helper, two by the second."""
+
+    def forward(self, x):
+        x = four_away(x)
+        return attend(x)
+
+
+class ByCallMethod(nn.Module):
+    def __call__(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class ByForwardAfterCallMethod(ByF):
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+class ByObject(nn.Module):
+    class Attend:
+        def __call__(self, x):
+            return self.attend(x)
+
+        def attend(self, x):
+            return F.scaled_dot_product_attention(x, x, x)
+
+    def __init__(self):
+        super().__init__()
+        self.forward = self.Attend()
+
+
+class ByMethodInNestedFunction(nn.Module):
+    """As with checkpointing."""
+
+    def forward(self, x):
+        def run(y):
+            return [self.attend(part) for part in y]
+
+        return run(x)
+
+    def attend(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class ByMethodBesideNestedFunction(ByMethodInNestedFunction):
+    def forward(self, x):
+        return self.attend(x), lambda: self
+
+
+causal = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+
+
+class ByPartialCall(nn.Module):
+    def forward(self, x):
+        return causal(x, x, x)  # scaled_dot_product_attention
+
+
+def undeclared(function):
+    def wrapper(*arguments):
+        return function(*arguments)
+
+    return wrapper
+
+
+class ByUndeclaredDecoration(ByMethodInNestedFunction):
+    forward = undeclared(ByMethodInNestedFunction.forward)
+
+
 CALLERS = (
     ByF,
     ByImportedName,
@@ -126,6 +212,14 @@ CALLERS = (
     closing_over(F.scaled_dot_product_attention),
     OnObject,
     ReplacedOnObject,
+    ByLongAndShortPath,
+    ByCallMethod,
+    ByForwardAfterCallMethod,
+    ByObject,
+    ByMethodInNestedFunction,
+    ByMethodBesideNestedFunction,
+    ByPartialCall,
+    ByUndeclaredDecoration,
 )
 
 
@@ -239,22 +333,163 @@ def test_an_attention_interface_of_transformers_is_named():
     assert converted(model)[0].interface is None
 
 
-def test_looking_runs_nothing():
-    class Lazy(types.ModuleType):
-        def __getattr__(self, name):
-            raise RuntimeError("imported")
-
-    module = Lazy("lazy")
-
+def test_the_function_itself_as_a_forward_is_named():
     class Model(nn.Module):
-        @property
-        def attend(self):
-            raise RuntimeError("computed")
+        forward = staticmethod(F.scaled_dot_product_attention)
+
+    (place,) = converted(Model())[0].calls.values()
+    assert place.startswith("the forward of ") and place.endswith(".Model")
+
+
+RAN = []
+
+
+class Alive:
+    """Notes which of its hooks ran."""
+
+    def __getattribute__(self, name):
+        RAN.append(name)
+        return object.__getattribute__(self, name)
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+    @property
+    def __class__(self):
+        raise RuntimeError("out of context")
+
+    def __get__(self, instance, owner):
+        RAN.append("__get__")
+        raise ValueError("not ready")
+
+
+ALIVE = Alive()
+
+
+def alive_models():
+    """Models with an attention layer each, and something that notes when it runs."""
+    alive = ALIVE
+    spec = importlib.util.find_spec("this")
+    unloaded = importlib.util.module_from_spec(spec)
+    importlib.util.LazyLoader(spec.loader).exec_module(unloaded)
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.MultiheadAttention(8, 2)
 
         def forward(self, x):
-            return self.attend(module.attention(x))
+            return x
 
-    assert not converted(Model())[0].calls
+    class Config(Layer):
+        @property
+        def config(self):
+            RAN.append("config")
+            raise RuntimeError("no config yet")
+
+    class AliveConfig(Layer):
+        def __init__(self):
+            super().__init__()
+            vars(self)["config"] = alive
+
+    class Global(Layer):
+        def forward(self, x):
+            return ALIVE["scale"] * ALIVE.scale * x
+
+    class Closure(Layer):
+        def forward(self, x):
+            return alive.attend(unloaded.d, unloaded.scaled_dot_product_attention(x))
+
+    class Forward(Layer):
+        forward = alive
+
+    class PropertyForward(Layer):
+        @property
+        def forward(self):
+            RAN.append("forward")
+
+    class Property(Layer):
+        @property
+        def attend(self):
+            RAN.append("attend")
+
+        def forward(self, x):
+            return self.attend(x)
+
+    class Attributes(Layer):
+        def __getattr__(self, name):
+            RAN.append(name)
+            return super().__getattr__(name)
+
+    class Wrapped(Layer):
+        def forward(self, x):
+            return x
+
+        forward.__wrapped__ = forward
+
+    return [
+        cls() for cls in (Config, AliveConfig, Global, Closure, Forward, PropertyForward, Property, Attributes, Wrapped)
+    ]
+
+
+def test_looking_runs_nothing(capsys):
+    for model in alive_models():
+        RAN.clear()
+        report, said = converted(model)
+        assert RAN == [] and not said
+        assert report == Conversion(swapped=["layer"])
+        assert type(vars(model)["_modules"]["layer"]) is fastattn.MultiHeadAttention
+    assert capsys.readouterr().out == ""  # of the module "this"
+
+
+def test_a_config_of_transformers_keeps_it_behind_a_property():
+    class Config:
+        _attn_implementation_internal = "eager"
+
+        @property
+        def _attn_implementation(self):
+            return self._attn_implementation_internal
+
+    model = Nothing()
+    model.config = Config()
+    assert converted(model)[0].interface is None
+    model.config._attn_implementation_internal = "sdpa"
+    assert converted(model)[0].interface == "sdpa"
+
+
+def test_what_cannot_be_looked_at_costs_no_conversion(monkeypatch):
+    get_instructions = dis.get_instructions
+
+    def refusing(code):
+        if code is Nothing.forward.__code__:
+            raise RecursionError("of whatever kind")
+        return get_instructions(code)
+
+    monkeypatch.setattr(dis, "get_instructions", refusing)
+    report, said = converted(nn.Sequential(Nothing(), ByF(), nn.MultiheadAttention(8, 2)))
+    assert report.swapped == ["2"] and report.calls.keys() == {"1"} and not said
+    assert report.unread == {"0": "RecursionError"}
+    line = "0 was not looked at for calls of F.scaled_dot_product_attention (RecursionError)"
+    assert report.advice()[-1] == line and line in str(report)
+
+
+def test_what_many_classes_share_is_read_once(monkeypatch):
+    read = []
+    get_instructions = dis.get_instructions
+    monkeypatch.setattr(dis, "get_instructions", lambda code: read.append(code) or get_instructions(code))
+
+    def chain(i):
+        class Model(nn.Module):
+            def forward(self, x):
+                return textwrap.dedent(x) + json.dumps(x)
+
+        return Model()
+
+    assert not converted(nn.Sequential(*map(chain, range(20))))[0].calls
+    counts = collections.Counter(read)
+    assert textwrap.dedent.__code__ in counts and len(counts) > 3
+    forward = next(code for code in counts if code.co_name == "forward")
+    assert counts.pop(forward) == 20 and set(counts.values()) == {1}
 
 
 def test_unconvert_has_no_advice():

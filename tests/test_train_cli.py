@@ -13,7 +13,7 @@ pytest.importorskip("typer")
 import torch
 from typer.testing import CliRunner
 
-from fastattn.train.classify import ClassificationData, ClassificationTask
+from fastattn.train.classify import ClassificationData, ClassificationTask, classification_data
 from fastattn.train.cli import predict_app, train_app
 from fastattn.train.dates import date_corpus
 from fastattn.train.loop import Run
@@ -107,16 +107,27 @@ def test_a_bad_label_in_the_test_file(tmp_path, reviews_file):
     assert result.exit_code == 1 and "test.csv:2: the label 'positve' is not one of" in result.output
 
 
-def test_a_label_that_stands_once(tmp_path):
-    """Where only a held-out example has it, no training example can teach it: likely a slip of the pen."""
-    data = tmp_path / "slip.csv"
-    rows = [f"some text {i},{'pos' if i % 2 else 'neg'}\n" for i in range(20)]
-    places = []
-    for place in range(20):
-        data.write_text("text,label\n" + "".join([*rows[:place], "odd,postive\n", *rows[place:]]))
-        result = train("classify", "--data", data, "--out", tmp_path / "run", "--held-out", 0.3, "--encoder", "gru")
-        places.append(f"slip.csv:{place + 2}: the label 'postive' is not one of 'neg', 'pos'" in result.output)
-    assert any(places)
+def test_a_label_that_stands_once_is_trained(tmp_path):
+    data = tmp_path / "rare.csv"
+    rows = [f"some text {i},{'good' if i % 2 else 'bad'}\n" for i in range(20)]
+    data.write_text("text,label\n" + "".join(rows) + "so so,mixed\n")
+    for seed in range(8):
+        parts = classification_data(str(data), None, "text", "label", 0.1, seed)
+        assert ("so so", "mixed") in parts.train
+        assert (len(parts.train), len(parts.validation), len(parts.test)) == (17, 2, 2)
+    result = train("classify", "--data", data, "--out", tmp_path / "run", "--steps", 3, "--seed", 1, *SMALL_CLASSIFIER)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["labels"] == ["bad", "good", "mixed"]
+
+
+def test_fewer_examples_for_training_than_labels(tmp_path):
+    data = tmp_path / "few.csv"
+    data.write_text("text,label\nfine,good\npoor,bad\ndull,bad\n")
+    for seed in range(4):
+        result = train("classify", "--data", data, "--out", tmp_path / "run", "--seed", seed)
+        assert result.exit_code == 1 and not (tmp_path / "run").exists()
+        reason = "2 labels, and only 1 of 3 distinct examples left for training, where each label needs one"
+        assert reason in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,30 @@ def test_split_keeps_equal_inputs_together():
         split([("a", 1), ("b", 2)], 0.1, seed=0)
 
 
+def test_split_leaves_a_label_to_training():
+    """By a swap with the first training example whose label stands there twice; otherwise nothing moves."""
+    texts = [f"text {i}" for i in range(10)]
+    train, (held,), (tested,) = ([text for text, _ in part] for part in split([(t, "") for t in texts], 0.1, seed=0))
+    first, second, third, *others = train
+
+    def texts_of_parts(labels):
+        examples = [(text, labels.get(text, "usual")) for text in texts]
+        return tuple([text for text, _ in part] for part in split(examples, 0.1, seed=0, every_label=True))
+
+    assert texts_of_parts({}) == (train, [held], [tested])
+    assert texts_of_parts({first: "odd"}) == (train, [held], [tested])
+    assert texts_of_parts({held: "odd", tested: "odd", first: "odd"}) == (train, [held], [tested])
+    assert texts_of_parts({held: "odd", first: "alone"}) == ([first, held, third, *others], [second], [tested])
+    assert texts_of_parts({held: "odd", tested: "odd"}) == ([held, second, third, *others], [first], [tested])
+    both = {held: "odd", tested: "rare", second: "alone"}
+    assert texts_of_parts(both) == ([held, second, tested, *others], [first], [third])
+    with pytest.raises(TrainingError, match="10 labels, and only 8 of 10 distinct examples left for training"):
+        texts_of_parts({text: text for text in texts})
+    two_labels = [("a", "x"), ("a", "y"), *((text, "x") for text in texts)]
+    for seed in range(20):
+        assert ("a", "y") in split(two_labels, 0.2, seed, every_label=True)[0]
+
+
 def test_batches_hold_every_example_once_and_like_lengths():
     lengths = [(i * 37) % 91 for i in range(1000)]
     batches = epoch_batches(lengths, 16, seed=3, epoch=2)

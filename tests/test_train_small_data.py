@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastattn.cli import app
+from fastattn.train import history
 from fastattn.train.classify import ClassificationTask
 from fastattn.train.cli import CLASSIFY, DETECT, TRANSLATE
 from fastattn.train.detect import DetectionTask
@@ -146,7 +147,7 @@ def test_what_label_smoothing_leaves():
     assert smoothed_entropy(0.0, 5) == 0
 
 
-def test_the_curves_say_why_the_training_loss_is_the_higher_one(tmp_path):
+def test_the_curves_say_why_the_training_loss_is_the_higher_one(tmp_path, monkeypatch):
     from fastattn.train.translate import TranslationData
 
     data = TranslationData([("a", "b")] * 3, [("a", "b")])
@@ -158,8 +159,13 @@ def test_the_curves_say_why_the_training_loss_is_the_higher_one(tmp_path):
         "dropout of 0.2; the validation loss has none."
     )
     assert TranslationTask(data, dropout=0.0, label_smoothing=0.0, **sizes).about_losses() == ""
-    sizes_with_note = []
-    for note in ("", task.about_losses()):
-        History([{"step": 1, "loss": 1.0, "validation_loss": 0.5}]).draw(tmp_path / "curves.png", "title", note)
-        sizes_with_note.append((tmp_path / "curves.png").stat().st_size)
-    assert sizes_with_note[0] < sizes_with_note[1]
+    figures = []
+    monkeypatch.setattr(history, "write_figure", lambda path, figure, dpi: figures.append(figure))
+    rows = [{"step": 1, "loss": 1.0, "validation_loss": 0.5, "bleu": 1.0, "learning_rate": 0.1}]
+    History(rows).draw(tmp_path / "curves.png", "title", task.about_losses())
+    (figure,) = figures
+    (note,) = (text for text in figure.texts if "label smoothing" in text.get_text())
+    assert note.get_text() == task.about_losses()
+    figure.draw_without_rendering()
+    extent = note.get_window_extent()
+    assert figure.bbox.x0 <= extent.x0 and extent.x1 <= figure.bbox.x1

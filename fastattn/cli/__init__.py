@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from fastattn.dispatch import BACKENDS
 from fastattn.models.fields import Range
 from fastattn.train.cli import predict_app, train_app
 from fastattn.train.command import Commands, within
@@ -44,7 +45,10 @@ def program(
     """Fused attention for PyTorch."""
 
 
-Backend = Annotated[str, typer.Option(help="auto, cpu, triton or reference; auto is the one that a call would choose.")]
+Backend = Annotated[
+    str,
+    typer.Option(help=f"auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}; auto is the one that a call would choose."),
+]
 Device = Annotated[str, typer.Option(help="Where the tensors lie: cpu, cuda, cuda:1...")]
 
 

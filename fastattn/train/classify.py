@@ -213,14 +213,12 @@ def classification_data(
         return digits_as_sequences()
     if is_imdb:
         train, test = read_imdb(path)
-        rest, validation, more = split(train, held_out / 2, seed)
+        rest, validation, more = split(train, held_out / 2, seed, every_label=True)
         return ClassificationData(rest, validation + more, test)
     examples = read_labelled(path, text_column, label_column)
-    train, validation, test = split(examples, held_out, seed)
-    known = sorted({label for _, label in train})
-    if any(label not in known for _, label in validation + test):
-        read_labelled(path, text_column, label_column, known)  # raises, naming the line of the odd label
+    train, validation, test = split(examples, held_out, seed, every_label=True)
     if test_data is not None:
+        known = sorted({label for _, label in train})
         train, test = train + test, read_labelled(test_data, text_column, label_column, known)
     return ClassificationData(train, validation, test)
 
