@@ -70,6 +70,8 @@ def render(text: str, cpu_results: list[dict], gpu_results: list[dict]) -> str:
         if name not in BLOCKS:
             raise ValueError(f"unknown block {name!r}; there are {', '.join(BLOCKS)}")
         results = gpu_results if name == "gpu" else cpu_results
+        if name in OF_ONE_MACHINE:
+            results = sorted(results, key=lambda result: result["date"])[-1:]
         bodies = (BLOCKS[name](result) for result in results)
         body = "\n\n".join(filter(None, bodies)) or "No result is committed yet."
         return f"{match[1]}{body}\n{match[3]}"
@@ -257,6 +259,8 @@ def gpu(result: dict) -> str:
     return "\n\n".join([where, table, *plots])
 
 
+#: The README's own, of the machine that was measured last; the others show all machines.
+OF_ONE_MACHINE = ("summary", "throughput")
 #: Those with pictures stand in one file: links are relative to it.
 BLOCKS: dict[str, Callable[[dict], str]] = {
     "summary": summary,
