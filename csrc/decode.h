@@ -117,7 +117,7 @@ class Decode {
 
   // Where some query of some head of the group may attend to a key; none without a mask.
   MaskCells cells_of_group(long b, long kv_head, Range keys, const Workspace& work) const {
-    const long first = head_of(kv_head, 0);
+    const long first = kv_head * problem_.group();
     const auto of = [&](long head) {
       return masks_.cells({b, head, {0, problem_.queries}, keys}, work.cells);
     };
