@@ -23,14 +23,6 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 SIZES = ((1, 70), (5, 70), (20, 70), (70, 130))
 
 
-@pytest.fixture(params=cpu.available_isas())
-def isa(request):
-    chosen = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(chosen)
-
-
 def _normal(generator, *shape):
     return torch.randn(shape, generator=generator)
 

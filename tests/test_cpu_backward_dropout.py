@@ -43,14 +43,6 @@ def test_known_answers(counter, key, words):
     assert philox(counter, key) == words
 
 
-@pytest.fixture(params=cpu.available_isas())
-def isa(request):
-    chosen = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(chosen)
-
-
 def _kept_by_gradient(problem):
     """bool [B, H, Lq, Lk]: the weights that reach dV, one query at a time."""
     batch, heads, queries, dim = problem.query.shape

@@ -50,14 +50,6 @@ LARGE_SCORE_CASES = (
 )
 
 
-@pytest.fixture(params=cpu.available_isas())
-def isa(request):
-    chosen = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(chosen)
-
-
 def _problem_and_gradients(case: Case, dtype: torch.dtype):
     problem = case.make(dtype=dtype)
     return problem, case.make_grad_out(dtype=dtype), case.make_grad_lse(dtype=problem.lse_dtype)

@@ -33,14 +33,6 @@ LONG_CASES = (
 )  # fmt: skip
 
 
-@pytest.fixture(params=cpu.available_isas())
-def isa(request):
-    chosen = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(chosen)
-
-
 @cache
 def _references(case: Case, dtype: torch.dtype):
     problem = case.make(dtype=dtype)

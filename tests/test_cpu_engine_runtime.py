@@ -28,14 +28,6 @@ CASES = (
 )
 
 
-@pytest.fixture(params=cpu.available_isas())
-def isa(request):
-    chosen = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(chosen)
-
-
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()

@@ -36,14 +36,6 @@ FEW = {
 }
 
 
-@pytest.fixture(params=cpu.available_isas())
-def isa(request):
-    chosen = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(chosen)
-
-
 def documents() -> torch.Tensor:
     """Queries and keys of five documents, cut where no tile ends."""
     query = torch.bucketize(torch.arange(QUERIES), torch.tensor([20, 21, 75, 130]), right=True)
