@@ -89,6 +89,11 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.fl
 @given(case=cases(), dtype=dtypes)
 @example(case=Case("drawn", batch=0, queries=0, keys=0, head_dim=1), dtype=torch.float32)
 @example(case=Case("drawn", queries=200, keys=129, causal="lower_right", window=(3, 0)), dtype=torch.bfloat16)
+@example(case=Case("drawn", heads=4, queries=31, keys=1, head_dim=4, value_dim=1, scale=1.0), dtype=torch.float64)
+@example(
+    case=Case("drawn", heads=6, kv_heads=2, queries=31, keys=1, head_dim=80, value_dim=63, scale=1.0, bias="full"),
+    dtype=torch.float64,
+)
 @quick
 def test_results_and_gradients_are_within_the_budget(backend, case, dtype):
     problem = case.make(dtype=dtype)
@@ -100,7 +105,7 @@ def test_results_and_gradients_are_within_the_budget(backend, case, dtype):
     actual = run_backend(backend, problem, grad_out, grad_lse)
     exact = run_reference(problem, grad_out, grad_lse)
     naive = run_reference(problem, grad_out, grad_lse, dtype=None)
-    assert_within_budget(actual, problem, exact, naive, grad_out)
+    assert_within_budget(actual, problem, exact, naive, grad_out, grad_lse)
 
 
 @given(case=cases(), average=st.booleans())
