@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.additive import additive_attention, additive_weights
 from fastattn.backends import cpu
-from fastattn.problem import Problem, bias_gradient_shape
-from fastattn.testing import Judgement, Results, judge, run_backend, run_reference
+from fastattn.testing import Judgement, Results, allowed_error, judge, rounded_otherwise, run_backend, run_reference
 from fuzz.cases import AdditiveCase, AttentionCase
 
 
@@ -32,11 +30,7 @@ class Trial:
         """The results on an instruction set, all of them judged; ValueError if this machine has no such."""
         with _using(isa, self.case.threads):
             results = self._trial.results()
-        judgements = self._trial.judge(results)
-        if self.case.dtype != torch.float64:
-            return judgements
-        # The truth is rounded too, as naive attention is.
-        return [replace(j, budget=j.budget + j.naive_error) for j in judgements]
+        return self._trial.judge(results)
 
 
 @contextmanager
@@ -58,27 +52,12 @@ class _Attention:
         self.exact, self.naive = self._truth(torch.float64), self._truth(None)
 
     def _truth(self, dtype: torch.dtype | None) -> Results:
-        """The reference's results and weights; with None in the problem's own dtype, as naive attention.
-
-        The truth itself is no measure of float64's rounding: then naive attention sums over features in reverse and
-        over one half of the queries, then the other, and has scores that are off by a unit of their last place, and
-        biases, each by one up or down.
-        """
-        problem, grad_out = self.problem, self.grad_out
-        reverse = dtype is None and problem.query.dtype == torch.float64
-        if reverse:
-            query, key, value, grad_out = (x.flip(-1) for x in (*problem[:3], grad_out))
-            unit = 1.0 - torch.finfo(torch.float64).eps
-            bias = None if problem.bias is None else _moved(problem.bias)
-            problem = problem._replace(query=query * unit, key=key, value=value, bias=bias)
-            results = _in_halves(problem, grad_out, self.grad_lse)
-            for name in ("out", "grad_query", "grad_key", "grad_value"):
-                results[name] = results[name].flip(-1)
-            if bias is not None:
-                results["grad_bias"] = results["grad_bias"].sum_to_size(bias_gradient_shape(self.problem.bias))
+        """The reference's results and weights; with None in the problem's own dtype, as naive attention."""
+        results = run_reference(self.problem, self.grad_out, self.grad_lse, dtype)
+        if dtype is not None:
+            problem = reference.in_dtype(self.problem, dtype)
         else:
-            results = run_reference(problem, grad_out, self.grad_lse, dtype)
-        problem = problem if dtype is None else reference.in_dtype(problem, dtype)
+            problem = rounded_otherwise(self.problem) if self.problem.query.dtype == torch.float64 else self.problem
         return results | {"weights": reference.weights(problem, self.average)}
 
     def results(self) -> Results:
@@ -170,7 +149,7 @@ def _judge_weights(actual: Tensor, exact: Results, naive: Results, dropout_p: fl
 
 def _judgement(name: str, actual: Tensor, exact: Tensor, naive: Tensor, floor: float) -> Judgement:
     error, naive_error = (_largest_distance(tensor, exact) for tensor in (actual, naive))
-    return Judgement(name, error, naive_error, 2 * naive_error + floor)
+    return Judgement(name, error, naive_error, allowed_error(naive_error, floor, naive.dtype))
 
 
 def _comparable(*results: Results) -> tuple[Results, ...]:
@@ -182,24 +161,6 @@ def _comparable(*results: Results) -> tuple[Results, ...]:
             for x, value in zip(results, values, strict=True):
                 x[name] = value
     return results
-
-
-def _in_halves(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> Results:
-    """The reference's results, with the gradients of each half of the queries summed by themselves."""
-    is_late = torch.arange(grad_out.shape[2]) >= grad_out.shape[2] // 2
-    halves = []
-    for left_out in (is_late, ~is_late):
-        half_lse = None if grad_lse is None else grad_lse.masked_fill(left_out, 0.0)
-        halves.append(run_reference(problem, grad_out.masked_fill(left_out[:, None], 0.0), half_lse, None))
-    first, second = halves
-    return {name: x + second[name] if name.startswith("grad") else x for name, x in first.items()}
-
-
-def _moved(bias: Tensor) -> Tensor:
-    """Each score's bias, off by a unit of its last place, in either direction."""
-    up = torch.rand(bias.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    moved = bias * (1.0 + torch.finfo(bias.dtype).eps * (2.0 * up - 1.0).to(bias.dtype))
-    return torch.where(moved.isfinite(), moved, bias)
 
 
 def _with_lowest_alike(lse: Tensor, dtype: torch.dtype) -> Tensor:
