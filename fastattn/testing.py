@@ -452,12 +452,14 @@ def assert_within_budget(
     naive: Results,
     grad_out: Tensor | None = None,
     grad_lse: Tensor | None = None,
-) -> None:
-    """Raise AssertionError naming each tensor that misses its budget (see :func:`judge`)."""
-    missed = [j for j in judge(actual, problem, reference64, naive, grad_out, grad_lse) if not j.passed]
+) -> list[Judgement]:
+    """What :func:`judge` returns; raises AssertionError naming each tensor that misses its budget."""
+    judgements = judge(actual, problem, reference64, naive, grad_out, grad_lse)
+    missed = [j for j in judgements if not j.passed]
     if missed:
         lines = [f"{j.name}: error {j.error:.3e}, allowed {j.budget:.3e} (naive {j.naive_error:.3e})" for j in missed]
         raise AssertionError("outside the error budget\n  " + "\n  ".join(lines))
+    return judgements
 
 
 def _largest(tensor: Tensor) -> float:

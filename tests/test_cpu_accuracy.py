@@ -223,17 +223,25 @@ def test_returned_weights_of_large_scores_add_up_to_one(dtype, isa):
 
 
 @pytest.mark.parametrize("queries", (5, 40))
-@pytest.mark.parametrize("dtype", (torch.float32, *HALF_DTYPES), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, *HALF_DTYPES), ids=str)
 def test_the_returned_weight_of_a_lone_key_is_one(dtype, queries, isa):
-    """Scores of about 10, whose last digits depend on the order of their sums: the weights' is the forward's."""
+    """Scores of about 10, whose last digits depend on the order of their sums: the weights' is the forward's.
+
+    The score in units of log2 e rounds by up to 8 units of a weight; an lse from another order is more off.
+    """
     generator = torch.Generator().manual_seed(queries)
-    query, key = (_normal(generator, 4, 8, length, 80).to(dtype) for length in (queries, 1))
+    query, key = (_normal(generator, 32, 8, length, 80).to(dtype) for length in (queries, 1))
     problem = make_problem(query, key, key, scale=1.0)
     lse = run_backend(cpu, problem)["lse"]
-    assert ((lse.abs() > 8) & (lse.abs() < 16)).sum() > 30  # such scores, which have no sum of their own
-    weights = torch.full((4, 8, queries, 1), torch.nan)
+    of_ten = (lse.abs() > 8) & (lse.abs() < 16)  # such scores have no sum of their own
+    assert of_ten.sum() > 30
+    weights = torch.full((32, 8, queries, 1), torch.nan, dtype=problem.lse_dtype)
     cpu.weights(problem, lse, weights, False)
-    torch.testing.assert_close(weights, torch.ones_like(weights), rtol=0, atol=17 * torch.finfo(torch.float32).eps)
+    tolerance = (10 if dtype == torch.float32 else 15) * torch.finfo(problem.lse_dtype).eps
+    torch.testing.assert_close(weights, torch.ones_like(weights), rtol=0, atol=tolerance)
+    other_order = (query.to(lse) * key.to(lse)).flip(-1).cumsum(-1)[..., -1].contiguous()
+    cpu.weights(problem, other_order, weights, False)
+    assert (weights - 1.0).abs().max() > tolerance
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -186,9 +186,8 @@ class Call:
         """The worst result and its share of the error budget, as in a row; raises AssertionError if over."""
         from fastattn import testing
 
-        judged = (results, self.problem, self.exact, self.naive, None if "out" in results else self.grad_out)
-        judgements = testing.judge(*judged)
-        testing.assert_within_budget(*judged)
+        gradients = (None, None) if "out" in results else (self.grad_out, self.grad_lse)
+        judgements = testing.assert_within_budget(results, self.problem, self.exact, self.naive, *gradients)
         worst = max(judgements, key=lambda j: j.error / j.budget if j.budget else 0.0)
         return {"worst": worst.name, "of_budget": round(worst.error / worst.budget if worst.budget else 0.0, 3)}
 

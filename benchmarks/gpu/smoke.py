@@ -225,9 +225,9 @@ class Call:
                 if name in results and not (results[name] == expected).all():
                     raise AssertionError(f"{name} is not {expected} everywhere")
             return _judge_by_norm(results, self.statistics(), 1e-5)
-        judged = (results, self.problem, self.exact, self.naive, self.grad_out)
-        testing.assert_within_budget(*judged)
-        judgements = testing.judge(*judged)
+        judgements = testing.assert_within_budget(
+            results, self.problem, self.exact, self.naive, self.grad_out, self.grad_lse
+        )
         worst = max(judgements, key=lambda j: j.error / j.budget)
         return {"worst": worst.name, "of_budget": round(worst.error / worst.budget, 3)}
 

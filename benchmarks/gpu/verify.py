@@ -62,14 +62,13 @@ class Truth:
             for name, tensor in results.items()
             if name in self.exact and name != "grad_bias"  # its sum over the batch is not the slice's
         }
-        judged = (sliced, self.problem, self.exact, self.naive, self.grad_out)
-        if strict:
-            testing.assert_within_budget(*judged)
+        judge = testing.assert_within_budget if strict else testing.judge
+        judgements = judge(sliced, self.problem, self.exact, self.naive, self.grad_out)
         for name, tensor in sliced.items():
             _assert_close(tensor, self.exact[name], f"{name} of the last head")
         for name, tensor in results.items():
             _assert_close(tensor, self.first.setdefault(name, tensor), f"{name} against the first contender's")
-        return round(max(j.error / j.budget for j in testing.judge(*judged) if j.budget > 0), 3)
+        return round(max(j.error / j.budget for j in judgements if j.budget > 0), 3)
 
 
 def _assert_close(actual: Tensor, expected: Tensor, what: str) -> None:

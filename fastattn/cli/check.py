@@ -43,7 +43,7 @@ def check_case(case: Case, backend: str, device: torch.device, dtype: torch.dtyp
     actual = run_backend(dispatch.load(backend), problem, grad_out, grad_lse)
     exact = run_reference(problem, grad_out, grad_lse)
     naive = run_reference(problem, grad_out, grad_lse, dtype=None)
-    return judge(actual, problem, exact, naive, grad_out)
+    return judge(actual, problem, exact, naive, grad_out, grad_lse)
 
 
 def is_interpreted(backend: str, device: torch.device) -> bool:
